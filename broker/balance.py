@@ -1,0 +1,43 @@
+"""Which runner gets the next fragment. A plain function over loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
+
+
+class Load(Protocol):
+    """What is known of a runner: fragments leased to it and not yet taken, and all it was ever leased."""
+
+    leased_steps: int
+    leased_bytes: int
+    assigned_steps: int
+
+
+L = TypeVar("L", bound=Load)
+
+
+def choose(loads: Iterable[L], size: int, limit: int, preferred: L | None = None) -> L | None:
+    """The runner for a fragment of `size` bytes, or None when no runner has room for it.
+
+    The one with the fewest steps to do; between equals the one that was given the least so far. `preferred`, which
+    has the episode's earlier fragments, keeps it unless it is full or has more than twice the least to do.
+    A runner has room while its leased bytes stay within `limit`; an idle one always has room for one fragment.
+    """
+    best: L | None = None
+    for load in loads:
+        if load.leased_bytes and load.leased_bytes + size > limit:
+            continue
+        if (
+            best is None
+            or load.leased_steps < best.leased_steps
+            or (load.leased_steps == best.leased_steps and load.assigned_steps < best.assigned_steps)
+        ):
+            best = load
+    if best is None or preferred is None or preferred is best:
+        return best
+    if preferred.leased_bytes and preferred.leased_bytes + size > limit:
+        return best
+    if preferred.leased_steps > 2 * best.leased_steps + 1:
+        return best
+    return preferred

@@ -1,0 +1,432 @@
+"""The broker's mind: events in, actions out. No socket, clock, thread or logging in here.
+
+`handle(event, now)` returns what to do; `next_deadline()` says when a `Tick` is due; `check_invariants()` raises when
+something that must always hold doesn't. Three rooms share the state: this one routes and keeps the fragments,
+`handshake` lets peers in and out, `artifacts` passes weights and policies on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rllink_zmq.errors import ProtocolError
+from rllink_zmq.messages import (
+    ACK,
+    BYE,
+    CONFIG,
+    DELIVERED,
+    FRAGMENT,
+    GET_CONFIG,
+    GET_STATE,
+    HELLO,
+    OFFER,
+    PING,
+    RETURNED,
+    STATE,
+    TAKE,
+    TAKEN,
+    Claim,
+)
+
+from . import peers
+from .artifacts import Artifacts
+from .balance import choose
+from .events import Action, Event, Forward, Malformed, Received, Send, Side, Tick, Unreachable
+from .fragments import Fragment, State, Verb
+from .handshake import Handshake
+from .peers import Peer, Runner, Simulator
+from .settings import Settings
+
+
+class Broker(Handshake, Artifacts):
+    """One broker epoch. `epoch`: 8 random bytes; `weights_address`: where simulators find PUB."""
+
+    def __init__(self, settings: Settings, epoch: bytes, weights_address: str, now: float) -> None:
+        super().__init__(settings, epoch, weights_address, now)
+        self._next_sweep = now + settings.probe_interval
+        self._on: dict[type, Callable[[Any, Any, Received, float], None]] = {
+            FRAGMENT: self._fragment,
+            TAKE: self._take,
+            RETURNED: self._returned,
+            PING: self._ping,
+            OFFER: self._offer,
+            GET_STATE: self._get_state,
+            STATE: self._on_state,
+            GET_CONFIG: self._get_config,
+            CONFIG: self._on_config,
+            BYE: self._bye,
+        }
+
+    # ---- in and out
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """What to do about `event`. `now` is monotonic seconds and never goes back."""
+        actions: list[Action] = []
+        self._actions = actions
+        if type(event) is Received:
+            message = event.message
+            peer = self.routes[event.side].get(event.route)
+            if type(message) is HELLO:
+                self._hello(message, event, now)
+            elif peer is None:
+                self._refuse(event.side, event.route, "greet", "send HELLO first", now)
+            else:
+                peer.heard = now
+                handler = self._on.get(type(message))
+                if handler is None:
+                    text = f"a {type(message).__name__} is for peers, not for the broker"
+                    self._refuse(event.side, event.route, "unexpected", text, now)
+                else:
+                    handler(peer, message, event, now)
+        elif type(event) is Tick:
+            self._tick(now)
+        elif type(event) is Unreachable:
+            self._unreachable(event.side, event.route, now)
+        elif type(event) is Malformed:
+            self._malformed(event, now)
+        if self.waiting:
+            self._dispatch(now)
+        return actions
+
+    def next_deadline(self) -> float:
+        """When the next `Tick` is due."""
+        due = self._next_sweep if self._ack_due is None else min(self._ack_due, self._next_sweep)
+        if self.fetch_due is not None:
+            due = min(due, self.fetch_due)
+        if self.holding and self.trainer is not None:
+            due = min(due, max(self.started + self.settings.hold, self._next_sweep - self.settings.probe_interval))
+        return due
+
+    def _malformed(self, event: Malformed, now: float) -> None:
+        self.malformed += 1
+        if event.route in self.routes[event.side] or now - self._told.get("malformed", -1e9) >= 1.0:
+            self._refuse(event.side, event.route, event.error.code, str(event.error), now)
+
+    # ---- fragments in
+
+    def _fragment(self, sim: Peer, message: FRAGMENT, event: Received, now: float) -> None:
+        if type(sim) is not Simulator:
+            return self._refuse(event.side, event.route, "unexpected", "only a simulator sends FRAGMENT", now)
+        if message.session != sim.session:
+            return self._refuse(event.side, event.route, "malformed", "this fragment names another session", now)
+        sim.pass_base(message.base)
+        if self.reports:
+            self.reports.pass_base(sim.session, message.base)
+        if message.dropped:
+            sim.dropped = dict(message.dropped)
+        number = message.number
+        if number <= sim.high:
+            # A repeat: in flight it is ignored, settled it gets its recorded outcome again.
+            if number not in sim.open and number >= sim.base:
+                self._ack(sim, number, sim.outcomes.get(number, "unknown"), now)
+            return None
+        sim.high = number
+        fragment = Fragment(sim, message, event.frames, event.size)
+        self.ledger.receive(message.steps)
+        sim.open[number] = fragment
+        sim.open_bytes += event.size
+        self.held_bytes += event.size
+        known = self.reports.of(sim.session) if self.reports else None
+        report = known.get(number) if known else None
+        if report is not None:
+            return self._reported(fragment, report, now)
+        if event.size > self.settings.fragment_bytes:
+            return self._drop(fragment, "too_large", now)
+        if sim.open_bytes > sim.window + self.settings.fragment_bytes:
+            return self._drop(fragment, "over_window", now)
+        try:
+            self._check(message, event)
+        except ProtocolError as e:
+            self._refuse(event.side, event.route, e.code, f"fragment {number} of {sim.name or 'a simulator'}: {e}", now)
+            return self._drop(fragment, "malformed", now)
+        self.waiting.append(fragment)
+        return None
+
+    def _check(self, message: FRAGMENT, event: Received) -> None:
+        """What the frames can't show by themselves. The wire has checked columns against bytes."""
+        if message.columns[0].name != "obs":
+            raise ProtocolError(f"the first column must be 'obs', it is '{message.columns[0].name}'")
+
+    def _reported(self, fragment: Fragment, report: str | tuple[bytes, int], now: float) -> None:
+        """A fragment resent to this new broker that a runner has handed over already."""
+        if isinstance(report, str):
+            fragment.move(Verb.RETURN if report == DELIVERED else Verb.DROP)
+            return self._settle(fragment, report, now)
+        session, k = report
+        runner = self.runners.get(session)
+        if runner is None or runner.state is peers.State.GONE:
+            return self._drop(fragment, "handover_cut", now)
+        return self._hold_for(fragment, runner, k, now)
+
+    def _hold_for(self, fragment: Fragment, runner: Runner, k: int, now: float) -> None:
+        """It is this runner's already: it took it from the broker of the time before."""
+        fragment.move(Verb.HOLD)
+        fragment.runner, fragment.k = runner, k
+        runner.takes.setdefault(k, []).append(fragment)
+        self._credit(fragment, now)
+
+    # ---- fragments out
+
+    def _dispatch(self, now: float) -> None:
+        """Lease what waits, oldest first, while a runner has room."""
+        trainer = self.trainer
+        if trainer is None or (self.holding and not self._release(now)):
+            return
+        waiting, limit = self.waiting, self.settings.lease_bytes
+        while waiting:
+            fragment = waiting[0]
+            if fragment.state is not State.QUEUED:
+                waiting.popleft()
+                continue
+            reason = self._too_old(fragment.header)
+            if reason:
+                waiting.popleft()
+                self._drop(fragment, reason, now)
+                continue
+            header = fragment.header
+            owners = fragment.simulator.owners
+            preferred = owners.get(header.episode)
+            if preferred is not None and preferred.state is not peers.State.LIVE:
+                preferred = None
+            runner = choose(self.pool(), fragment.size, limit, preferred)
+            if runner is None:
+                return
+            waiting.popleft()
+            if header.end == "no":
+                owners[header.episode] = runner
+            else:
+                owners.pop(header.episode, None)
+            fragment.move(Verb.LEASE)
+            fragment.runner = runner
+            runner.lease(fragment)
+            self._actions.append(Forward(runner.route, fragment.frames))
+
+    def _release(self, now: float) -> bool:
+        """After a start nothing is leased until the runners of the time before have reported."""
+        trainer = self.trainer
+        if trainer is None:
+            return False
+        if now >= self.started + self.settings.hold or len(self.pool()) >= max(1, trainer.hello.runners):
+            self.holding = False
+        return not self.holding
+
+    def _too_old(self, header: FRAGMENT) -> str:
+        if header.run != self.run:
+            return "old_run"
+        if self.trainer is not None and self.version - header.version > self.trainer.hello.lag_limit:
+            return "stale"
+        return ""
+
+    def _take(self, runner: Peer, message: TAKE, event: Received, now: float) -> None:
+        if type(runner) is not Runner:
+            return self._refuse(event.side, event.route, "unexpected", "only a runner sends TAKE", now)
+        self._give(runner, message.returned, (), now)
+        refused = []
+        taken = runner.takes.setdefault(message.k, [])
+        allowed = runner.run == self.run
+        for claim in message.claims:
+            sim = self.simulators.get(claim.session)
+            no = []
+            for number in claim.numbers:
+                fragment = sim.open.get(number) if sim is not None else None
+                if (
+                    not allowed
+                    or fragment is None
+                    or fragment.state is not State.LEASED
+                    or fragment.runner is not runner
+                ):
+                    no.append(number)
+                    continue
+                reason = self._too_old(fragment.header)
+                if reason:
+                    self._drop(fragment, reason, now)
+                    no.append(number)
+                    continue
+                fragment.move(Verb.TAKE)
+                runner.unlease(fragment)
+                fragment.k = message.k
+                taken.append(fragment)
+                self.round_steps += fragment.header.steps
+                self.taken_steps += fragment.header.steps
+                self._credit(fragment, now)
+            if no:
+                refused.append(Claim(claim.session, no))
+        if not taken:
+            del runner.takes[message.k]
+        self._send(runner, TAKEN(message.k, refused, self.version, self.round_steps))
+        if not allowed:
+            self._expel(runner, "old_run", f"run {runner.run} has ended, the broker serves {self.run or 'none'}", now)
+        return None
+
+    def _returned(self, runner: Peer, message: RETURNED, event: Received, now: float) -> None:
+        if type(runner) is not Runner:
+            return self._refuse(event.side, event.route, "unexpected", "only a runner sends RETURNED", now)
+        return self._give(runner, message.k, message.dropped, now)
+
+    def _give(self, runner: Runner, k: int, dropped: Any, now: float) -> None:
+        """RLlib has everything that `runner` took up to `k`, but for `dropped`."""
+        if k <= runner.returned:
+            return
+        runner.returned = k
+        why = {(d.session, d.number): d.reason for d in dropped}
+        for take in [t for t in runner.takes if t <= k]:
+            for fragment in runner.takes.pop(take):
+                outcome = why.get((fragment.simulator.session, fragment.header.number), DELIVERED) if why else DELIVERED
+                fragment.move(Verb.RETURN)
+                self._settle(fragment, outcome, now)
+        if self.reports:
+            self.reports.resolve(runner.session, k, DELIVERED, why)
+
+    # ---- outcomes
+
+    def _drop(self, fragment: Fragment, reason: str, now: float) -> None:
+        """Settle a fragment that nobody has taken."""
+        if fragment.state is State.LEASED and fragment.runner is not None:
+            fragment.runner.unlease(fragment)
+        fragment.move(Verb.DROP)
+        self._settle(fragment, reason, now)
+
+    def _settle(self, fragment: Fragment, outcome: str, now: float) -> None:
+        sim, header = fragment.simulator, fragment.header
+        self._credit(fragment, now)
+        del sim.open[header.number]
+        sim.open_bytes -= fragment.size
+        self.held_bytes -= fragment.size
+        fragment.frames = ()
+        self.ledger.settle(header.steps, outcome)
+        sim.outcomes[header.number] = outcome
+        self._ack(sim, header.number, outcome, now)
+
+    def _credit(self, fragment: Fragment, now: float) -> None:
+        """Taken or dropped, its steps no longer count as sampled ahead. Once a fragment."""
+        if fragment.credited:
+            return
+        fragment.credited = True
+        sim = fragment.simulator
+        sim.taken_steps += fragment.header.steps
+        if self.trainer is not None and self.trainer.hello.steps_ahead:
+            self._mark(sim, now)
+
+    def _ack(self, sim: Simulator, number: int, outcome: str, now: float) -> None:
+        sim.acks.append((number, outcome))
+        self._mark(sim, now)
+
+    def _flush_acks(self) -> None:
+        self._ack_due = None
+        dirty, self._dirty = self._dirty, {}
+        for sim in dirty:
+            if sim.state is peers.State.LIVE:
+                limit, length = self.steps_granted(sim)
+                settled, sim.acks = sim.acks, []
+                ack = ACK(settled, sim.window, limit, length, self.run, self.published_version, self.policy_ready)
+                self._actions.append(Send(Side.FRONT, sim.route, ack))
+
+    # ---- time
+
+    def _tick(self, now: float) -> None:
+        if self._ack_due is not None and now >= self._ack_due:
+            self._flush_acks()
+        self._fetch(now)
+        if now >= self._next_sweep:
+            self._next_sweep = now + self.settings.probe_interval
+            self._sweep(now)
+
+    def _ping(self, peer: Peer, message: PING, event: Received, now: float) -> None:
+        self._send(peer, self.pong())
+
+    # ---- for people
+
+    def status(self, now: float) -> dict[str, Any]:
+        """What `/status` shows."""
+        sims = [p for p in self.routes[Side.FRONT].values() if type(p) is Simulator]
+        at_simulators: dict[str, list[int]] = {}
+        for sim in self.simulators.values():
+            for reason, (fragments, steps) in sim.dropped.items():
+                total = at_simulators.setdefault(reason, [0, 0])
+                total[0] += fragments
+                total[1] += steps
+        trainer = self.trainer
+        return {
+            "epoch": self.epoch.hex(),
+            "uptime_s": round(now - self.started, 3),
+            "simulators": len(sims),
+            "sampled_by": sum(1 for s in sims if s.high),
+            "runners": [
+                {
+                    "name": r.name,
+                    "session": r.session.hex(),
+                    "state": r.state.value,
+                    "run_id": r.run,
+                    "leased_steps": r.leased_steps,
+                    "taken_fragments": sum(map(len, r.takes.values())),
+                    "assigned_steps": r.assigned_steps,
+                    "silent_s": round(now - r.heard, 1),
+                }
+                for r in self.runners.values()
+                if r.state is not peers.State.GONE
+            ],
+            "trainer": None
+            if trainer is None
+            else {
+                "name": trainer.name,
+                "run_id": trainer.hello.run,
+                "quota": trainer.hello.quota,
+                "lag_limit": trainer.hello.lag_limit,
+                "steps_ahead": trainer.hello.steps_ahead,
+            },
+            "weights": {"run_id": self.run, "version": self.published_version, "bytes": len(self.weights)},
+            "policy": self.policy_ready,
+            "ledger": self.ledger.as_json(),
+            "dropped_at_simulators": {k: {"fragments": v[0], "steps": v[1]} for k, v in sorted(at_simulators.items())},
+            "memory": {
+                "held_bytes": self.held_bytes,
+                "granted_bytes": self.windows,
+                "limit_bytes": self.settings.memory,
+            },
+            "malformed_messages": self.malformed,
+            "waiting_for": self.waiting_for(),
+        }
+
+    def waiting_for(self) -> list[str]:
+        """What is missing for training to go on, in words; [] when nothing is."""
+        missing = []
+        if not self.trained():
+            missing.append("a trainer (rllink-zmq train)")
+        elif not self.pool():
+            missing.append("a runner")
+        elif not self.policy_ready:
+            missing.append("the policy from the trainer")
+        elif self.published_version < 0:
+            missing.append("the first weights from a runner")
+        if not self.simulators_live:
+            missing.append("a simulator (rllink-zmq simulate)")
+        return missing
+
+    def check_invariants(self) -> None:
+        """Raises `AssertionError` when something that always holds doesn't. For tests: it looks at everything."""
+        assert self.ledger.balanced(), self.ledger.as_json()
+        open_ = [f for s in self.simulators.values() for f in s.open.values()]
+        assert self.ledger.in_flight[0] == len(open_)
+        assert self.ledger.in_flight[1] == sum(f.header.steps for f in open_)
+        assert self.held_bytes == sum(f.size for f in open_) == sum(s.open_bytes for s in self.simulators.values())
+        assert self.windows == sum(s.window for s in self.simulators.values()) <= self.settings.memory
+        queued = {f for f in self.waiting if f.state is State.QUEUED}
+        for f in open_:
+            leased = f.runner is not None and f in f.runner.leased
+            taken = f.runner is not None and f in f.runner.takes.get(f.k, ())
+            where = [f in queued, leased, taken]
+            assert where == [f.state is State.QUEUED, f.state is State.LEASED, f.state is State.TAKEN], (f.state, where)
+        for r in self.runners.values():
+            assert r.leased_steps == sum(f.header.steps for f in r.leased)
+            assert r.leased_bytes == sum(f.size for f in r.leased)
+            assert all(f.runner is r and f.state is State.LEASED for f in r.leased)
+            if r.state is peers.State.GONE:
+                assert not r.leased and not r.takes
+        for side in Side:
+            for route, peer in self.routes[side].items():
+                assert peer.route == route and peer.state is peers.State.LIVE, (peer.state, type(peer))
+        for s in self.simulators.values():
+            assert s.base - 1 <= s.high and all(n <= s.high for n in s.open) and not (s.open.keys() & s.outcomes.keys())
+        assert self.episodes == sum(s.episodes for s in self.simulators.values() if s.state is not peers.State.GONE)
+        assert self.simulators_live == sum(type(p) is Simulator for p in self.routes[Side.FRONT].values())

@@ -1,0 +1,84 @@
+"""What happens to the core (past tense) and what it wants done (imperatives)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple, TypeAlias
+
+from rllink_zmq.errors import ProtocolError
+from rllink_zmq.messages import Message
+from rllink_zmq.wire import Buffer
+
+
+class Side(IntEnum):
+    """Which ROUTER."""
+
+    FRONT = 0
+    BACK = 1
+
+
+# ---- events
+
+
+class Received(NamedTuple):
+    """A checked message. `frames` are all of its frames as they came, the header first; `size` bytes of body."""
+
+    side: Side
+    route: bytes
+    message: Message
+    frames: Sequence[Buffer]
+    size: int
+
+
+class Malformed(NamedTuple):
+    """Frames that are no message."""
+
+    side: Side
+    route: bytes
+    error: ProtocolError
+
+
+class Unreachable(NamedTuple):
+    """A send to this routing id failed: the connection is gone, or its queue is full."""
+
+    side: Side
+    route: bytes
+
+
+class Tick(NamedTuple):
+    """Everything that had arrived has been handled; deadlines may be judged."""
+
+
+Event: TypeAlias = Received | Malformed | Unreachable | Tick
+
+# ---- actions
+
+
+class Send(NamedTuple):
+    side: Side
+    route: bytes
+    message: Message
+    body: Sequence[Buffer] = ()
+
+
+class Forward(NamedTuple):
+    """Lease a fragment: its own frames, unchanged, to a runner."""
+
+    route: bytes
+    frames: Sequence[Buffer]
+
+
+class Publish(NamedTuple):
+    message: Message
+    body: Sequence[Buffer] = ()
+
+
+class Log(NamedTuple):
+    """A sentence for the operator. `level` is logging's."""
+
+    level: int
+    text: str
+
+
+Action: TypeAlias = Send | Forward | Publish | Log

@@ -1,0 +1,242 @@
+"""Who is there: simulators, runners, the trainer, by session.
+
+A routing id means one connection and nothing beyond it; a session is a process's own name for itself. `TABLE` holds
+every move of a peer; the conversation starts, and starts again, with HELLO alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+
+from rllink_zmq.messages import DELIVERED, BoxSpace, Column, RunnerHello, SimulatorHello, Space, Spaces, TrainerHello
+from rllink_zmq.wire import column_bytes
+
+from .events import Side
+from .fragments import Fragment
+
+
+class State(Enum):
+    UNKNOWN = "unknown"
+    LIVE = "live"
+    LOST = "lost"
+    GONE = "gone"
+
+
+class Verb(Enum):
+    GREET = "greet"  # HELLO with a newer greeting
+    LOSE = "lose"  # EHOSTUNREACH, or silent for too long
+    EXPIRE = "expire"  # lost for longer than its grace
+    LEAVE = "leave"  # BYE, or refused for good
+
+
+TABLE: dict[tuple[State, Verb], State] = {
+    (State.UNKNOWN, Verb.GREET): State.LIVE,
+    (State.LIVE, Verb.GREET): State.LIVE,
+    (State.LIVE, Verb.LOSE): State.LOST,
+    (State.LIVE, Verb.LEAVE): State.GONE,
+    (State.LOST, Verb.GREET): State.LIVE,
+    (State.LOST, Verb.EXPIRE): State.GONE,
+    (State.LOST, Verb.LEAVE): State.GONE,
+    (State.GONE, Verb.GREET): State.LIVE,
+}
+"""(state, verb) -> state."""
+
+
+class Peer:
+    """One session. `heard` and `since` are times of the last message and of the last change of state."""
+
+    __slots__ = ("greeting", "heard", "name", "package", "route", "session", "since", "state")
+    side = Side.BACK
+
+    def __init__(self, session: bytes, now: float) -> None:
+        self.session = session
+        self.route = b""
+        self.greeting = 0
+        self.name = ""
+        self.package = ""
+        self.state = State.UNKNOWN
+        self.heard = now
+        self.since = now
+
+    def move(self, verb: Verb, now: float) -> None:
+        """Raises `KeyError` for a move that `TABLE` doesn't list."""
+        self.state = TABLE[self.state, verb]
+        self.since = now
+
+
+class Simulator(Peer):
+    """`high`: the highest number seen. `base`: all below are settled. `taken_steps`: env steps of this session that
+    were taken or dropped, counted from its first step on. `outcomes`: number -> outcome, from `base` on."""
+
+    __slots__ = ("acks", "base", "dropped", "episodes", "high", "limit_told", "open", "open_bytes", "outcomes",
+                 "owners", "spaces", "taken_steps", "window")  # fmt: skip
+    side = Side.FRONT
+
+    def __init__(self, session: bytes, now: float) -> None:
+        super().__init__(session, now)
+        self.high = 0
+        self.base = 1
+        self.taken_steps = 0
+        self.episodes = 1
+        self.window = 0
+        self.open: dict[int, Fragment] = {}
+        self.open_bytes = 0
+        self.outcomes: dict[int, str] = {}
+        self.acks: list[tuple[int, str]] = []
+        self.limit_told = 0
+        self.owners: dict[str, Runner] = {}
+        self.spaces: Spaces | None = None
+        self.dropped: dict[str, tuple[int, int]] = {}
+
+    def greet(self, hello: SimulatorHello) -> None:
+        if not self.high:
+            self.high = hello.base - 1
+        self.pass_base(hello.base)
+        self.taken_steps = max(self.taken_steps, hello.steps)
+        self.episodes = hello.episodes
+        self.spaces = hello.spaces
+
+    def pass_base(self, base: int) -> None:
+        """Forget the outcomes below `base`: the simulator has them."""
+        if base <= self.base:
+            return
+        if base - self.base > len(self.outcomes):
+            self.outcomes = {n: o for n, o in self.outcomes.items() if n >= base}
+        else:
+            for n in range(self.base, base):
+                self.outcomes.pop(n, None)
+        self.base = base
+
+
+class Runner(Peer):
+    """`leased`: sent to it, in order, not taken. `takes`: k -> fragments taken with it, until RETURNED."""
+
+    __slots__ = ("assigned_steps", "leased", "leased_bytes", "leased_steps", "offer", "returned", "run", "takes")
+
+    def __init__(self, session: bytes, now: float) -> None:
+        super().__init__(session, now)
+        self.run = ""
+        self.returned = 0
+        self.leased: dict[Fragment, None] = {}
+        self.leased_steps = 0
+        self.leased_bytes = 0
+        self.assigned_steps = 0
+        self.takes: dict[int, list[Fragment]] = {}
+        self.offer: tuple[int, int] | None = None
+
+    def lease(self, fragment: Fragment) -> None:
+        self.leased[fragment] = None
+        steps = fragment.header.steps
+        self.leased_steps += steps
+        self.assigned_steps += steps
+        self.leased_bytes += fragment.size
+
+    def unlease(self, fragment: Fragment) -> None:
+        del self.leased[fragment]
+        self.leased_steps -= fragment.header.steps
+        self.leased_bytes -= fragment.size
+
+
+class Trainer(Peer):
+    __slots__ = ("hello",)
+
+    def __init__(self, session: bytes, now: float, hello: TrainerHello) -> None:
+        super().__init__(session, now)
+        self.hello = hello
+
+
+class Observer(Peer):
+    """Asks for the spaces of the first simulator, and leaves."""
+
+    __slots__ = ()
+
+
+class Reports:
+    """What runners said at their greetings of fragments whose simulator may yet resend them to a broker that has just
+    started: session -> number -> an outcome, or (runner session, k) while RLlib may not have it."""
+
+    def __init__(self) -> None:
+        self._of: dict[bytes, dict[int, str | tuple[bytes, int]]] = {}
+        self._heard: dict[bytes, float] = {}
+
+    def add(self, runner: bytes, hello: RunnerHello, now: float) -> None:
+        for handed in hello.handed:
+            known = self._of.setdefault(handed.session, {})
+            self._heard[handed.session] = now
+            for number, k in zip(handed.numbers, handed.takes, strict=False):
+                known[number] = DELIVERED if k <= hello.returned else (runner, k)
+        for drop in hello.dropped:
+            self._of.setdefault(drop.session, {})[drop.number] = drop.reason
+            self._heard[drop.session] = now
+
+    def of(self, session: bytes) -> dict[int, str | tuple[bytes, int]] | None:
+        return self._of.get(session)
+
+    def pass_base(self, session: bytes, base: int) -> None:
+        known = self._of.get(session)
+        if known is None:
+            return
+        for number in [n for n in known if n < base]:
+            del known[number]
+        if not known:
+            del self._of[session], self._heard[session]
+
+    def resolve(self, runner: bytes, upto: int, outcome: str, dropped: dict[tuple[bytes, int], str]) -> None:
+        """What `runner` held with k <= `upto` now has its outcome."""
+        for session, known in self._of.items():
+            for number, held in known.items():
+                if isinstance(held, tuple) and held[0] == runner and held[1] <= upto:
+                    known[number] = dropped.get((session, number), outcome)
+
+    def expire(self, before: float) -> None:
+        for session in [s for s, t in self._heard.items() if t < before]:
+            del self._of[session], self._heard[session]
+
+    def __bool__(self) -> bool:
+        return bool(self._of)
+
+
+def mismatch(theirs: Spaces, ours: Spaces) -> str:
+    """How a simulator's spaces differ from the trainer's, in words; '' when they fit. Bounds of observations and the
+    bounds of a Box that are only rounded differently don't matter."""
+    text = _differ("observation", theirs.observation, ours.observation, bounds=False)
+    return text or _differ("action", theirs.action, ours.action, bounds=True)
+
+
+def _differ(what: str, theirs: Space, ours: Space, *, bounds: bool) -> str:
+    same = type(theirs) is type(ours)
+    if same and isinstance(theirs, BoxSpace) and isinstance(ours, BoxSpace):
+        same = theirs.shape == ours.shape and theirs.dtype == ours.dtype
+        if same and bounds:
+            same = theirs.low == ours.low and theirs.high == ours.high
+    elif same:
+        same = theirs == ours
+    if same:
+        return ""
+    return f"the trainer's {what} space is {describe(ours)}, this simulator's is {describe(theirs)}"
+
+
+def describe(space: Space) -> str:
+    if isinstance(space, BoxSpace):
+        return f"Box({_bound(space.low)}, {_bound(space.high)}, {list(space.shape)}, {space.dtype.lstrip('<|')})"
+    return f"Discrete({space.n}{f', start={space.start}' if space.start else ''})"
+
+
+def _bound(values: tuple[float, ...]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:g}"
+    return "[" + ", ".join(f"{x:g}" for x in values[:4]) + (", ...]" if len(values) > 4 else "]")
+
+
+def step_bytes(spaces: Spaces) -> int:
+    """Bytes that one step of these spaces takes at least: two observations and an action. Raises `ProtocolError`."""
+
+    def size(space: Space) -> int:
+        return column_bytes(Column("x", space.dtype, space.shape)) if isinstance(space, BoxSpace) else 8
+
+    return 2 * size(spaces.observation) + size(spaces.action)
+
+
+def live(peers: dict[bytes, Runner]) -> Iterator[Runner]:
+    return (p for p in peers.values() if p.state is State.LIVE)

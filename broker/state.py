@@ -1,0 +1,144 @@
+"""What the core remembers, and how it speaks: the ground that its three rooms share."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rllink_zmq.messages import PONG, REFUSED, Message
+from rllink_zmq.wire import Buffer
+
+from . import peers
+from .events import Action, Log, Send, Side
+from .fragments import Fragment, Ledger, Verb
+from .peers import Peer, Runner, Simulator, Trainer
+from .settings import Settings
+
+
+class BrokerState:
+    """One broker epoch. `epoch`: 8 random bytes; `weights_address`: where simulators find PUB."""
+
+    def __init__(self, settings: Settings, epoch: bytes, weights_address: str, now: float) -> None:
+        self.settings = settings
+        self.epoch = epoch
+        self.weights_address = weights_address
+        self.started = now
+        # who is there: `routes` holds live peers alone, the rest every session that is remembered
+        self.routes: tuple[dict[bytes, Peer], dict[bytes, Peer]] = ({}, {})
+        self.simulators: dict[bytes, Simulator] = {}
+        self.runners: dict[bytes, Runner] = {}
+        self.trainer: Trainer | None = None
+        self.reports = peers.Reports()
+        self.simulators_live = 0
+        self.episodes = 0
+        self.windows = 0
+        # what is in flight
+        self.ledger = Ledger()
+        self.waiting: deque[Fragment] = deque()
+        self.held_bytes = 0
+        self.holding = True
+        self.malformed = 0
+        # the run, and the newest weights version that any runner has offered
+        self.run = ""
+        self.version = -1
+        self.round_steps = 0
+        self.taken_steps = 0
+        # the artifacts: what simulators can get
+        self.published_version = -1
+        self.weights = b""
+        self.weights_crc = 0
+        self.policy_ready = ""
+        self.policy_blob = b""
+        self._dirty: dict[Simulator, None] = {}
+        self._ack_due: float | None = None
+        self._told: dict[str, float] = {}
+        self._actions: list[Action] = []
+
+    # ---- speaking
+
+    def _send(self, peer: Peer, message: Message, body: Sequence[Buffer] = ()) -> None:
+        self._actions.append(Send(peer.side, peer.route, message, body))
+
+    def _refuse(
+        self, side: Side, route: bytes, code: str, text: str, now: float, *, fatal: bool = False, greeting: int = 0
+    ) -> None:
+        self._actions.append(Send(side, route, REFUSED(code, text[:4000], fatal, greeting)))
+        if code != "greet":
+            self._say(logging.WARNING, code, f"refused ({code}): {text}", now)
+
+    def _say(self, level: int, kind: str, text: str, now: float) -> None:
+        """A log line, at most one of a kind a second: whatever a peer does, the log stays readable."""
+        if now - self._told.get(kind, -1e9) >= 1.0:
+            self._told[kind] = now
+            self._actions.append(Log(level, text))
+
+    def pong(self) -> PONG:
+        wanted = self.trainer.hello.runners if self.trainer is not None else 0
+        return PONG(
+            self.epoch, self.run, self.published_version, self.policy_ready, self.taken_steps, self.round_steps,
+            wanted, self.simulators_live,
+        )  # fmt: skip
+
+    # ---- what every room needs
+
+    def trained(self) -> bool:
+        """A trainer is connected."""
+        return self.trainer is not None and self.trainer.state is peers.State.LIVE
+
+    def pool(self) -> list[Runner]:
+        """The runners that may be leased to."""
+        return [r for r in self.runners.values() if r.state is peers.State.LIVE and r.run == self.run]
+
+    def steps_granted(self, sim: Simulator) -> tuple[int, int]:
+        """(steps limit of this session, length of its fragments): the steps ahead are shared by episodes at once."""
+        trainer = self.trainer
+        if trainer is None:
+            return 0, 1
+        longest, ahead, n = trainer.hello.fragment_steps, trainer.hello.steps_ahead, max(1, self.episodes)
+        if not ahead:
+            return 0, longest
+        length = max(1, min(longest, ahead // (2 * n)))
+        return sim.taken_steps + max(length, ahead // n) * sim.episodes, length
+
+    def _mark(self, sim: Simulator, now: float) -> None:
+        """This simulator is owed an ACK."""
+        self._dirty[sim] = None
+        if self._ack_due is None:
+            self._ack_due = now + self.settings.ack_interval
+
+    def _mark_all(self, now: float) -> None:
+        for peer in self.routes[Side.FRONT].values():
+            if isinstance(peer, Simulator):
+                self._mark(peer, now)
+
+    def _requeue(self, fragments: Iterable[Fragment], verb: Verb) -> None:
+        """Back to the head of the queue, in their order."""
+        for fragment in reversed(list(fragments)):
+            if verb is Verb.UNLEASE and fragment.runner is not None:
+                fragment.runner.unlease(fragment)
+            fragment.move(verb)
+            fragment.runner = None
+            self.waiting.appendleft(fragment)
+
+    def _settle(self, fragment: Fragment, outcome: str, now: float) -> None:
+        raise NotImplementedError  # the core's
+
+    def _drop(self, fragment: Fragment, reason: str, now: float) -> None:
+        raise NotImplementedError  # the core's
+
+    def _give(self, runner: Runner, k: int, dropped: Any, now: float) -> None:
+        raise NotImplementedError  # the core's
+
+    def _hold_for(self, fragment: Fragment, runner: Runner, k: int, now: float) -> None:
+        raise NotImplementedError  # the core's
+
+    def _source_lost(self, peer: Peer, now: float) -> None:
+        raise NotImplementedError  # the artifacts'
+
+    def _begin_run(self, trainer: Trainer, now: float) -> None:
+        raise NotImplementedError  # the artifacts'
+
+
+__all__ = ["BrokerState", "logging"]

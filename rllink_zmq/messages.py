@@ -1,0 +1,356 @@
+"""Every message of the protocol: one frozen, bounded, typed struct each, and their union `Message`.
+
+`docs/protocol.md` says who sends what when. A header is a msgpack map whose `type` names the message. Fields with
+a default may be left out. Unknown fields are ignored, so that a newer peer may add some.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta, Struct
+
+PROTOCOL_VERSION = 1
+
+# ---- limits that don't depend on settings (bytes, counts) -----------------------------------------------------
+MAX_FRAME_BYTES = 512 * 1024
+"""No frame is larger: libzmq's heartbeats can't pass a frame that is on its way (a slow link would look dead)."""
+MAX_HEADER_BYTES = MAX_FRAME_BYTES
+MAX_FRAMES = 4096
+MAX_BODY_BYTES = 1 << 30
+MAX_COLUMNS = 64
+MAX_NUMBERS = 65_536
+
+Session: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
+"""16 random bytes, fresh at every `connect()` (simulator) or process start (runner, trainer)."""
+Name: TypeAlias = Annotated[str, Meta(max_length=128)]
+Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
+RunId: TypeAlias = Annotated[str, Meta(max_length=64)]
+"""Sortable: 12 hex digits of Unix milliseconds, a dash, 8 random hex digits. '' = none."""
+Reason: TypeAlias = Annotated[str, Meta(max_length=64, pattern="^[a-z_]+$")]
+Count: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 53)]
+Numbers: TypeAlias = Annotated[list[Count], Meta(max_length=MAX_NUMBERS)]
+Address: TypeAlias = Annotated[str, Meta(max_length=256)]
+Digest: TypeAlias = Annotated[str, Meta(max_length=64)]
+
+DELIVERED = "delivered"
+
+End: TypeAlias = Literal["no", "terminated", "truncated"]
+Role: TypeAlias = Literal["simulator", "runner", "trainer", "observer"]
+
+
+class _Part(Struct, frozen=True, omit_defaults=True, gc=False):
+    """A piece of a message."""
+
+
+# ---- spaces ---------------------------------------------------------------------------------------------------
+
+
+class BoxSpace(_Part, tag="Box", tag_field="space", frozen=True):
+    """`low` and `high` hold one number for all entries, or one each in C order."""
+
+    shape: Annotated[tuple[Count, ...], Meta(max_length=8)]
+    dtype: Annotated[str, Meta(max_length=16)]
+    low: Annotated[tuple[float, ...], Meta(min_length=1, max_length=65_536)]
+    high: Annotated[tuple[float, ...], Meta(min_length=1, max_length=65_536)]
+
+
+class DiscreteSpace(_Part, tag="Discrete", tag_field="space", frozen=True):
+    """The integers start .. start + n - 1."""
+
+    n: Annotated[int, Meta(ge=1, lt=1 << 53)]
+    start: int = 0
+
+
+Space: TypeAlias = BoxSpace | DiscreteSpace
+
+
+class Spaces(_Part, frozen=True):
+    observation: Space
+    action: Space
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------
+
+
+class Column(_Part, array_like=True, frozen=True):
+    """One array of a body: `name`, `dtype` (NumPy's, little endian), `shape`. Bytes follow in the body, C order."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    dtype: Annotated[str, Meta(max_length=8)]
+    shape: Annotated[tuple[Count, ...], Meta(max_length=8)]
+
+
+class Claim(_Part, array_like=True, frozen=True):
+    """Some fragments of one simulator session, by number."""
+
+    session: Session
+    numbers: Numbers
+
+
+class Handed(_Part, array_like=True, frozen=True):
+    """Fragments of one session that a runner has handed over; `takes[i]` is the TAKE that `numbers[i]` came with."""
+
+    session: Session
+    numbers: Numbers
+    takes: Numbers
+
+
+class Dropped(_Part, array_like=True, frozen=True):
+    """A taken fragment that RLlib did not get, and why."""
+
+    session: Session
+    number: Count
+    reason: Reason
+
+
+class SimulatorHello(_Part, tag="simulator", tag_field="role", frozen=True):
+    """`base`: every number below it is settled. `steps`: env steps of all settled fragments of this session.
+    `episodes`: how many episodes it runs at once. `policy`: hash of the policy it has, '' = none."""
+
+    base: Count = 1
+    steps: Count = 0
+    episodes: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
+    spaces: Spaces | None = None
+    policy: Digest = ""
+
+
+class RunnerHello(_Part, tag="runner", tag_field="role", frozen=True):
+    """`committed`: the last TAKEN it acted upon. `returned`: RLlib has the hand-overs up to this one. `handed`,
+    `dropped`: what it handed over, or could not, and whose `base` has not passed."""
+
+    run: RunId
+    committed: Count = 0
+    returned: Count = 0
+    handed: Annotated[list[Handed], Meta(max_length=65_536)] = []
+    dropped: Annotated[list[Dropped], Meta(max_length=65_536)] = []
+
+
+class TrainerHello(_Part, tag="trainer", tag_field="role", frozen=True):
+    """`quota`: env steps one learner update consumes. `lag_limit`: the most learner updates a fragment's weights may
+    be old. `steps_ahead`: env steps all simulators together may have on their way (0 = no limit). `runners`: how
+    many it has now. `fragment_steps`: the longest fragment wanted. `policy`, `policy_bytes`: the policy it offers."""
+
+    run: RunId
+    quota: Count
+    lag_limit: Count
+    steps_ahead: Count
+    runners: Count
+    fragment_steps: Annotated[int, Meta(ge=1, lt=1 << 31)]
+    spaces: Spaces
+    policy: Digest
+    policy_bytes: Count
+
+
+class ObserverHello(_Part, tag="observer", tag_field="role", frozen=True):
+    """Only asks: WELCOME tells it the spaces of the first simulator."""
+
+
+Hello: TypeAlias = SimulatorHello | RunnerHello | TrainerHello | ObserverHello
+
+
+# ---- messages -------------------------------------------------------------------------------------------------
+
+
+class _Message(Struct, frozen=True, omit_defaults=True, tag_field="type", gc=False):
+    """A header."""
+
+
+class HELLO(_Message, tag="HELLO", frozen=True):
+    """any -> broker: (re)start of a conversation. The only message an unknown routing id may send."""
+
+    protocol: Count
+    session: Session
+    greeting: Annotated[int, Meta(ge=1, lt=1 << 53)]
+    peer: Hello
+    name: Name = ""
+    package: Annotated[str, Meta(max_length=32)] = ""
+
+
+class WELCOME(_Message, tag="WELCOME", frozen=True):
+    """broker -> any: the answer to HELLO `greeting`. A simulator resends all unsettled fragments in order; a runner
+    forgets what it has not taken. `window` and `steps_limit` are absolute; 0 as `steps_limit` = no limit."""
+
+    epoch: Annotated[bytes, Meta(min_length=8, max_length=8)]
+    greeting: Count
+    fragment_bytes: Count
+    window: Count
+    steps_limit: Count
+    fragment_steps: Count
+    run: RunId = ""
+    version: int = -1
+    policy: Digest = ""
+    weights: Address = ""
+    spaces: Spaces | None = None
+    text: Text = ""
+
+
+class REFUSED(_Message, tag="REFUSED", frozen=True):
+    """broker -> any. `code` `greet` = send HELLO. `fatal` = don't try again unchanged."""
+
+    code: Reason
+    text: Text
+    fatal: bool = False
+    greeting: Count = 0
+
+
+class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
+    """simulator -> broker -> runner, header and frames unchanged: env steps `t0` .. `t0 + steps - 1` of an episode.
+    `obs` has steps + 1 rows, all other columns have steps rows.
+    `return_so_far`: the episode's return before step `t0`. `dropped`: cumulative totals of what the simulator dropped
+    itself: reason -> (fragments, steps)."""
+
+    session: Session
+    number: Annotated[int, Meta(ge=1, lt=1 << 53)]
+    base: Annotated[int, Meta(ge=1, lt=1 << 53)]
+    episode: Annotated[str, Meta(min_length=1, max_length=64)]
+    t0: Count
+    steps: Annotated[int, Meta(ge=1, lt=1 << 31)]
+    end: End
+    run: RunId
+    version: Count
+    return_so_far: float
+    columns: Annotated[tuple[Column, ...], Meta(min_length=1, max_length=MAX_COLUMNS)]
+    agent: Annotated[str, Meta(max_length=64)] = ""
+    module: Annotated[str, Meta(max_length=64)] = ""
+    dropped: Annotated[dict[Reason, tuple[Count, Count]], Meta(max_length=16)] = {}
+
+
+class TAKE(_Message, tag="TAKE", frozen=True):
+    """runner -> broker: from TAKEN on these fragments are this runner's, for good. `k` rises with every TAKE."""
+
+    k: Count
+    claims: Annotated[list[Claim], Meta(max_length=65_536)]
+    returned: Count = 0
+
+
+class TAKEN(_Message, tag="TAKEN", frozen=True):
+    """broker -> runner: TAKE `k` is granted but for `refused`. `round_steps`: env steps taken since `version`."""
+
+    k: Count
+    refused: Annotated[list[Claim], Meta(max_length=65_536)] = []
+    version: int = -1
+    round_steps: Count = 0
+
+
+class RETURNED(_Message, tag="RETURNED", frozen=True):
+    """runner -> broker: RLlib has all hand-overs up to `k`, but for `dropped`."""
+
+    k: Count
+    dropped: Annotated[list[Dropped], Meta(max_length=65_536)] = []
+
+
+class ACK(_Message, tag="ACK", frozen=True):
+    """broker -> simulator: outcomes, and the limits as they are now (absolute, like WELCOME's)."""
+
+    settled: Annotated[list[tuple[Count, Reason]], Meta(max_length=MAX_NUMBERS)]
+    window: Count
+    steps_limit: Count
+    fragment_steps: Count
+    run: RunId = ""
+    version: int = -1
+    policy: Digest = ""
+
+
+class PING(_Message, tag="PING", frozen=True):
+    """any -> broker, only when nothing else was sent for a while."""
+
+
+class PONG(_Message, tag="PONG", frozen=True):
+    """broker -> any: the answer to PING, or a probe. `runners_wanted`: what the trainer asked for."""
+
+    epoch: Annotated[bytes, Meta(min_length=8, max_length=8)]
+    run: RunId = ""
+    version: int = -1
+    policy: Digest = ""
+    taken_steps: Count = 0
+    round_steps: Count = 0
+    runners_wanted: Count = 0
+    simulators: Count = 0
+
+
+class OFFER(_Message, tag="OFFER", frozen=True):
+    """runner -> broker: this runner holds the weights `version` of `run`, `size` bytes."""
+
+    run: RunId
+    version: Count
+    size: Count
+
+
+class GET_STATE(_Message, tag="GET_STATE", frozen=True):
+    """broker -> offering runner, or simulator -> broker: send me weights (the newest; `version` = the one a
+    transfer has begun with) from byte `offset` on."""
+
+    run: RunId = ""
+    version: int = -1
+    offset: Count = 0
+
+
+class STATE(_Message, tag="STATE", frozen=True):
+    """The answer to GET_STATE, and what PUB carries: bytes `offset` .. of `size` bytes of weights, `crc32` of them all.
+    On PUB an empty body = announced only, to be pulled. `size` 0 with `version` -1 = there are none yet."""
+
+    run: RunId
+    version: int
+    size: Count
+    offset: Count = 0
+    crc32: Count = 0
+
+
+class GET_CONFIG(_Message, tag="GET_CONFIG", frozen=True):
+    """simulator -> broker, broker -> trainer: send me the exported policy with this hash from byte `offset` on."""
+
+    policy: Digest
+    offset: Count = 0
+
+
+class CONFIG(_Message, tag="CONFIG", frozen=True):
+    """The answer to GET_CONFIG: bytes `offset` .. of the `size` bytes of the policy. `size` 0 = unknown policy."""
+
+    policy: Digest
+    size: Count
+    offset: Count = 0
+
+
+class BYE(_Message, tag="BYE", frozen=True):
+    """any -> broker: an orderly leave. A runner's untaken fragments go to others at once."""
+
+    returned: Count = 0
+    dropped: Annotated[list[Dropped], Meta(max_length=65_536)] = []
+
+
+Message: TypeAlias = (
+    HELLO
+    | WELCOME
+    | REFUSED
+    | FRAGMENT
+    | TAKE
+    | TAKEN
+    | RETURNED
+    | ACK
+    | PING
+    | PONG
+    | OFFER
+    | GET_STATE
+    | STATE
+    | GET_CONFIG
+    | CONFIG
+    | BYE
+)
+
+MESSAGES: tuple[type[Struct], ...] = Message.__args__
+"""Every message class, in the order of `docs/protocol.md`."""
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """The header frame of a message."""
+    return _encoder.encode(message)
+
+
+def decode(header: bytes | bytearray | memoryview) -> Message:
+    """The message of a header frame. Raises `msgspec.DecodeError` (or `UnicodeDecodeError`) alone."""
+    return _decoder.decode(header)

@@ -1,0 +1,131 @@
+"""What one `sample()` call does, sans-IO: how much to take, when to wait, when to return.
+
+RLlib's algorithms want different things of a runner, and none says so (`docs/rllib.md`):
+
+- **round** (PPO): RLlib calls all runners, waits for every answer, and goes on until its batch is full. An answer
+  later than `timeout` is thrown away unseen. So: return at this runner's share, or `linger` after the first data; with
+  nothing to give return an empty list only while other runners make progress. When nobody has data stay silent past
+  the timeout: then `train()` comes back. Nothing is taken after half of the timeout, and what was granted too late to
+  be returned in time is dropped with the reason `late`.
+- **stream** (APPO, IMPALA): calls are asynchronous and *counted*: each is taken for a full fragment, and a package of
+  empty ones ends the training. So: wait for `share` steps, never return an empty list.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Literal, NamedTuple
+
+from rllink_zmq.session_runner import Lease, RunnerSession
+
+PROGRESS_WAIT = 0.3
+"""Seconds that a runner of a round waits for its first data before it looks whether others make progress."""
+
+LATE = 1.0
+"""Seconds past the timeout after which a silent call returns: RLlib has given it up by then."""
+
+TOO_LATE = 0.9
+"""Part of the timeout after which an answer might not reach RLlib in time."""
+
+
+class SamplingRules(NamedTuple):
+    """`share`: env steps wanted of one call. `quota`: env steps that all runners together give for one weights version.
+    Times in seconds."""
+
+    style: Literal["round", "stream"]
+    share: int
+    quota: int
+    timeout: float
+    linger: float
+
+
+class Next(Enum):
+    WAIT = "wait"
+    RETURN = "return"
+
+
+class SampleCall:
+    """One call of `sample()`. `step(now)` is to be called whenever something came, and at `wake`; the result is in
+    `leases` when it says `Next.RETURN`."""
+
+    def __init__(self, session: RunnerSession, rules: SamplingRules, now: float, *, repeated: bool = False) -> None:
+        self.session = session
+        self.rules = rules
+        self.leases: list[Lease] = []
+        self.steps = 0
+        self.wake = now
+        self.round_was_full = False
+        self._repeated = repeated
+        self._started = now
+        self._first: float | None = None
+        self._pool_at_start = session.pool.taken_steps
+        self._mine = 0
+        self._cancelled = False
+        session.taken = None
+
+    def cancel(self) -> None:
+        """Return as soon as nothing is being claimed."""
+        self._cancelled = True
+
+    def step(self, now: float) -> Next:
+        session = self.session
+        if session.taken is not None:
+            late = self.rules.style == "round" and now > self._started + TOO_LATE * self.rules.timeout
+            for lease in session.taken:
+                if late:
+                    session.drop(lease.message, "late")
+                    continue
+                self.leases.append(lease)
+                self.steps += lease.message.steps
+            self._mine = self.steps
+            if session.taken and self._first is None:
+                self._first = now
+            session.taken = None
+        if session.claiming:
+            self.wake = now + self.rules.timeout
+            return Next.WAIT
+        if self._cancelled:
+            return Next.RETURN
+        return self._round(now) if self.rules.style == "round" else self._stream(now)
+
+    def _stream(self, now: float) -> Next:
+        rules = self.rules
+        if self.steps >= rules.share or (self._first is not None and now >= self._first + rules.linger):
+            return Next.RETURN
+        self.session.take(rules.share - self.steps, now)
+        self.wake = now + rules.timeout if self._first is None else self._first + rules.linger
+        return Next.WAIT
+
+    def _round(self, now: float) -> Next:
+        rules = self.rules
+        want = min(rules.share, self._open()) if not self._repeated else rules.share
+        if self.steps >= want:
+            self.round_was_full = want < rules.share or self._open() <= 0
+            return Next.RETURN
+        if self._first is not None and now >= self._first + rules.linger:
+            return Next.RETURN
+        half = self._started + rules.timeout / 2
+        if now < half:
+            self.session.take(want - self.steps, now)
+            if self.session.claiming:
+                self.wake = now + rules.timeout
+                return Next.WAIT
+        if self._first is not None:
+            self.wake = self._first + rules.linger
+            return Next.WAIT
+        others = self.session.pool.taken_steps - self._pool_at_start > self._mine
+        patience = self._started + PROGRESS_WAIT
+        if others and now >= patience:
+            return Next.RETURN
+        late = self._started + rules.timeout + LATE
+        if now >= late:
+            return Next.RETURN
+        self.wake = min(t for t in (patience, half, late, now + PROGRESS_WAIT) if t > now)
+        return Next.WAIT
+
+    def _open(self) -> int:
+        """Env steps that this round still wants of the pool, beyond what this call has taken. The broker counts what
+        was taken since the newest version; RLlib asking again in spite of a full round (`repeated`) knows better."""
+        pool = self.session.pool
+        taken = pool.round_steps if pool.version == self.session.offered_version else 0
+        return self.rules.quota - taken + self.steps

@@ -1,0 +1,291 @@
+"""The learner side's endpoints, sans-IO: a runner, a trainer, and one who only asks.
+
+The runner's rules:
+
+- A leased fragment is nobody's. TAKE asks for it, and only what TAKEN grants is handed over; on WELCOME everything that
+  is not taken is forgotten, a claim under way too.
+- `k` rises with every TAKE. `committed` is the last TAKEN acted upon, `returned` the last hand-over that RLlib has.
+- What was handed over is remembered until the simulator's `base` passes it, for a broker that starts empty-handed.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from rllink_zmq.arrays import Buffer
+from rllink_zmq.messages import (
+    BYE,
+    CONFIG,
+    FRAGMENT,
+    GET_CONFIG,
+    GET_STATE,
+    OFFER,
+    PONG,
+    RETURNED,
+    STATE,
+    TAKE,
+    TAKEN,
+    WELCOME,
+    Claim,
+    Dropped,
+    Handed,
+    Message,
+    ObserverHello,
+    RunnerHello,
+    Spaces,
+    TrainerHello,
+)
+from rllink_zmq.session import Endpoint, State, Timing
+from rllink_zmq.transfer import chunk
+
+SERVICE_TIMING = Timing(ping=1.0, silence=10.0, retry=0.1, retry_most=1.0, answer=2.0)
+"""Peers with a thread of their own say something every second."""
+
+MEMORY_OF_HANDED = 3600.0
+"""Seconds after which hand-overs of a session that sent nothing more are forgotten."""
+
+Key = tuple[bytes, int]
+
+
+class Lease(NamedTuple):
+    """A fragment as it came: its header and the frames of its body."""
+
+    message: FRAGMENT
+    body: Sequence[Buffer]
+
+
+class Pool(NamedTuple):
+    """What the broker last said of the whole pool: env steps taken so far in this run and since `version`."""
+
+    version: int = -1
+    round_steps: int = 0
+    taken_steps: int = 0
+    simulators: int = 0
+
+
+class RunnerSession(Endpoint):
+    """A runner's end, for one run."""
+
+    def __init__(
+        self, session: bytes, run: str, *, name: str = "", package: str = "", rng: random.Random | None = None
+    ) -> None:
+        super().__init__(session, name, package, SERVICE_TIMING, rng or random.Random(session))
+        self.my_run = run
+        self.leased: dict[Key, Lease] = {}
+        self.leased_steps = 0
+        self.k = 0
+        self.committed = 0
+        self.returned = 0
+        self.taken: list[Lease] | None = None
+        self.pool = Pool()
+        self._pending: tuple[int, list[Key]] | None = None
+        self._handed: dict[bytes, dict[int, int]] = {}
+        self._handed_at: dict[bytes, float] = {}
+        self._dropped: dict[Key, str] = {}
+        self._told_dropped = 0
+        self._offer: tuple[int, Callable[[], bytes]] | None = None
+        self._weights: tuple[int, bytes, int] | None = None
+
+    def hello(self) -> RunnerHello:
+        handed = [Handed(s, list(known), list(known.values())) for s, known in self._handed.items()]
+        return RunnerHello(self.my_run, self.committed, self.returned, handed, self._all_dropped())
+
+    def farewell(self) -> BYE:
+        return BYE(self.returned, self._all_dropped())
+
+    # ---- taking
+
+    @property
+    def claiming(self) -> bool:
+        """A TAKE is on its way."""
+        return self._pending is not None
+
+    def take(self, steps: int, now: float) -> int:
+        """Claim leased fragments, oldest first, until they have `steps` env steps. Returns the steps claimed (0 = there
+        is nothing to claim now). The answer appears in `taken`."""
+        if self.state is not State.LIVE or self._pending is not None or not self.leased:
+            return 0
+        keys: list[Key] = []
+        claims: dict[bytes, list[int]] = {}
+        claimed = 0
+        for key, lease in self.leased.items():
+            if claimed >= steps:
+                break
+            keys.append(key)
+            claims.setdefault(key[0], []).append(key[1])
+            claimed += lease.message.steps
+        self.k += 1
+        self._pending = (self.k, keys)
+        self.taken = None
+        self._say(TAKE(self.k, [Claim(s, n) for s, n in claims.items()], self.returned), now)
+        return claimed
+
+    def drop(self, message: FRAGMENT, reason: str) -> None:
+        """RLlib did not get this taken fragment. Told with the next `give_back`."""
+        self._dropped[message.session, message.number] = reason
+
+    def give_back(self, now: float) -> None:
+        """RLlib has all hand-overs so far."""
+        if self.returned == self.committed:
+            return
+        self.returned = self.committed
+        if self.state is State.LIVE:
+            self._say(RETURNED(self.returned, self._all_dropped()), now)
+
+    # ---- weights
+
+    def offer(self, version: int, size: int, load: Callable[[], bytes], now: float) -> None:
+        """This runner has weights `version`. `load()` makes their `size` bytes when the broker asks for them."""
+        self._offer = (version, load)
+        self._offer_size = size
+        if self.state is State.LIVE:
+            self._say(OFFER(self.my_run, version, size), now)
+
+    _offer_size = 0
+
+    @property
+    def offered_version(self) -> int:
+        """The newest version this runner has; -1 before the first."""
+        return -1 if self._offer is None else self._offer[0]
+
+    def _serve(self, message: GET_STATE, now: float) -> None:
+        if self._offer is None or message.run != self.my_run:
+            return
+        version, load = self._offer
+        if self._weights is None or (message.version != self._weights[0] and self._weights[0] != version):
+            data = load()
+            self._weights = (version, data, zlib.crc32(data))
+        held, data, crc = self._weights
+        offset = message.offset if message.version == held else 0
+        self._say(STATE(self.my_run, held, len(data), offset, crc), now, [chunk(data, offset)])
+
+    # ---- what comes
+
+    def welcomed(self, message: WELCOME, now: float) -> None:
+        self.leased.clear()
+        self.leased_steps = 0
+        if self._pending is not None:
+            self._pending, self.taken = None, []
+        if self._offer is not None:
+            self._say(OFFER(self.my_run, self._offer[0], self._offer_size), now)
+
+    def handle(self, message: Message, body: Sequence[Buffer], now: float) -> None:
+        if isinstance(message, FRAGMENT):
+            self._pass_base(message, now)
+            self.leased[message.session, message.number] = Lease(message, body)
+            self.leased_steps += message.steps
+        elif isinstance(message, TAKEN):
+            self._on_taken(message, now)
+        elif isinstance(message, PONG):
+            self.pool = Pool(message.version, message.round_steps, message.taken_steps, message.simulators)
+        elif isinstance(message, GET_STATE):
+            self._serve(message, now)
+
+    def send_failed(self, now: float) -> None:
+        super().send_failed(now)
+        if self._pending is not None:
+            self._pending, self.taken = None, []
+
+    def _on_taken(self, message: TAKEN, now: float) -> None:
+        if self._pending is None or message.k != self._pending[0]:
+            return
+        refused = {(c.session, n) for c in message.refused for n in c.numbers}
+        granted = []
+        for key in self._pending[1]:
+            lease = self.leased.pop(key)
+            self.leased_steps -= lease.message.steps
+            if key in refused:
+                continue
+            known = self._handed.setdefault(key[0], {})
+            self._handed_at[key[0]] = now
+            if key[1] in known:
+                # Handed over before: whatever the broker believes, RLlib doesn't get it again.
+                self._dropped.setdefault(key, "duplicate")
+                continue
+            known[key[1]] = message.k
+            granted.append(lease)
+        self.committed = message.k
+        self.pool = self.pool._replace(version=message.version, round_steps=message.round_steps)
+        self._pending, self.taken = None, granted
+
+    def _pass_base(self, message: FRAGMENT, now: float) -> None:
+        known = self._handed.get(message.session)
+        if known is None:
+            return
+        self._handed_at[message.session] = now
+        for number in [n for n in known if n < message.base]:
+            del known[number]
+            self._dropped.pop((message.session, number), None)
+        if not known:
+            del self._handed[message.session], self._handed_at[message.session]
+
+    def tick(self, now: float) -> None:
+        super().tick(now)
+        for session in [s for s, t in self._handed_at.items() if now - t > MEMORY_OF_HANDED]:
+            for number in self._handed.pop(session):
+                self._dropped.pop((session, number), None)
+            del self._handed_at[session]
+
+    def _all_dropped(self) -> list[Dropped]:
+        return [Dropped(s, n, reason) for (s, n), reason in self._dropped.items()]
+
+
+class TrainerSession(Endpoint):
+    """The trainer's end: says what it wants of the broker, serves the exported policy, and shows that it is there."""
+
+    def __init__(
+        self,
+        session: bytes,
+        terms: TrainerHello,
+        blob: bytes,
+        *,
+        name: str = "",
+        package: str = "",
+        rng: random.Random | None = None,
+    ) -> None:
+        super().__init__(session, name, package, SERVICE_TIMING, rng or random.Random(session))
+        self.terms = terms
+        self.blob = blob
+        self.pool = Pool()
+
+    def hello(self) -> TrainerHello:
+        return self.terms
+
+    def change(self, terms: TrainerHello, now: float) -> None:
+        """New terms (a new run, another number of runners): greet with them."""
+        self.terms = terms
+        if self.state is State.LIVE or self.state is State.GREETING:
+            self.state = State.GREETING
+            self._greet(now)
+
+    def handle(self, message: Message, body: Sequence[Buffer], now: float) -> None:
+        if isinstance(message, GET_CONFIG) and message.policy == self.terms.policy:
+            header = CONFIG(message.policy, len(self.blob), message.offset)
+            self._say(header, now, [chunk(self.blob, message.offset)])
+        elif isinstance(message, PONG):
+            self.pool = Pool(message.version, message.round_steps, message.taken_steps, message.simulators)
+
+
+class ObserverSession(Endpoint):
+    """Asks for the spaces of the first simulator, again and again: `spaces` is None until there is one."""
+
+    def __init__(self, session: bytes, *, name: str = "", package: str = "", rng: random.Random | None = None) -> None:
+        super().__init__(session, name, package, SERVICE_TIMING, rng or random.Random(session))
+        self.spaces: Spaces | None = None
+        self._asked = 0.0
+
+    def hello(self) -> ObserverHello:
+        return ObserverHello()
+
+    def welcomed(self, message: WELCOME, now: float) -> None:
+        self.spaces = message.spaces
+        self._asked = now
+
+    def tick(self, now: float) -> None:
+        if self.state is State.LIVE and self.spaces is None and now - self._asked >= 0.25:
+            self.state = State.GREETING
+            self._greet(now)
+        super().tick(now)

@@ -1,0 +1,100 @@
+"""Frames <-> messages: a header frame, then the body's bytes in frames of at most 512 KB.
+
+Any frames give a `Message` with its body or raise `ProtocolError`, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from rllink_zmq.arrays import Buffer as Buffer
+from rllink_zmq.arrays import column_bytes as column_bytes
+from rllink_zmq.errors import ProtocolError
+from rllink_zmq.messages import (
+    CONFIG,
+    FRAGMENT,
+    MAX_BODY_BYTES,
+    MAX_FRAME_BYTES,
+    MAX_FRAMES,
+    MAX_HEADER_BYTES,
+    STATE,
+    Message,
+    decode,
+    encode,
+)
+
+_WITH_BODY = (FRAGMENT, STATE, CONFIG)
+
+
+def pack(message: Message, body: Iterable[Buffer] = ()) -> list[Buffer]:
+    """The frames of a message: its header, then `body` cut at 512 KB; small buffers are joined.
+
+    Raises `ProtocolError` when the header itself is larger than a frame may be.
+    """
+    header = encode(message)
+    if len(header) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"a {type(message).__name__} header of {len(header)} bytes; at most {MAX_HEADER_BYTES} fit")
+    buffers = [b for b in body if len(b)]
+    if not buffers:
+        return [header]
+    if len(buffers) > 1 and sum(map(len, buffers)) <= MAX_FRAME_BYTES:
+        return [header, b"".join(buffers)]
+    frames: list[Buffer] = [header]
+    for buffer in buffers:
+        if len(buffer) <= MAX_FRAME_BYTES:
+            frames.append(buffer)
+        else:
+            view = memoryview(buffer).cast("B")
+            frames += [view[i : i + MAX_FRAME_BYTES] for i in range(0, len(view), MAX_FRAME_BYTES)]
+    return frames
+
+
+def parse_header(header: Buffer) -> Message:
+    """The message in a header frame. Raises `ProtocolError`."""
+    if len(header) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"a header of {len(header)} bytes; at most {MAX_HEADER_BYTES} are allowed", "too_large")
+    try:
+        return decode(header)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as e:
+        raise ProtocolError(f"expected a msgpack header of this protocol: {e}") from None
+
+
+def check_body(message: Message, body: Sequence[Buffer]) -> int:
+    """The size of the body in bytes, once it is known to fit its header. Raises `ProtocolError` otherwise."""
+    if len(body) >= MAX_FRAMES:
+        raise ProtocolError(f"{len(body)} frames; at most {MAX_FRAMES} are allowed", "too_large")
+    size = 0
+    for frame in body:
+        size += len(frame)
+    if type(message) is FRAGMENT:
+        claimed = 0
+        steps = message.steps
+        for column in message.columns:
+            claimed += column_bytes(column)
+            rows = steps + 1 if column.name == "obs" else steps
+            if not column.shape or column.shape[0] != rows:
+                raise ProtocolError(
+                    f"column '{column.name}' of a fragment of {steps} steps must have {rows} rows, "
+                    f"its shape is {list(column.shape)}"
+                )
+        if claimed != size:
+            raise ProtocolError(f"the header's columns claim {claimed} bytes, the body has {size}")
+    elif size and type(message) not in _WITH_BODY:
+        raise ProtocolError(f"a {type(message).__name__} has no body, {size} bytes came")
+    if size > MAX_BODY_BYTES:
+        raise ProtocolError(f"a body of {size} bytes; at most {MAX_BODY_BYTES} are allowed", "too_large")
+    if isinstance(message, STATE | CONFIG) and message.offset + size > message.size:
+        raise ProtocolError(f"bytes {message.offset} to {message.offset + size} of a transfer of {message.size} bytes")
+    return size
+
+
+def unpack(frames: Sequence[Buffer]) -> tuple[Message, list[Buffer]]:
+    """The message and the frames of its body. Raises `ProtocolError`."""
+    if not frames:
+        raise ProtocolError("a message without frames")
+    message = parse_header(frames[0])
+    body = list(frames[1:])
+    check_body(message, body)
+    return message, body
