@@ -333,7 +333,7 @@ class Broker(Handshake, Artifacts):
             self._sweep(now)
 
     def _ping(self, peer: Peer, message: PING, event: Received, now: float) -> None:
-        self._send(peer, self.pong())
+        self._send(peer, self.pong(peer))
 
     # ---- for people
 

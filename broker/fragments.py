@@ -104,6 +104,11 @@ class Ledger:
             for i in (0, 1)
         )
 
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """name or reason -> (fragments, env steps), as PONG carries it."""
+        named = {"received": self.received, "delivered": self.delivered, "in_flight": self.in_flight}
+        return {name: (pair[0], pair[1]) for name, pair in (named | self.dropped).items()}
+
     def as_json(self) -> dict[str, object]:
         def pair(p: list[int]) -> dict[str, int]:
             return {"fragments": p[0], "steps": p[1]}

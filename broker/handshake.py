@@ -216,7 +216,7 @@ class Handshake(BrokerState):
             if hello.greeting <= old.greeting:
                 return None
         elif old is not None and old.state is State.LIVE:
-            self._send(old, self.pong())  # if it is gone this shows it, and the next try is accepted
+            self._send(old, self.pong(old))  # if it is gone this shows it, and the next try is accepted
             return no("trainer_present", f"this broker already serves the trainer '{old.name}' (run {old.hello.run}): "
                       f"stop it, or start a broker of its own for each training", fatal=False)  # fmt: skip
         if role.run < self.run:
@@ -304,10 +304,10 @@ class Handshake(BrokerState):
             if silent > s.runner_silence:
                 self._lose(peer, now)
             elif silent > s.probe_interval:
-                self._send(peer, self.pong())
+                self._send(peer, self.pong(peer))
         for peer in self.routes[Side.FRONT].values():
             if now - peer.heard > s.simulator_silence:
-                self._send(peer, self.pong())
+                self._send(peer, self.pong(peer))
         for sim in list(self.simulators.values()):
             if sim.state is State.LOST and now - sim.since > s.simulator_grace:
                 self._forget(sim, Verb.EXPIRE, now)

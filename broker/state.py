@@ -74,11 +74,12 @@ class BrokerState:
             self._told[kind] = now
             self._actions.append(Log(level, text))
 
-    def pong(self) -> PONG:
+    def pong(self, peer: Peer) -> PONG:
+        """The answer to a PING of `peer`, or a probe of it."""
         wanted = self.trainer.hello.runners if self.trainer is not None else 0
         return PONG(
             self.epoch, self.run, self.published_version, self.policy_ready, self.taken_steps, self.round_steps,
-            wanted, self.simulators_live,
+            wanted, self.simulators_live, self.ledger.totals() if isinstance(peer, Trainer) else {},
         )  # fmt: skip
 
     # ---- what every room needs

@@ -198,7 +198,7 @@ class REFUSED(_Message, tag="REFUSED", frozen=True):
 class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     """simulator -> broker -> runner, header and frames unchanged: env steps `t0` .. `t0 + steps - 1` of an episode.
     `obs` has steps + 1 rows, all other columns have steps rows.
-    `return_so_far`: the episode's return before step `t0`. `dropped`: cumulative totals of what the simulator dropped
+    `return_so_far`: the episode's return before step `t0`. `seconds`: since the episode began, at the fragment's end. `dropped`: cumulative totals of what the simulator dropped
     itself: reason -> (fragments, steps)."""
 
     session: Session
@@ -212,6 +212,7 @@ class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     version: Count
     return_so_far: float
     columns: Annotated[tuple[Column, ...], Meta(min_length=1, max_length=MAX_COLUMNS)]
+    seconds: float = 0.0
     agent: Annotated[str, Meta(max_length=64)] = ""
     module: Annotated[str, Meta(max_length=64)] = ""
     dropped: Annotated[dict[Reason, tuple[Count, Count]], Meta(max_length=16)] = {}
@@ -258,7 +259,8 @@ class PING(_Message, tag="PING", frozen=True):
 
 
 class PONG(_Message, tag="PONG", frozen=True):
-    """broker -> any: the answer to PING, or a probe. `runners_wanted`: what the trainer asked for."""
+    """broker -> any: the answer to PING, or a probe. `runners_wanted`: what the trainer asked for.
+    `ledger`: to a trainer alone: "received", "delivered", "in_flight", each reason -> (fragments, steps)."""
 
     epoch: Annotated[bytes, Meta(min_length=8, max_length=8)]
     run: RunId = ""
@@ -268,6 +270,7 @@ class PONG(_Message, tag="PONG", frozen=True):
     round_steps: Count = 0
     runners_wanted: Count = 0
     simulators: Count = 0
+    ledger: Annotated[dict[str, tuple[Count, Count]], Meta(max_length=64)] = {}
 
 
 class OFFER(_Message, tag="OFFER", frozen=True):

@@ -312,12 +312,13 @@ class SimulatorSession(Endpoint):
         columns: tuple[Column, ...],
         body: Sequence[Buffer],
         now: float,
+        seconds: float = 0.0,
     ) -> int:
         """Send a fragment, keep it until it is settled, and return its number."""
         self.number += 1
         message = FRAGMENT(
             self.session, self.number, self.base, episode, t0, steps, end, run, version, return_so_far, columns,  # type: ignore[arg-type]
-            dropped=self.dropped,
+            seconds=seconds, dropped=self.dropped,
         )  # fmt: skip
         size = sum(map(len, body))
         self.unsettled[self.number] = Unsettled(message, body, size)

@@ -23,6 +23,7 @@ from rllink_zmq.messages import (
     GET_CONFIG,
     GET_STATE,
     OFFER,
+    PING,
     PONG,
     RETURNED,
     STATE,
@@ -250,6 +251,8 @@ class TrainerSession(Endpoint):
         self.terms = terms
         self.blob = blob
         self.pool = Pool()
+        self.ledger: dict[str, tuple[int, int]] = {}
+        self.pongs = 0
 
     def hello(self) -> TrainerHello:
         return self.terms
@@ -267,6 +270,13 @@ class TrainerSession(Endpoint):
             self._say(header, now, [chunk(self.blob, message.offset)])
         elif isinstance(message, PONG):
             self.pool = Pool(message.version, message.round_steps, message.taken_steps, message.simulators)
+            self.ledger = dict(message.ledger)
+            self.pongs += 1
+
+    def ask(self, now: float) -> None:
+        """Ask for the ledger as of now: `pongs` rises when it is there."""
+        if self.state is State.LIVE:
+            self._say(PING(), now)
 
 
 class ObserverSession(Endpoint):

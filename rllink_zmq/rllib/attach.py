@@ -1,0 +1,163 @@
+"""`attach(config, broker)`: the one line that turns an AlgorithmConfig to simulators behind a broker.
+
+What it sets, and why; all of it the user's to override, before (values that differ from RLlib's default are kept) or
+after (but `callbacks(...)` must come before, since it replaces):
+
+=====================================  ==========================================================================
+`env_runner_cls`                       `ZmqEnvRunner`
+`observation_space`, `action_space`    from the config, else of its env, else of the first simulator
+`callbacks_class`                      the user's, and `TrainerCallback`
+`sample_timeout_s`                     10 instead of 60: with no simulator `train()` comes back after this long
+`num_cpus_per_env_runner`              0.1 instead of 1: a runner only decodes
+`env_runner_health_probe_timeout_s`    1 instead of 30: all training waits for it after a runner was lost
+`max_requests_in_flight_per_learner`   raised (APPO, IMPALA): past it RLlib drops batches that simulators were told
+                                       are delivered
+=====================================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from typing import Any, TypeVar
+
+import gymnasium as gym
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+
+from rllink_zmq import __version__
+from rllink_zmq.errors import ConnectionTimeout, SettingsError
+from rllink_zmq.rllib.runner import ZmqEnvRunner
+from rllink_zmq.rllib.settings import KEY, LinkSettings, is_round, trainer_terms
+from rllink_zmq.rllib.trainer import TrainerCallback
+from rllink_zmq.session_runner import ObserverSession
+from rllink_zmq.spaces import from_wire, to_wire
+from rllink_zmq.transport import Connection, parse_address
+
+logger = logging.getLogger("rllink_zmq")
+
+C = TypeVar("C", bound=AlgorithmConfig)
+
+SAY_EVERY = 5.0
+DEFAULT_BROKER = "tcp://127.0.0.1:5556"
+
+
+def attach(
+    config: C,
+    broker: str = DEFAULT_BROKER,
+    *,
+    lag_limit: int = 0,
+    steps_ahead: int = 0,
+    fragment_steps: int = 0,
+    spaces_timeout: float | None = None,
+) -> C:
+    """Have `config`'s samples come from the simulators behind the broker whose backend is at `broker`.
+
+    Changes and returns `config`. `lag_limit` (learner updates), `steps_ahead`, `fragment_steps` (env steps): see
+    `LinkSettings`; 0 = the algorithm's default. A config without an env and without spaces takes the spaces of the
+    first simulator: that waits up to `spaces_timeout` seconds (None = for ever, saying so every 5 s).
+
+    Raises `SettingsError` for an algorithm, a setting or an address that can't be used, `SpaceError` for spaces that
+    can't travel, `ConnectionTimeout` when no simulator came in time.
+    """
+    parse_address(broker)
+    rounds = is_round(config)
+    _refuse_unsupported(config)
+    settings = LinkSettings(broker, lag_limit, steps_ahead, fragment_steps)
+    config.environment(env_config={KEY: settings.as_dict()})
+    trainer_terms(config)
+    observation_space, action_space = _spaces(config, broker, spaces_timeout)
+    to_wire(observation_space), to_wire(action_space)
+    config.environment(observation_space=observation_space, action_space=action_space)
+    config.env_runners(env_runner_cls=ZmqEnvRunner)
+    callbacks = config.callbacks_class
+    mine = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+    if TrainerCallback not in mine:
+        config.callbacks(callbacks_class=[*mine, TrainerCallback])
+    defaults = type(config)()
+    _prefer(config, defaults, "sample_timeout_s", 10.0)
+    _prefer(config, defaults, "num_cpus_per_env_runner", 0.1)
+    _prefer(config, defaults, "env_runner_health_probe_timeout_s", 1.0)
+    if not rounds:
+        _prefer(config, defaults, "max_requests_in_flight_per_learner", 100)
+    return config
+
+
+def _prefer(config: AlgorithmConfig, defaults: AlgorithmConfig, name: str, value: Any) -> None:
+    """Our value, unless the user has chosen one."""
+    if getattr(config, name) == getattr(defaults, name):
+        setattr(config, name, value)
+
+
+def _refuse_unsupported(config: AlgorithmConfig) -> None:
+    if not (config.enable_rl_module_and_learner and config.enable_env_runner_and_connector_v2):
+        raise SettingsError("rllink-zmq needs RLlib's new API stack: remove config.api_stack(...=False)")
+    if config.is_multi_agent:
+        raise SettingsError(
+            "multi-agent configs can't be trained through the broker yet: remove config.multi_agent(...)"
+        )
+    if config.evaluation_interval:
+        raise SettingsError(
+            "evaluation through simulators is not there yet: remove config.evaluation(evaluation_interval=...); the "
+            "returns of training episodes are under env_runners/episode_return_mean"
+        )
+    if config.batch_mode != "truncate_episodes":
+        raise SettingsError(
+            f"batch_mode={config.batch_mode!r}: simulators send fragments as they come; use 'truncate_episodes'"
+        )
+
+
+def _spaces(config: AlgorithmConfig, broker: str, timeout: float | None) -> tuple[gym.Space[Any], gym.Space[Any]]:
+    if config.observation_space is not None and config.action_space is not None:
+        return config.observation_space, config.action_space
+    if config.env is not None:
+        return _spaces_of_env(config)
+    return first_simulator_spaces(broker, timeout)
+
+
+def _spaces_of_env(config: AlgorithmConfig) -> tuple[gym.Space[Any], gym.Space[Any]]:
+    own = {k: v for k, v in config.env_config.items() if k != KEY}
+    try:
+        if isinstance(config.env, str):
+            from ray.tune.registry import ENV_CREATOR, _global_registry
+
+            registered = _global_registry.contains(ENV_CREATOR, config.env)
+            env = _global_registry.get(ENV_CREATOR, config.env)(own) if registered else gym.make(config.env, **own)
+        else:
+            env = config.env(own)
+    except gym.error.Error as e:
+        raise SettingsError(
+            f"the environment {config.env!r} can't be made here: {e}. Give its spaces instead "
+            f"(config.environment(observation_space=..., action_space=...)), or no env at all: then they "
+            f"are taken from the first simulator"
+        ) from e
+    try:
+        return env.observation_space, env.action_space
+    finally:
+        env.close()
+
+
+def first_simulator_spaces(broker: str, timeout: float | None = None) -> tuple[gym.Space[Any], gym.Space[Any]]:
+    """The spaces of the first simulator that connects. Raises `ConnectionTimeout` after `timeout` seconds."""
+    session = ObserverSession(secrets.token_bytes(16), name="spaces", package=__version__)
+    connection = Connection(session, broker)
+    connection.open()
+    try:
+        waited = 0.0
+        while not connection.until(lambda: session.spaces is not None, SAY_EVERY):
+            waited += SAY_EVERY
+            if session.epoch:
+                what = (
+                    f"0 simulators are connected to the broker at {broker}: start one (rllink-zmq simulate --env ...)"
+                )
+            else:
+                what = f"no answer from a broker at {broker}: is `rllink-zmq broker` running there?"
+            if timeout is not None and waited >= timeout:
+                raise ConnectionTimeout(f"no spaces after {waited:.0f} s: {what}")
+            logger.warning("waiting for the first simulator's spaces (%.0f s): %s", waited, what)
+        assert session.spaces is not None
+        return from_wire(session.spaces.observation), from_wire(session.spaces.action)
+    finally:
+        connection.close()
+
+
+__all__ = ["attach", "first_simulator_spaces"]

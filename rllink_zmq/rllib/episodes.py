@@ -1,0 +1,133 @@
+"""Fragments -> RLlib's `SingleAgentEpisode`.
+
+A fragment becomes an episode chunk without a loop over steps. Where it does not continue what this runner handed over
+last of the same episode (a drop, a move between runners) the rest gets a new episode id: RLlib's replay buffers take a
+gap for a bug and stop the training.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.rl_module import RLModule
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
+
+from rllink_zmq.arrays import from_body
+from rllink_zmq.errors import ProtocolError
+from rllink_zmq.messages import FRAGMENT
+from rllink_zmq.session_runner import Lease
+
+REMEMBERED = 10_000
+"""Episodes whose continuation is known: more than simulators that one runner serves."""
+
+
+class Finished(NamedTuple):
+    """An episode that has ended: its whole length in env steps, return, and seconds."""
+
+    length: int
+    total: float
+    seconds: float
+
+
+class EpisodeBuilder:
+    """Builds chunks for one runner. `module` fills in what a simulator that acts by itself doesn't know."""
+
+    def __init__(
+        self, observation_space: gym.Space[Any], action_space: gym.Space[Any], module: RLModule | None
+    ) -> None:
+        self.observation_space = observation_space
+        self.action_space = action_space
+        self.module = module
+        self._next: OrderedDict[tuple[bytes, str], tuple[int, str]] = OrderedDict()
+
+    def build(self, lease: Lease) -> tuple[SingleAgentEpisode, Finished | None]:
+        """The chunk of one fragment, and its episode's totals if it has ended. Raises `ProtocolError` for columns that
+        are missing or don't fit the spaces."""
+        message = lease.message
+        arrays = from_body(message.columns, lease.body)
+        for needed in ("obs", "actions", "rewards", "action_logp"):
+            if needed not in arrays:
+                raise ProtocolError(
+                    f"a fragment needs the columns obs, actions, rewards and action_logp: no '{needed}'"
+                )
+        observations, actions = arrays["obs"], arrays["actions"]
+        self._check("obs", observations, self.observation_space)
+        self._check("actions", actions, self.action_space)
+        rewards = arrays["rewards"].astype(np.float32, copy=False)
+        logp = arrays["action_logp"].astype(np.float32, copy=False)
+        for name, values in (("rewards", rewards), ("action_logp", logp)):
+            if values.ndim != 1 or not np.isfinite(values).all():
+                raise ProtocolError(f"'{name}' must be one finite number a step, its shape is {list(values.shape)}")
+        inputs = arrays.get("action_dist_inputs")
+        outputs = {
+            Columns.ACTION_LOGP: logp,
+            Columns.ACTION_DIST_INPUTS: self._dist_inputs(observations) if inputs is None else inputs,
+            WEIGHTS_SEQ_NO: np.full(message.steps, message.version, np.int64),
+        }
+        episode = SingleAgentEpisode(
+            id_=self._id(message),
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            observations=_buffer(observations),
+            actions=_buffer(actions),
+            rewards=_buffer(rewards),
+            infos=InfiniteLookbackBuffer(data=[{}] * (message.steps + 1), lookback=0),
+            extra_model_outputs={name: _buffer(values) for name, values in outputs.items()},
+            terminated=message.end == "terminated",
+            truncated=message.end == "truncated",
+            t_started=message.t0,
+            len_lookback_buffer=0,
+        )
+        if message.end == "no":
+            return episode, None
+        total = message.return_so_far + float(rewards.sum(dtype=np.float64))
+        return episode, Finished(message.t0 + message.steps, total, message.seconds)
+
+    def _id(self, message: FRAGMENT) -> str:
+        key = (message.session, message.episode)
+        known = self._next.pop(key, None)
+        name = f"{message.session.hex()[:8]}_{message.episode}"
+        if known is not None and known[0] == message.t0:
+            name = known[1]
+        elif message.t0:
+            name = f"{name}@{message.t0}"
+        if message.end == "no":
+            self._next[key] = (message.t0 + message.steps, name)
+            if len(self._next) > REMEMBERED:
+                self._next.popitem(last=False)
+        return name
+
+    def _check(self, name: str, values: NDArray[Any], space: gym.Space[Any]) -> None:
+        shape = space.shape or ()
+        if values.shape[1:] != shape:
+            raise ProtocolError(f"'{name}' has rows of shape {list(values.shape[1:])}, the space has {list(shape)}")
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ProtocolError(f"'{name}' holds NaN or infinity")
+        if isinstance(space, gym.spaces.Discrete):
+            # RLlib's policies count actions from 0, whatever the space's start.
+            low = 0 if name == "actions" else int(space.start)
+            if values.dtype.kind not in "iu" or values.min() < low or values.max() >= low + int(space.n):
+                raise ProtocolError(f"'{name}' must be integers from {low} to {low + int(space.n) - 1}")
+
+    def _dist_inputs(self, observations: NDArray[Any]) -> NDArray[np.float32]:
+        """What the policy would have drawn from, for a simulator that chose its actions itself: the learner wants the
+        column (PPO's KL term), and it must be there in all fragments or in none."""
+        if self.module is None:
+            raise ProtocolError("this runner has no RLModule to fill in 'action_dist_inputs'")
+        with torch.no_grad():
+            rows = np.asarray(observations[:-1])
+            batch = torch.from_numpy(rows.astype(np.float32) if rows.dtype == np.float64 else rows.copy())
+            out = self.module.forward_exploration({Columns.OBS: batch})
+        return np.asarray(out[Columns.ACTION_DIST_INPUTS].detach().cpu().numpy(), np.float32)
+
+
+def _buffer(values: NDArray[Any]) -> InfiniteLookbackBuffer:
+    return InfiniteLookbackBuffer(data=values, lookback=0)

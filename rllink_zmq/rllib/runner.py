@@ -1,0 +1,264 @@
+"""`ZmqEnvRunner`: RLlib's EnvRunner without an environment. Its data come from the broker."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Collection
+from typing import Any
+
+import gymnasium as gym
+import ray
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.callbacks.utils import make_callback
+from ray.rllib.core import (
+    COMPONENT_ENV_TO_MODULE_CONNECTOR,
+    COMPONENT_MODULE_TO_ENV_CONNECTOR,
+    COMPONENT_RL_MODULE,
+    DEFAULT_MODULE_ID,
+)
+from ray.rllib.core.rl_module.rl_module import RLModule
+from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
+from ray.rllib.env.env_runner import EnvRunner
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils.checkpoints import Checkpointable
+from ray.rllib.utils.framework import get_device
+from ray.rllib.utils.metrics import SAMPLE_TIMER, TIME_BETWEEN_SAMPLING, WEIGHTS_SEQ_NO
+from ray.rllib.utils.typing import ResultDict, StateDict
+
+from rllink_zmq.errors import ProtocolError, RllinkError
+from rllink_zmq.policy import PolicyManifest
+from rllink_zmq.rllib.episodes import EpisodeBuilder, Finished
+from rllink_zmq.rllib.export import weights_body
+from rllink_zmq.rllib.link import RunnerLink
+from rllink_zmq.rllib.settings import LinkSettings, sampling_rules
+
+logger = logging.getLogger("rllink_zmq")
+
+RLLINK = "rllink"
+"""The key of this package's own metrics beneath RLlib's `env_runners`."""
+
+
+class ZmqEnvRunner(EnvRunner, Checkpointable):
+    """Hands RLlib the episodes that simulators sent to the broker.
+
+    Made by RLlib, as a Ray actor (or in the driver, as the local runner). It joins the broker when the trainer tells
+    it the run's id (`join`), offers each version of the weights that RLlib gives it, and takes fragments in `sample()`.
+    """
+
+    def __init__(self, *, config: AlgorithmConfig, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self.settings = LinkSettings.of(self.config)
+        spaces = (self.config.observation_space, self.config.action_space)
+        if not all(isinstance(s, gym.Space) for s in spaces):
+            raise RllinkError(
+                "ZmqEnvRunner needs the spaces in the config: rllink_zmq.rllib.attach(config, broker) puts them there"
+            )
+        self.spaces: dict[str, tuple[gym.Space[Any], gym.Space[Any]]] = {
+            INPUT_ENV_SPACES: spaces,
+            INPUT_ENV_SINGLE_SPACES: spaces,
+        }
+        self._callbacks: list[RLlibCallback] = [cls() for cls in _as_list(self.config.callbacks_class)]
+        device = get_device(self.config, 0 if not self.worker_index else self.config.num_gpus_per_env_runner)
+        self._env_to_module = self.config.build_env_to_module_connector(env=None, spaces=self.spaces, device=device)
+        self.spaces[DEFAULT_MODULE_ID] = (self._env_to_module.observation_space, spaces[1])
+        self._module_to_env = self.config.build_module_to_env_connector(env=None, spaces=self.spaces)
+        self.module: RLModule | None = None
+        self.make_module()
+        # RLlib sets this one from outside, on new and on restarted runners alike (APPO, IMPALA).
+        self._env_runner_state_server: Any = None
+        self._weights_seq_no = 0
+        self._state: StateDict | None = None
+        self._link: RunnerLink | None = None
+        self._manifest: PolicyManifest | None = None
+        self._builder = EpisodeBuilder(*spaces, self.module)
+        self._finished: list[Finished] = []
+        self._sampled_at: float | None = None
+        self._fragments = 0
+        self.on_weights_back: Any = None
+        self.on_stop: Any = None
+
+    # ---- joining
+
+    def join(self, run: str, manifest: PolicyManifest) -> None:
+        """Connect to the broker as a runner of `run` (a new run ends an older connection), and offer the weights."""
+        if self._link is not None:
+            self._link.stop()
+        index = f"{self.worker_index or 0}"
+        host = socket.gethostname()
+        self._manifest = manifest
+        self._link = RunnerLink(self.settings.broker, run, f"runner-{index}@{host}")
+        if self._state is not None:
+            self._offer(self._state)
+
+    def _offer(self, state: StateDict) -> None:
+        manifest = self._manifest
+        if self._link is None or manifest is None:
+            return
+        self._link.offer(self._weights_seq_no, manifest.weights_bytes, lambda: weights_body(manifest, state))
+
+    # ---- sampling
+
+    def sample(
+        self,
+        *,
+        num_timesteps: int | None = None,
+        num_episodes: int | None = None,
+        explore: bool | None = None,
+        random_actions: bool = False,
+        force_reset: bool = False,
+    ) -> list[SingleAgentEpisode]:
+        """Episode chunks that reached this runner, as `docs/rllib.md` says for each algorithm.
+
+        Raises `RllinkError` when asked for evaluation episodes or random actions, which simulators can't serve.
+        """
+        if num_episodes is not None or random_actions or self.config.in_evaluation:
+            raise RllinkError(
+                "simulators serve training samples only: turn off config.evaluation(...) and random actions"
+            )
+        if self._sampled_at is not None:
+            self.metrics.log_value(TIME_BETWEEN_SAMPLING, time.perf_counter() - self._sampled_at)
+        self._pull()
+        self.metrics.log_value(WEIGHTS_SEQ_NO, self._weights_seq_no, window=1)
+        with self.metrics.log_time(SAMPLE_TIMER):
+            samples = self._take()
+            make_callback(
+                "on_sample_end",
+                callbacks_objects=self._callbacks,
+                callbacks_functions=self.config.callbacks_on_sample_end,
+                kwargs={"env_runner": self, "metrics_logger": self.metrics, "samples": samples},
+            )
+        self._sampled_at = time.perf_counter()
+        return samples
+
+    def _take(self) -> list[SingleAgentEpisode]:
+        link = self._link
+        if link is None:
+            logger.warning("runner %s was asked for samples before the trainer told it its run", self.worker_index)
+            self._log(0, 0, ())
+            return []
+        leases = link.sample(sampling_rules(self.config, self.num_workers))
+        samples, lags, steps = [], [], 0
+        for lease in leases:
+            try:
+                episode, finished = self._builder.build(lease)
+            except ProtocolError as e:
+                link.drop(lease.message, "malformed")
+                logger.warning("a fragment was dropped: %s", e)
+                self.metrics.log_value((RLLINK, "dropped", "malformed"), 1, reduce="lifetime_sum")
+                continue
+            samples.append(episode)
+            steps += lease.message.steps
+            lags.append(self._weights_seq_no - lease.message.version)
+            if finished is not None:
+                self._finished.append(finished)
+        link.returning()
+        self._log(steps, sum(e.is_done for e in samples), lags)
+        self.metrics.log_value((RLLINK, "simulators_connected"), link.pool.simulators, window=1)
+        return samples
+
+    def _log(self, steps: int, episodes: int, lags: Collection[int]) -> None:
+        # Also when nothing came: RLlib reads these keys after every call.
+        SingleAgentEnvRunner._increase_sampled_metrics(self, steps, episodes)
+        self.num_env_steps_sampled_lifetime += steps
+        if steps:
+            self._log_env_steps(self._metrics_num_env_steps_sampled, steps)
+        self.metrics.log_value((RLLINK, "fragments"), len(lags), reduce="lifetime_sum")
+        for lag in lags:
+            self.metrics.log_value((RLLINK, "lag_mean"), max(0, lag), window=100)
+        if lags:
+            self.metrics.log_value((RLLINK, "lag_max"), max(0, *lags), reduce="max", window=100)
+
+    def _pull(self) -> None:
+        """APPO and IMPALA: the weights are fetched from a server, by each runner, at the top of `sample()`."""
+        if self._env_runner_state_server is None:
+            return
+        try:
+            state = ray.get(self._env_runner_state_server.pull_if_newer.remote(self._weights_seq_no))
+        except ray.exceptions.RayError as e:
+            logger.warning("the weights could not be pulled (%s), the ones from before stay", type(e).__name__)
+            return
+        if state is not None:
+            self.set_state(state)
+
+    def get_metrics(self) -> ResultDict:
+        """What `SingleAgentEnvRunner` reports, and `rllink`: simulators connected, fragments, lag, drops by reason."""
+        for length, total, seconds in self._finished:
+            SingleAgentEnvRunner._log_episode_metrics(self, length, total, seconds)
+        self._finished.clear()
+        return self.metrics.reduce()
+
+    # ---- state
+
+    def get_state(
+        self,
+        components: str | Collection[str] | None = None,
+        *,
+        not_components: str | Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> StateDict:
+        return SingleAgentEnvRunner.get_state(self, components, not_components=not_components, **kwargs)
+
+    def set_state(self, state: StateDict) -> None:
+        """RLlib's states; weights are offered to the broker. Unlike RLlib's own runner this one follows a version
+        number that goes back: the learner was restored from an older checkpoint, and the trainer begins a new run."""
+        went_back = False
+        if COMPONENT_RL_MODULE in state:
+            seq = state.get(WEIGHTS_SEQ_NO, 0)
+            went_back = 0 < seq < self._weights_seq_no
+            if went_back:
+                self._weights_seq_no = 0
+            weights = state[COMPONENT_RL_MODULE]
+            if isinstance(weights, ray.ObjectRef):
+                weights = ray.get(weights)
+            state = {**state, COMPONENT_RL_MODULE: weights}
+        SingleAgentEnvRunner.set_state(self, state)
+        if COMPONENT_RL_MODULE in state:
+            self._state = state[COMPONENT_RL_MODULE]
+            self._offer(self._state)
+            if went_back and self.on_weights_back is not None:
+                self.on_weights_back()
+
+    def get_ctor_args_and_kwargs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), {"config": self.config}
+
+    def get_checkpointable_components(self) -> list[tuple[str, Any]]:
+        return [
+            (COMPONENT_RL_MODULE, self.module),
+            (COMPONENT_ENV_TO_MODULE_CONNECTOR, self._env_to_module),
+            (COMPONENT_MODULE_TO_ENV_CONNECTOR, self._module_to_env),
+        ]
+
+    # ---- RLlib's other questions
+
+    def make_module(self) -> None:
+        spec = self.config.get_rl_module_spec(env=None, spaces=self.get_spaces(), inference_only=True)
+        self.module = spec.build()
+
+    def get_spaces(self) -> dict[str, tuple[gym.Space[Any], gym.Space[Any]]]:
+        """Module id, `__env__` and `__env_single__` -> (observation space, action space)."""
+        return self.spaces
+
+    def assert_healthy(self) -> None:
+        """Raises AssertionError unless the constructor went through."""
+        assert self.module is not None
+
+    def stop(self) -> None:
+        """Leave the broker: untaken fragments go to other runners at once."""
+        if self._link is not None:
+            self._link.stop()
+            self._link = None
+        if self.on_stop is not None:
+            self.on_stop()
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+__all__ = ["RLLINK", "ZmqEnvRunner"]

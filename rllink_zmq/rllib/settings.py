@@ -1,0 +1,106 @@
+"""What `attach()` writes into an AlgorithmConfig, and what runners and the trainer read back from it.
+
+It lives in `config.env_config["rllink_zmq"]`, a plain dict: that survives copies, checkpoints and Tune.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.algorithms.impala.impala import IMPALAConfig
+from ray.rllib.algorithms.ppo.ppo import PPOConfig
+
+from rllink_zmq.errors import SettingsError
+from rllink_zmq.sampling import SamplingRules
+
+KEY = "rllink_zmq"
+
+ROUND_LINGER = 0.2
+"""Seconds that a PPO runner waits for more after its first data."""
+
+STREAM_LINGER = 2.0
+"""Seconds that an APPO runner waits for more after its first data before it returns a short answer."""
+
+
+@dataclass(frozen=True)
+class LinkSettings:
+    """Zeros mean: the default of the algorithm (`trainer_terms`)."""
+
+    broker: str
+    """The broker's backend address."""
+
+    lag_limit: int = 0
+    """The most learner updates that the weights of a fragment may be old: an older one is dropped as `stale`. Default 2
+    for PPO (usually 1: sampling overlaps with learning), 20 for APPO and IMPALA (they correct for it by V-trace)."""
+
+    steps_ahead: int = 0
+    """Env steps that all simulators together may have on their way. Default `(lag_limit - 1)` learner updates' worth
+    for PPO, 2 for APPO and IMPALA."""
+
+    fragment_steps: int = 0
+    """The longest fragment in env steps; the broker tells shorter ones when there are many simulators. Default 200 for
+    PPO; `rollout_fragment_length * num_envs_per_env_runner` for APPO and IMPALA, which count calls."""
+
+    @classmethod
+    def of(cls, config: AlgorithmConfig) -> LinkSettings:
+        """The settings in `config`. Raises `SettingsError` when `attach()` was not called on it."""
+        stored = (config.env_config or {}).get(KEY)
+        if not stored:
+            raise SettingsError("this config was not attached: call rllink_zmq.rllib.attach(config, broker) first")
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in stored.items() if k in known})
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def is_round(config: AlgorithmConfig) -> bool:
+    """PPO collects a batch in rounds; APPO and IMPALA stream. Raises `SettingsError` for anything else."""
+    if isinstance(config, IMPALAConfig):  # APPO's too
+        return False
+    if isinstance(config, PPOConfig):
+        return True
+    name = type(config).__name__.removesuffix("Config")
+    raise SettingsError(f"{name} can't be trained through the broker yet: use PPO, APPO or IMPALA")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the broker is told of the training. All in env steps, or learner updates."""
+
+    quota: int
+    lag_limit: int
+    steps_ahead: int
+    fragment_steps: int
+
+
+def trainer_terms(config: AlgorithmConfig) -> Terms:
+    """The terms of `config`, defaults filled in. Raises `SettingsError` for a setting out of its range."""
+    settings = LinkSettings.of(config)
+    for name in ("lag_limit", "steps_ahead", "fragment_steps"):
+        if getattr(settings, name) < 0:
+            raise SettingsError(f"{name} must be at least 1 (0 = the default), it is {getattr(settings, name)}")
+    rounds = is_round(config)
+    quota = int(config.total_train_batch_size)
+    lag = settings.lag_limit or (2 if rounds else 20)
+    ahead = settings.steps_ahead or (quota * max(1, lag - 1) if rounds else quota * 2)
+    length = settings.fragment_steps or (200 if rounds else _stream_share(config))
+    return Terms(quota, lag, ahead, length)
+
+
+def sampling_rules(config: AlgorithmConfig, runners: int) -> SamplingRules:
+    """How one of `runners` runners answers `sample()`."""
+    quota = int(config.total_train_batch_size)
+    timeout = float(config.sample_timeout_s or 60.0)
+    if is_round(config):
+        share = math.ceil(quota / max(1, runners))
+        return SamplingRules("round", share, quota, timeout, ROUND_LINGER)
+    return SamplingRules("stream", _stream_share(config), quota, timeout, STREAM_LINGER)
+
+
+def _stream_share(config: AlgorithmConfig) -> int:
+    length = config.rollout_fragment_length
+    return (length if isinstance(length, int) else 50) * max(1, int(config.num_envs_per_env_runner))

@@ -1,0 +1,180 @@
+"""The trainer: one per Algorithm, in its process. It begins the run, exports the policy, and tells the runners.
+
+RLlib makes the runners before anything of ours can know the Algorithm; `TrainerCallback` picks it up from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from typing import Any
+
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
+
+from rllink_zmq import __version__
+from rllink_zmq.errors import RllinkError
+from rllink_zmq.messages import TrainerHello
+from rllink_zmq.policy import policy_hash, unpack_policy
+from rllink_zmq.rllib.export import check_connectors, export_policy
+from rllink_zmq.rllib.settings import LinkSettings, trainer_terms
+from rllink_zmq.session import State
+from rllink_zmq.session_runner import TrainerSession
+from rllink_zmq.spaces import spaces_to_wire
+from rllink_zmq.transport import Connection
+from rllink_zmq.transport_thread import ConnectionThread
+
+logger = logging.getLogger("rllink_zmq")
+
+SAY_EVERY = 5.0
+
+
+def new_run_id() -> str:
+    """Sortable by start time: 12 hex digits of Unix milliseconds, a dash, 8 random ones."""
+    return f"{time.time_ns() // 1_000_000:012x}-{secrets.token_hex(4)}"
+
+
+class Trainer:
+    """One Algorithm's presence at the broker. `run` is the current run's id; `ledger()` asks the broker for its."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        config = algorithm.config
+        self.settings = LinkSettings.of(config)
+        self._group: EnvRunnerGroup = algorithm.env_runner_group
+        self._terms = trainer_terms(config)
+        check_connectors(config)
+        local = algorithm.env_runner
+        module = local.module if local is not None else config.get_rl_module_spec(
+            env=None, spaces=algorithm.spaces, inference_only=True
+        ).build()  # fmt: skip
+        observation_space, action_space = config.observation_space, config.action_space
+        blob = export_policy(
+            module,
+            observation_space,
+            action_space,
+            normalize_actions=bool(config.normalize_actions),
+            clip_actions=bool(config.clip_actions),
+        )
+        self.manifest = unpack_policy(blob)[0]
+        self.run = new_run_id()
+        self._spaces = spaces_to_wire(observation_space, action_space)
+        self._policy, self._policy_bytes = policy_hash(blob), len(blob)
+        self._algorithm = type(algorithm).__name__
+        self.session = TrainerSession(
+            secrets.token_bytes(16), self._hello(), blob, name=self._algorithm, package=__version__
+        )
+        self._thread = ConnectionThread(Connection(self.session, self.settings.broker), _no_step, "rllink-trainer")
+        self._thread.start()
+        self._await_welcome()
+        self._tell(None)
+        if local is not None:
+            local.on_weights_back = self.begin_run
+            local.on_stop = self.stop
+
+    def _hello(self) -> TrainerHello:
+        terms = self._terms
+        return TrainerHello(
+            run=self.run,
+            quota=terms.quota,
+            lag_limit=terms.lag_limit,
+            steps_ahead=terms.steps_ahead,
+            runners=max(1, self._group.num_remote_workers()),
+            fragment_steps=terms.fragment_steps,
+            spaces=self._spaces,
+            policy=self._policy,
+            policy_bytes=self._policy_bytes,
+        )
+
+    def _await_welcome(self) -> None:
+        """Wait for the broker, saying so every 5 s. Raises the refusal, for example when it has a trainer already."""
+        session, started, said = self.session, time.monotonic(), 0.0
+        pause = 0.05
+        while session.state is not State.LIVE:
+            if session.refusal is not None:
+                self.stop()
+                raise session.refusal
+            waited = time.monotonic() - started
+            if waited - said >= SAY_EVERY:
+                said = waited
+                why = session.notice or "is `rllink-zmq broker` running there?"
+                logger.warning("waiting for the broker at %s (%.0f s): %s", self.settings.broker, waited, why)
+            self._thread.join(pause)
+            if not self._thread.is_alive():
+                raise RllinkError(f"the connection to the broker at {self.settings.broker} could not be opened")
+
+    def _tell(self, only: list[int] | None) -> None:
+        """Have the runners that sample join this run."""
+        run, manifest = self.run, self.manifest
+        remote = self._group.num_remote_workers() > 0
+        results = self._group.foreach_env_runner(
+            lambda runner: runner.join(run, manifest), local_env_runner=not remote, remote_worker_ids=only
+        )
+        if not results:
+            logger.warning("no runner could be told to join run %s", run)
+
+    def begin_run(self) -> None:
+        """A new run: the weights' version numbers start anew (a checkpoint was loaded)."""
+        previous, self.run = self.run, new_run_id()
+        if self.run <= previous:  # the clock's milliseconds did not move, or it was set back
+            self.run = f"{int(previous[:12], 16) + 1:012x}-{secrets.token_hex(4)}"
+        terms = self._hello()
+        self._thread.call(lambda now: self.session.change(terms, now)).result(timeout=10)
+        self._await_welcome()
+        self._tell(None)
+
+    def runners_recreated(self, indices: list[int]) -> None:
+        """Restarted runners are new sessions of the same run."""
+        self._tell(indices)
+
+    def status(self, timeout: float = 2.0) -> dict[str, Any]:
+        """`ledger`, `simulators`, `version`, `run_id` as the broker knows them now, or did when it was last heard."""
+        session = self.session
+        before = session.pongs
+        self._thread.call(session.ask)
+        deadline = time.monotonic() + timeout
+        while session.pongs == before and time.monotonic() < deadline and self._thread.is_alive():
+            self._thread.join(0.005)
+        named = dict(session.ledger)
+
+        def pair(name: str) -> dict[str, int]:
+            fragments, steps = named.pop(name, (0, 0))
+            return {"fragments": fragments, "steps": steps}
+
+        ledger: dict[str, Any] = {name: pair(name) for name in ("received", "delivered", "in_flight")}
+        ledger["dropped"] = {reason: pair(reason) for reason in sorted(named)}
+        pool = session.pool
+        return {"ledger": ledger, "simulators": pool.simulators, "version": pool.version, "run_id": self.run}
+
+    def stop(self) -> None:
+        """Say BYE."""
+        self._thread.stop()
+
+
+def _no_step(now: float) -> float:
+    return float("inf")
+
+
+class TrainerCallback(RLlibCallback):
+    """Begins the run when the Algorithm is there, and keeps the runners in it. `attach()` adds it to the config's."""
+
+    trainer: Trainer | None = None
+
+    def on_algorithm_init(self, *, algorithm: Algorithm, **kwargs: Any) -> None:
+        self.trainer = Trainer(algorithm)
+        algorithm.rllink_trainer = self.trainer
+
+    def on_checkpoint_loaded(self, *, algorithm: Algorithm, **kwargs: Any) -> None:
+        if self.trainer is not None:
+            self.trainer.begin_run()
+
+    def on_env_runners_recreated(
+        self, *, algorithm: Algorithm, env_runner_indices: list[int], is_evaluation: bool, **kwargs: Any
+    ) -> None:
+        if self.trainer is not None and not is_evaluation:
+            self.trainer.runners_recreated(env_runner_indices)
+
+    def on_train_result(self, *, algorithm: Algorithm, result: dict[str, Any], **kwargs: Any) -> None:
+        if self.trainer is not None:
+            result["rllink"] = self.trainer.status()
