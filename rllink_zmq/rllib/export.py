@@ -39,7 +39,7 @@ from rllink_zmq.errors import PolicyError
 from rllink_zmq.policy import Noise, Policy, PolicyManifest, Tensor, Weight, pack_policy, unpack_policy
 
 OPSET = 20
-_REMOTE = "let runners choose the actions instead (remote acting)"
+_REMOTE = "sample it with an environment runner of RLlib's own: simulators act by the exported policy alone"
 
 
 def export_policy(
@@ -322,7 +322,7 @@ class _ForEnv:
 _FLOATS = (torch.float32, torch.float64)
 
 
-class _Graph(torch.nn.Module):  # type: ignore[misc]
+class _Graph(torch.nn.Module):
     """What is traced."""
 
     def __init__(self, module: TorchRLModule, head: _Head, for_env: _ForEnv) -> None:
@@ -548,7 +548,7 @@ def _verify(blob: bytes, graph: _Graph, example: _Example, head: _Head, for_env:
             )
 
 
-class _DistInputs(torch.nn.Module):  # type: ignore[misc]
+class _DistInputs(torch.nn.Module):
     """`_Graph.dist_inputs` as a module's forward, for functional_call."""
 
     def __init__(self, graph: _Graph) -> None:

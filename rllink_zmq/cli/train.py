@@ -1,0 +1,93 @@
+"""`rllink-zmq train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rllink_zmq.cli.output import last_line, quiet_ray, running, show_logs
+
+if TYPE_CHECKING:
+    from rllink_zmq.rllib.train import Progress
+
+
+def progress_line(progress: Progress) -> str:
+    """One iteration in one line."""
+    mean = progress.episode_return_mean
+    link = progress.link
+    dropped = (link.get("ledger") or {}).get("dropped") or {}
+    lost = ", ".join(f"{reason} {count['fragments']}" for reason, count in dropped.items() if count["fragments"])
+    return (
+        f"iteration {progress.iterations:4d}  steps {progress.env_steps:8d}  "
+        f"return {'     -' if mean is None else f'{mean:6.1f}'}  simulators {link.get('simulators', 0):3d}  "
+        f"weights v{link.get('version', -1)}  lag {'-' if progress.lag_mean is None else f'{progress.lag_mean:.1f}'}  "
+        f"{progress.wall_s:6.1f} s{f'  dropped: {lost}' if lost else ''}"
+    )
+
+
+@click.command("train", short_help="Train a policy from the simulators behind a broker.")
+@click.option("--broker", default="tcp://127.0.0.1:5556", show_default=True, help="The broker's backend address.")
+@click.option("--env", help="Gymnasium id, for its spaces alone. Without it: the spaces of the first simulator.")
+@click.option("--algo", type=click.Choice(["PPO", "APPO"]), default="PPO", show_default=True)
+@click.option("--runners", type=click.IntRange(0), default=2, show_default=True, help="ZmqEnvRunner actors.")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="YAML of AlgorithmConfig settings, `model_config`, and `rllink: {lag_limit, steps_ahead, fragment_steps}`.",
+)
+@click.option("--stop-return", type=float, help="Stop when the mean return is this high.")
+@click.option("--stop-steps", type=click.IntRange(1), help="Stop after so many env steps.")
+@click.option("--stop-time", type=click.FloatRange(0, min_open=True), help="Stop after so many seconds of training.")
+@click.option("--checkpoint", type=click.Path(path_type=Path, file_okay=False), help="Save here, every minute and last.")
+@click.option("--resume", type=click.Path(path_type=Path, file_okay=False), help="Go on from a checkpoint.")
+@click.option("--ray-address", help="Join this Ray cluster ('auto' finds one); without it Ray starts here.")
+@click.option("--seed", type=int)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object as the last line of standard output.")
+def command(
+    broker: str,
+    env: str | None,
+    algo: str,
+    runners: int,
+    config: Path | None,
+    stop_return: float | None,
+    stop_steps: int | None,
+    stop_time: float | None,
+    checkpoint: Path | None,
+    resume: Path | None,
+    ray_address: str | None,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Train a policy from the simulators behind a broker.
+
+    Exits with 1 when --stop-return was asked for and not reached.
+
+    \b
+    Examples:
+      rllink-zmq train --env CartPole-v1 --stop-return 450
+      rllink-zmq train --broker tcp://10.0.0.5:5556 --runners 8 --ray-address auto --checkpoint runs/first
+      rllink-zmq train --algo APPO --config appo.yaml --stop-time 600 --json
+      rllink-zmq train --resume runs/first --checkpoint runs/first
+    """
+    with running() as last:
+        show_logs()
+        quiet_ray()
+        from rllink_zmq.rllib.train import TrainOptions, newest_checkpoint, train
+
+        if resume is not None:
+            newest_checkpoint(resume)
+        options = TrainOptions(
+            broker, env, algo, runners, config, stop_return, stop_steps, stop_time, checkpoint, resume, ray_address, seed
+        )
+
+        def report(progress: Progress) -> None:
+            last.update(progress.as_json())
+            click.echo(progress_line(progress), err=as_json)
+
+        progress, reached = train(options, report)
+        if as_json:
+            last_line(progress.as_json())
+        if not reached:
+            raise SystemExit(1)

@@ -1,0 +1,356 @@
+"""An episode's fragment while it is being built: its columns, where it stands in the episode, and cutting.
+
+A fragment of T steps has T + 1 observations: the last one is the first of the next. So it can be cut where the next
+observation is known (`cut`), or one step earlier (`cut_before_last`), and the next fragment goes on without a gap.
+Columns are arrays of the final dtype from the start: a step costs a few assignments, a cut no conversion.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, cast
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from rllink_zmq.arrays import ITEM_BYTES, Array
+from rllink_zmq.errors import EpisodeError, SpaceError
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+FIRST_ROWS = 16
+"""Steps a new fragment has memory for; it grows by doubling, up to the fragment's length."""
+
+Kind: TypeAlias = Literal["acted", "logged", "bare"]
+"""Who chose the actions, which is which columns there are: the policy (`action_logp` and `action_dist_inputs`), the
+simulator with their log-probability (`action_logp`), or the simulator without it (neither)."""
+
+End: TypeAlias = Literal["no", "terminated", "truncated"]
+
+
+class Row(NamedTuple):
+    """One row of a column."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class Layout(NamedTuple):
+    """The columns of an episode. `choices`: how many values a Discrete action has, 0 = not Discrete.
+    `dist_inputs`: numbers of a row of `action_dist_inputs`."""
+
+    obs: Row
+    action: Row
+    choices: int = 0
+    dist_inputs: int = 0
+
+    def step_bytes(self, kind: Kind) -> int:
+        """Bytes that each step adds to a fragment."""
+        logp = 0 if kind == "bare" else 4
+        return self.obs.nbytes + self.action.nbytes + 4 + logp + (4 * self.dist_inputs if kind == "acted" else 0)
+
+    def most_steps(self, kind: Kind, fragment_bytes: int) -> int:
+        """How many steps a fragment of `fragment_bytes` holds; 0 if not even one."""
+        return max(0, (fragment_bytes - self.obs.nbytes) // self.step_bytes(kind))
+
+
+def layout_of_spaces(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Layout:
+    """The layout of actions that a simulator chose itself. Raises `SpaceError` for spaces that don't travel.
+
+    Floats wider than float32 become float32, as RLlib does it before a module sees them.
+    """
+    rows = []
+    for space in (observation_space, action_space):
+        if not isinstance(space, gym.spaces.Box | gym.spaces.Discrete):
+            raise SpaceError(f"a {type(space).__name__} space; this version carries Box and Discrete")
+        dtype = np.dtype(space.dtype)
+        if dtype == np.float64:
+            dtype = np.dtype(np.float32)
+        if dtype.str not in ITEM_BYTES:
+            raise SpaceError(f"a space of dtype {dtype}; these travel: {', '.join(ITEM_BYTES)}")
+        rows.append(Row(tuple(space.shape or ()), dtype))
+    choices = int(action_space.n) if isinstance(action_space, gym.spaces.Discrete) else 0
+    return Layout(rows[0], rows[1], choices)
+
+
+class Origin(NamedTuple):
+    """Which weights chose the actions of a fragment."""
+
+    run: str
+    version: int
+
+
+class Cut(NamedTuple):
+    """A finished fragment: steps `t0` .. `t0 + steps - 1`. `arrays` in their order on the wire; `obs` first."""
+
+    origin: Origin
+    t0: int
+    steps: int
+    return_so_far: float
+    arrays: dict[str, Array]
+
+
+class FragmentBuilder:
+    """Builds the fragments of one episode, one after the other.
+
+    For each step: `observe`, then `act` (the policy chose) or `log` (the simulator did), then `reward` any number of
+    times. `begin` comes before the first step of a fragment. `steps`: of the fragment being built; `limit`: how many it
+    may have; `episode_return`: of all steps so far, in float64.
+    """
+
+    def __init__(self, episode: str) -> None:
+        self._where = f"episode '{episode}'"
+        self._layout: Layout | None = None
+        self._rows = FIRST_ROWS
+        self._reward = 0.0
+        self._before = 0.0
+        self.kind: Kind = "bare"
+        self.origin = Origin("", 0)
+        self.limit = 0
+        self.steps = 0
+        self.t0 = 0
+        self.step_bytes = 0
+        self.episode_return = 0.0
+
+    def begin(self, layout: Layout, kind: Kind, origin: Origin, limit: int) -> None:
+        """Start the next fragment, of at most `limit` >= 1 steps. An observation that ended the last one is kept."""
+        last = self._obs[0] if self.t0 else None
+        rows = max(1, min(limit, self._rows))
+        obs, action = layout.obs, layout.action
+        self._layout, self.kind, self.origin, self.limit = layout, kind, origin, limit
+        self._shape, self._dtype, self._choices = obs.shape, obs.dtype, layout.choices
+        self._float = obs.dtype.kind == "f"
+        self._zeros = np.zeros(obs.size, obs.dtype)
+        self._obs: Array = np.empty((rows + 1, *obs.shape), obs.dtype)
+        self._flat = self._obs.reshape(rows + 1, obs.size)
+        self._actions: Array = np.empty((rows, *action.shape), action.dtype)
+        self._rewards = np.zeros(rows, np.float32)
+        self._logp = np.empty(0 if kind == "bare" else rows, np.float32)
+        self._dist = np.empty((rows if kind == "acted" else 0, layout.dist_inputs), np.float32)
+        self._rows = rows
+        self.step_bytes = layout.step_bytes(kind)
+        if last is not None:
+            self._obs[0] = last
+
+    def observe(self, observation: Any) -> Array:
+        """Store the observation that the next action is chosen by, and return it in the layout's dtype.
+
+        Raises `EpisodeError` for another shape, a dtype that doesn't cast, NaN or infinity, and for another observation
+        than the one that has ended the last fragment.
+        """
+        steps = self.steps
+        if (
+            type(observation) is not np.ndarray
+            or observation.dtype is not self._dtype
+            or observation.shape != self._shape
+        ):
+            observation = self._cast(observation, "observation", self._shape, self._dtype)
+        if not steps and self.t0:
+            if not np.array_equal(self._obs[0], observation):
+                raise EpisodeError(
+                    f"{self._where}: another observation of step {self.t0} has been given already and is on its way "
+                    f"as the last one of a fragment: call again with that one"
+                )
+            return cast(Array, self._obs[0])
+        self._obs[steps] = observation
+        if self._float:
+            # Zero times anything finite is zero: one product instead of isfinite().all(), which takes thrice as long.
+            try:
+                finite = self._zeros.dot(self._flat[steps]) == 0.0
+            except RuntimeWarning:  # infinity times zero, where warnings are errors
+                finite = False
+            if not finite:
+                self._not_finite("observation", self._obs[steps])
+        return cast(Array, observation)
+
+    def act(self, action: Any, logp: float, dist_inputs: NDArray[np.float32]) -> None:
+        """A step whose action the policy chose. Copies. Raises `EpisodeError` for a log-probability that isn't finite:
+        the weights are not."""
+        steps = self.steps
+        if not -FLOAT32_MAX <= logp <= FLOAT32_MAX:
+            raise EpisodeError(
+                f"{self._where}: the policy (version {self.origin.version} of run {self.origin.run}) gives an action "
+                f"the log-probability {logp}: its weights hold NaN or infinity, the training has diverged"
+            )
+        if steps == self._rows:
+            self._grow()
+        self._actions[steps] = action
+        self._logp[steps] = logp
+        self._dist[steps] = dist_inputs
+        self._reward = 0.0
+        self.steps = steps + 1
+
+    def log(self, action: Any, logp: float | None) -> None:
+        """A step whose action the simulator chose, as RLlib's action space has it. Raises `EpisodeError` for an action
+        that doesn't fit the space and a log-probability that isn't a finite number."""
+        layout, steps = self._layout, self.steps
+        assert layout is not None
+        action = self._cast(action, "action", layout.action.shape, layout.action.dtype)
+        if self._choices and not 0 <= int(action) < self._choices:
+            raise EpisodeError(f"{self._where}: expected an action of 0 to {self._choices - 1}, got {int(action)}")
+        if action.dtype.kind == "f" and not np.isfinite(action).all():
+            self._not_finite("action", action)
+        if logp is not None:
+            logp = self._number(logp, "action_logp")
+        if steps == self._rows:
+            self._grow()
+        if logp is not None:
+            self._logp[steps] = logp
+        self._actions[steps] = action
+        self._reward = 0.0
+        self.steps = steps + 1
+
+    def reward(self, reward: Any) -> None:
+        """Add to the last step's reward, in float64. Raises `EpisodeError` unless it is a finite number and comes
+        after a step whose fragment isn't cut yet."""
+        steps = self.steps
+        if not steps:
+            raise EpisodeError(
+                f"{self._where}: log_returns adds to the reward of the last action, and "
+                + (
+                    f"the fragment of step {self.t0 - 1} was cut with the observation after it: log a step's reward "
+                    f"before its next observation is given"
+                    if self.t0
+                    else "there is none yet: call get_action first"
+                )
+            )
+        value = self._number(reward, "reward")
+        total = self._reward + value
+        if not -FLOAT32_MAX <= total <= FLOAT32_MAX:
+            self._number(total, "reward")
+        self._reward = total
+        self._rewards[steps - 1] = total
+        self.episode_return += value
+
+    # ---- cutting
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the fragment being built."""
+        layout = self._layout
+        return 0 if layout is None or not self.steps else layout.obs.nbytes + self.steps * self.step_bytes
+
+    def cut(self) -> Cut:
+        """The fragment of all its steps (one or more); the observation after the last was given to `observe`."""
+        return self._cut(self.steps, self.episode_return)
+
+    def cut_before_last(self) -> Cut | None:
+        """The fragment of all steps but the last, whose observation is known already: the last one begins the next
+        fragment, of the same origin. None if that leaves nothing."""
+        last = self.steps - 1
+        if last < 1:
+            return None
+        layout, limit = self._layout, self.limit
+        assert layout is not None
+        actions, rewards, logp, dist = self._actions, self._rewards, self._logp, self._dist
+        reward = self._reward
+        cut = self._cut(last, self.episode_return - reward)
+        self.begin(layout, self.kind, self.origin, limit)
+        self._actions[0], self._rewards[0] = actions[last], rewards[last]
+        if self.kind != "bare":
+            self._logp[0] = logp[last]
+        if self.kind == "acted":
+            self._dist[0] = dist[last]
+        self._reward = reward
+        self.steps = 1
+        return cut
+
+    def _cut(self, steps: int, return_after: float) -> Cut:
+        arrays: dict[str, Array] = {
+            "obs": self._obs[: steps + 1],
+            "actions": self._actions[:steps],
+            "rewards": self._rewards[:steps],
+        }
+        if self.kind != "bare":
+            arrays["action_logp"] = self._logp[:steps]
+        if self.kind == "acted":
+            arrays["action_dist_inputs"] = self._dist[:steps]
+        last = self._obs[steps].copy()
+        if steps * 2 < self._rows:
+            # What is kept until it is settled takes the memory that the window counts, not twice as much.
+            arrays = {name: array.copy() for name, array in arrays.items()}
+        cut = Cut(self.origin, self.t0, steps, self._before, arrays)
+        self._before = return_after
+        self.t0 += steps
+        self.steps = 0
+        self._rows = max(FIRST_ROWS, steps)
+        self._obs = last[np.newaxis]
+        self._reward = 0.0
+        return cut
+
+    def _grow(self) -> None:
+        """Twice the rows, at most `limit`."""
+        layout, old, held = self._layout, self._rows, self.steps
+        assert layout is not None
+        rows = max(old + 1, min(2 * old, self.limit))
+        self._rows = rows
+
+        def longer(array: Array, length: int, kept: int) -> Array:
+            new: Array = np.zeros((length, *array.shape[1:]), array.dtype)
+            new[:kept] = array[:kept]
+            return new
+
+        self._obs = longer(self._obs, rows + 1, held + 1)
+        self._flat = self._obs.reshape(rows + 1, layout.obs.size)
+        self._actions = longer(self._actions, rows, held)
+        self._rewards = longer(self._rewards, rows, held)  # type: ignore[assignment]
+        if self.kind != "bare":
+            self._logp = longer(self._logp, rows, held)  # type: ignore[assignment]
+        if self.kind == "acted":
+            self._dist = longer(self._dist, rows, held)  # type: ignore[assignment]
+
+    # ---- what doesn't fit
+
+    def _cast(self, value: Any, what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """`value` in `dtype`. Raises `EpisodeError` for another shape or values that `dtype` can't hold."""
+        try:
+            array: Array = np.asarray(value)
+        except ValueError as e:
+            raise EpisodeError(f"{self._where}: expected one {what} of shape {shape}, got no array: {e}") from None
+        if array.shape != shape:
+            raise EpisodeError(
+                f"{self._where}: expected one {what} of shape {shape}, got shape {array.shape}: give it as the "
+                f"environment's {what}_space describes it"
+            )
+        if array.dtype == dtype:
+            return array
+        if array.dtype.kind in "biuf" and not (array.dtype.kind == "f" and dtype.kind in "biu"):
+            with np.errstate(all="ignore"):
+                held = array.astype(dtype)
+            if dtype.kind not in "biu" or np.array_equal(held, array):
+                return held
+        raise EpisodeError(
+            f"{self._where}: expected an {what} of dtype {dtype}, got {array.dtype} that it can't hold without loss: "
+            f"convert it before"
+        )
+
+    def _not_finite(self, what: str, array: Array) -> NoReturn:
+        flat = array.reshape(-1)
+        bad = np.flatnonzero(~np.isfinite(flat))
+        where = "" if flat.size == 1 else f" (entry {int(bad[0])} of {flat.size})"
+        raise EpisodeError(
+            f"{self._where}: expected a finite {what}, got {flat[bad[0]]}{where}: one such value would spoil the whole "
+            f"training; look for its cause in the simulation"
+        )
+
+    def _number(self, value: Any, what: str) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise EpisodeError(
+                f"{self._where}: expected one number as {what}, got {type(value).__name__} {str(value)[:60]}"
+            ) from None
+        if not -FLOAT32_MAX <= number <= FLOAT32_MAX:
+            raise EpisodeError(
+                f"{self._where}: expected a finite {what} (float32 on the wire), got {number:g}: look for its cause in "
+                f"the simulation"
+            )
+        return number
