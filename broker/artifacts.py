@@ -45,6 +45,10 @@ class Artifacts(BrokerState):
             self.policy_ready, self.policy_blob = "", b""
             self._blob = Download(hello.policy_bytes, now)
             self._ask_blob(trainer)
+        # Runners may have greeted and offered before their trainer did.
+        for runner in self.pool():
+            if runner.offer is not None and runner.offer[0] > self.version:
+                self.version, self.round_steps = runner.offer[0], 0
         self._look(now)
 
     _weights_run = ""

@@ -95,8 +95,15 @@ class Broker(Handshake, Artifacts):
         if self.fetch_due is not None:
             due = min(due, self.fetch_due)
         if self.holding and self.trainer is not None:
-            due = min(due, max(self.started + self.settings.hold, self._next_sweep - self.settings.probe_interval))
+            due = min(due, self.started + self.settings.hold)
         return due
+
+    def flush_due(self, now: float) -> list[Action]:
+        """The ACKs that are due, for a loop that finds no moment without input: nothing else is judged."""
+        self._actions = actions = list[Action]()
+        if self._ack_due is not None and now >= self._ack_due:
+            self._flush_acks()
+        return actions
 
     def _malformed(self, event: Malformed, now: float) -> None:
         self.malformed += 1
@@ -328,6 +335,8 @@ class Broker(Handshake, Artifacts):
         if self._ack_due is not None and now >= self._ack_due:
             self._flush_acks()
         self._fetch(now)
+        if self.holding:
+            self._release(now)
         if now >= self._next_sweep:
             self._next_sweep = now + self.settings.probe_interval
             self._sweep(now)

@@ -6,6 +6,7 @@ is refused in both directions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -39,9 +40,15 @@ def column_bytes(column: Column) -> int:
         raise ProtocolError(f"column '{column.name}' has dtype {column.dtype!r}; known: {', '.join(ITEM_BYTES)}")
     for n in column.shape:
         size *= n
-    if size > MAX_BODY_BYTES:
-        raise ProtocolError(f"column '{column.name}' claims {size} bytes, the limit is {MAX_BODY_BYTES}", "too_large")
+    if size > MAX_BODY_BYTES or (not size and _claimed(column) > MAX_BODY_BYTES):
+        text = f"column '{column.name}' of shape {list(column.shape)} is over the limit of {MAX_BODY_BYTES} bytes"
+        raise ProtocolError(text, "too_large")
     return size
+
+
+def _claimed(column: Column) -> int:
+    """Bytes but for the dimensions of length 0. NumPy refuses what this doesn't, though the array has no bytes."""
+    return ITEM_BYTES[column.dtype] * math.prod(n for n in column.shape if n)
 
 
 def to_buffers(arrays: Mapping[str, Array]) -> tuple[tuple[Column, ...], list[memoryview]]:

@@ -103,10 +103,13 @@ class FragmentBuilder:
 
     For each step: `observe`, then `act` (the policy chose) or `log` (the simulator did), then `reward` any number of
     times. `begin` comes before the first step of a fragment. `steps`: of the fragment being built; `limit`: how many it
-    may have; `episode_return`: of all steps so far, in float64.
+    may have; `episode_return`: of all steps so far, in float64. `sent` = False: what is built is thrown away. `began`:
+    when the first step was taken, for whoever keeps the time.
     """
 
-    def __init__(self, episode: str) -> None:
+    def __init__(self, episode: str, *, sent: bool = True) -> None:
+        self.episode = episode
+        self.sent = sent
         self._where = f"episode '{episode}'"
         self._layout: Layout | None = None
         self._rows = FIRST_ROWS
@@ -119,6 +122,7 @@ class FragmentBuilder:
         self.t0 = 0
         self.step_bytes = 0
         self.episode_return = 0.0
+        self.began = 0.0
 
     def begin(self, layout: Layout, kind: Kind, origin: Origin, limit: int) -> None:
         """Start the next fragment, of at most `limit` >= 1 steps. An observation that ended the last one is kept."""

@@ -6,6 +6,7 @@ a default may be left out. Unknown fields are ignored, so that a newer peer may 
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -21,6 +22,12 @@ MAX_FRAMES = 4096
 MAX_BODY_BYTES = 1 << 30
 MAX_COLUMNS = 64
 MAX_NUMBERS = 65_536
+MAX_DIMENSIONS = 8
+"""Of one value of a space. A column has one more: its rows."""
+MAX_BOUNDS = 8192
+"""Bounds listed one by one in a Box: those of two spaces fit into a header."""
+MAX_SPACE_BYTES = 64 * 1024 * 1024
+"""One observation or action."""
 
 Session: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
 """16 random bytes, fresh at every `connect()` (simulator) or process start (runner, trainer)."""
@@ -28,8 +35,12 @@ Name: TypeAlias = Annotated[str, Meta(max_length=128)]
 Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
 RunId: TypeAlias = Annotated[str, Meta(max_length=64)]
 """Sortable: 12 hex digits of Unix milliseconds, a dash, 8 random hex digits. '' = none."""
-Reason: TypeAlias = Annotated[str, Meta(max_length=64, pattern="^[a-z_]+$")]
+Reason: TypeAlias = Annotated[str, Meta(max_length=64, pattern=r"^[a-z_]+\Z")]
 Count: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 53)]
+Version: TypeAlias = Annotated[int, Meta(ge=-1, lt=1 << 53)]
+"""-1 = none yet."""
+Finite: TypeAlias = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+"""Neither NaN nor infinity."""
 Numbers: TypeAlias = Annotated[list[Count], Meta(max_length=MAX_NUMBERS)]
 Address: TypeAlias = Annotated[str, Meta(max_length=256)]
 Digest: TypeAlias = Annotated[str, Meta(max_length=64)]
@@ -50,17 +61,17 @@ class _Part(Struct, frozen=True, omit_defaults=True, gc=False):
 class BoxSpace(_Part, tag="Box", tag_field="space", frozen=True):
     """`low` and `high` hold one number for all entries, or one each in C order."""
 
-    shape: Annotated[tuple[Count, ...], Meta(max_length=8)]
+    shape: Annotated[tuple[Count, ...], Meta(max_length=MAX_DIMENSIONS)]
     dtype: Annotated[str, Meta(max_length=16)]
-    low: Annotated[tuple[float, ...], Meta(min_length=1, max_length=65_536)]
-    high: Annotated[tuple[float, ...], Meta(min_length=1, max_length=65_536)]
+    low: Annotated[tuple[float, ...], Meta(min_length=1, max_length=MAX_BOUNDS)]
+    high: Annotated[tuple[float, ...], Meta(min_length=1, max_length=MAX_BOUNDS)]
 
 
 class DiscreteSpace(_Part, tag="Discrete", tag_field="space", frozen=True):
     """The integers start .. start + n - 1."""
 
     n: Annotated[int, Meta(ge=1, lt=1 << 53)]
-    start: int = 0
+    start: Annotated[int, Meta(ge=-(1 << 53), lt=1 << 53)] = 0
 
 
 Space: TypeAlias = BoxSpace | DiscreteSpace
@@ -79,7 +90,7 @@ class Column(_Part, array_like=True, frozen=True):
 
     name: Annotated[str, Meta(min_length=1, max_length=64)]
     dtype: Annotated[str, Meta(max_length=8)]
-    shape: Annotated[tuple[Count, ...], Meta(max_length=8)]
+    shape: Annotated[tuple[Count, ...], Meta(max_length=MAX_DIMENSIONS + 1)]
 
 
 class Claim(_Part, array_like=True, frozen=True):
@@ -179,7 +190,7 @@ class WELCOME(_Message, tag="WELCOME", frozen=True):
     steps_limit: Count
     fragment_steps: Count
     run: RunId = ""
-    version: int = -1
+    version: Version = -1
     policy: Digest = ""
     weights: Address = ""
     spaces: Spaces | None = None
@@ -197,9 +208,9 @@ class REFUSED(_Message, tag="REFUSED", frozen=True):
 
 class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     """simulator -> broker -> runner, header and frames unchanged: env steps `t0` .. `t0 + steps - 1` of an episode.
-    `obs` has steps + 1 rows, all other columns have steps rows.
-    `return_so_far`: the episode's return before step `t0`. `seconds`: since the episode began, at the fragment's end. `dropped`: cumulative totals of what the simulator dropped
-    itself: reason -> (fragments, steps)."""
+    `obs` has steps + 1 rows, all other columns have steps rows. `return_so_far`: the episode's return before step `t0`.
+    `seconds`: since the episode began, at the fragment's end. `dropped`: cumulative totals of what the simulator
+    dropped itself: reason -> (fragments, steps)."""
 
     session: Session
     number: Annotated[int, Meta(ge=1, lt=1 << 53)]
@@ -210,9 +221,9 @@ class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     end: End
     run: RunId
     version: Count
-    return_so_far: float
+    return_so_far: Finite
     columns: Annotated[tuple[Column, ...], Meta(min_length=1, max_length=MAX_COLUMNS)]
-    seconds: float = 0.0
+    seconds: Annotated[float, Meta(ge=0, le=sys.float_info.max)] = 0.0
     agent: Annotated[str, Meta(max_length=64)] = ""
     module: Annotated[str, Meta(max_length=64)] = ""
     dropped: Annotated[dict[Reason, tuple[Count, Count]], Meta(max_length=16)] = {}
@@ -231,7 +242,7 @@ class TAKEN(_Message, tag="TAKEN", frozen=True):
 
     k: Count
     refused: Annotated[list[Claim], Meta(max_length=65_536)] = []
-    version: int = -1
+    version: Version = -1
     round_steps: Count = 0
 
 
@@ -250,7 +261,7 @@ class ACK(_Message, tag="ACK", frozen=True):
     steps_limit: Count
     fragment_steps: Count
     run: RunId = ""
-    version: int = -1
+    version: Version = -1
     policy: Digest = ""
 
 
@@ -264,13 +275,13 @@ class PONG(_Message, tag="PONG", frozen=True):
 
     epoch: Annotated[bytes, Meta(min_length=8, max_length=8)]
     run: RunId = ""
-    version: int = -1
+    version: Version = -1
     policy: Digest = ""
     taken_steps: Count = 0
     round_steps: Count = 0
     runners_wanted: Count = 0
     simulators: Count = 0
-    ledger: Annotated[dict[str, tuple[Count, Count]], Meta(max_length=64)] = {}
+    ledger: Annotated[dict[Name, tuple[Count, Count]], Meta(max_length=64)] = {}
 
 
 class OFFER(_Message, tag="OFFER", frozen=True):
@@ -286,7 +297,7 @@ class GET_STATE(_Message, tag="GET_STATE", frozen=True):
     transfer has begun with) from byte `offset` on."""
 
     run: RunId = ""
-    version: int = -1
+    version: Version = -1
     offset: Count = 0
 
 
@@ -295,7 +306,7 @@ class STATE(_Message, tag="STATE", frozen=True):
     On PUB an empty body = announced only, to be pulled. `size` 0 with `version` -1 = there are none yet."""
 
     run: RunId
-    version: int
+    version: Version
     size: Count
     offset: Count = 0
     crc32: Count = 0

@@ -170,17 +170,17 @@ class Endpoint:
     def tick(self, now: float) -> None:
         """The time, after a look that found nothing to read."""
         if self.state is State.GREETING:
-            if self._hello_sent is not None and now - self._hello_sent >= self.timing.answer:
+            if self._hello_sent is not None and now >= self._hello_sent + self.timing.answer:
                 self.reconnect = True
                 self._greet(now)
             elif self._hello_sent is None and now >= self._hello_due:
                 self._greet(now)
         elif self.state is State.LIVE:
-            if self._pinged is not None and now - self._pinged >= self.timing.silence:
+            if self._pinged is not None and now >= self._pinged + self.timing.silence:
                 self.reconnect = True
                 self._move(Verb.REGREET)
                 self._greet(now)
-            elif now - self._sent >= self.timing.ping:
+            elif now >= self._sent + self.timing.ping:
                 self._say(PING(), now)
                 if self._pinged is None:
                     self._pinged = now
@@ -315,9 +315,10 @@ class SimulatorSession(Endpoint):
         seconds: float = 0.0,
     ) -> int:
         """Send a fragment, keep it until it is settled, and return its number."""
+        base = self.base  # of the time before: nothing unsettled makes this very fragment the first one
         self.number += 1
         message = FRAGMENT(
-            self.session, self.number, self.base, episode, t0, steps, end, run, version, return_so_far, columns,  # type: ignore[arg-type]
+            self.session, self.number, base, episode, t0, steps, end, run, version, return_so_far, columns,  # type: ignore[arg-type]
             seconds=seconds, dropped=self.dropped,
         )  # fmt: skip
         size = sum(map(len, body))

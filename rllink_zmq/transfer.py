@@ -44,8 +44,9 @@ class Download:
         return offsets
 
     def add(self, offset: int, body: Sequence[bytes | memoryview | bytearray], now: float) -> bool:
-        """Append a piece. False for one that is not the next (a repeat, or a hole: ask again from `restart()`)."""
-        if offset != len(self.data):
+        """Append a piece. False for one that is not the next (a repeat, or a hole: ask again from `restart()`) or that
+        goes past the end."""
+        if offset != len(self.data) or offset + sum(map(len, body)) > self.size:
             return False
         for frame in body:
             self.data += frame

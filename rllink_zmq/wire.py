@@ -25,8 +25,6 @@ from rllink_zmq.messages import (
     encode,
 )
 
-_WITH_BODY = (FRAGMENT, STATE, CONFIG)
-
 
 def pack(message: Message, body: Iterable[Buffer] = ()) -> list[Buffer]:
     """The frames of a message: its header, then `body` cut at 512 KB; small buffers are joined.
@@ -68,6 +66,8 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
     size = 0
     for frame in body:
         size += len(frame)
+    if size > MAX_BODY_BYTES:
+        raise ProtocolError(f"a body of {size} bytes; at most {MAX_BODY_BYTES} are allowed", "too_large")
     if type(message) is FRAGMENT:
         claimed = 0
         steps = message.steps
@@ -81,12 +81,12 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
                 )
         if claimed != size:
             raise ProtocolError(f"the header's columns claim {claimed} bytes, the body has {size}")
-    elif size and type(message) not in _WITH_BODY:
+    elif type(message) is STATE or type(message) is CONFIG:
+        if message.offset + size > message.size:
+            end = message.offset + size
+            raise ProtocolError(f"bytes {message.offset} to {end} of a transfer of {message.size} bytes")
+    elif size:
         raise ProtocolError(f"a {type(message).__name__} has no body, {size} bytes came")
-    if size > MAX_BODY_BYTES:
-        raise ProtocolError(f"a body of {size} bytes; at most {MAX_BODY_BYTES} are allowed", "too_large")
-    if isinstance(message, STATE | CONFIG) and message.offset + size > message.size:
-        raise ProtocolError(f"bytes {message.offset} to {message.offset + size} of a transfer of {message.size} bytes")
     return size
 
 

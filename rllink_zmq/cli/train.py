@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from rllink_zmq.cli.output import last_line, quiet_ray, running, show_logs
+from . import output
 
 if TYPE_CHECKING:
     from rllink_zmq.rllib.train import Progress
@@ -27,7 +29,34 @@ def progress_line(progress: Progress) -> str:
     )
 
 
-@click.command("train", short_help="Train a policy from the simulators behind a broker.")
+def show(progress: Progress) -> None:
+    """One line an iteration on stderr."""
+    click.secho(progress_line(progress), err=True, bold=output.on_terminal() and progress.iterations % 10 == 0)
+
+
+def watch(work: Callable[[Callable[[Progress], None]], tuple[Progress, bool]], as_json: bool) -> tuple[Progress, bool]:
+    """Run `work(report)` showing its progress. Interrupted, what was reached so far is still the last line of JSON."""
+
+    ending: AbstractContextManager[dict[str, Any]] = output.running() if as_json else nullcontext({})
+    with ending as so_far:
+
+        def report(progress: Progress) -> None:
+            show(progress)
+            so_far.update(progress.as_json())
+
+        return work(report)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  rllink-zmq train --env CartPole-v1 --stop-return 450
+  rllink-zmq train --broker tcp://10.0.0.5:5556 --runners 8 --ray-address auto --checkpoint runs/first
+  rllink-zmq train --algo APPO --config appo.yaml --stop-time 600 --json
+  rllink-zmq train --resume runs/first --checkpoint runs/first
+
+It exits with 1 when --stop-return was asked for and not reached."""
+)
 @click.option("--broker", default="tcp://127.0.0.1:5556", show_default=True, help="The broker's backend address.")
 @click.option("--env", help="Gymnasium id, for its spaces alone. Without it: the spaces of the first simulator.")
 @click.option("--algo", type=click.Choice(["PPO", "APPO"]), default="PPO", show_default=True)
@@ -40,7 +69,9 @@ def progress_line(progress: Progress) -> str:
 @click.option("--stop-return", type=float, help="Stop when the mean return is this high.")
 @click.option("--stop-steps", type=click.IntRange(1), help="Stop after so many env steps.")
 @click.option("--stop-time", type=click.FloatRange(0, min_open=True), help="Stop after so many seconds of training.")
-@click.option("--checkpoint", type=click.Path(path_type=Path, file_okay=False), help="Save here, every minute and last.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path, file_okay=False), help="Save here, every minute and last."
+)
 @click.option("--resume", type=click.Path(path_type=Path, file_okay=False), help="Go on from a checkpoint.")
 @click.option("--ray-address", help="Join this Ray cluster ('auto' finds one); without it Ray starts here.")
 @click.option("--seed", type=int)
@@ -60,34 +91,18 @@ def command(
     seed: int | None,
     as_json: bool,
 ) -> None:
-    """Train a policy from the simulators behind a broker.
+    """Train a policy on whatever simulators are connected to a broker."""
+    output.show_logs()
+    output.quiet_ray()
+    from rllink_zmq.rllib.train import TrainOptions, newest_checkpoint, train
 
-    Exits with 1 when --stop-return was asked for and not reached.
-
-    \b
-    Examples:
-      rllink-zmq train --env CartPole-v1 --stop-return 450
-      rllink-zmq train --broker tcp://10.0.0.5:5556 --runners 8 --ray-address auto --checkpoint runs/first
-      rllink-zmq train --algo APPO --config appo.yaml --stop-time 600 --json
-      rllink-zmq train --resume runs/first --checkpoint runs/first
-    """
-    with running() as last:
-        show_logs()
-        quiet_ray()
-        from rllink_zmq.rllib.train import TrainOptions, newest_checkpoint, train
-
-        if resume is not None:
-            newest_checkpoint(resume)
-        options = TrainOptions(
-            broker, env, algo, runners, config, stop_return, stop_steps, stop_time, checkpoint, resume, ray_address, seed
-        )
-
-        def report(progress: Progress) -> None:
-            last.update(progress.as_json())
-            click.echo(progress_line(progress), err=as_json)
-
-        progress, reached = train(options, report)
-        if as_json:
-            last_line(progress.as_json())
-        if not reached:
-            raise SystemExit(1)
+    if resume is not None:
+        newest_checkpoint(resume)
+    options = TrainOptions(
+        broker, env, algo, runners, config, stop_return, stop_steps, stop_time, checkpoint, resume, ray_address, seed
+    )
+    progress, reached = watch(lambda report: train(options, report), as_json)
+    if as_json:
+        output.last_line(progress.as_json())
+    if not reached:
+        raise click.ClickException(f"the mean return did not reach {stop_return:g}: {progress_line(progress).strip()}")

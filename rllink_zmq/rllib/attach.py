@@ -18,6 +18,7 @@ after (but `callbacks(...)` must come before, since it replaces):
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from typing import Any, TypeVar
 
@@ -143,8 +144,10 @@ def first_simulator_spaces(broker: str, timeout: float | None = None) -> tuple[g
     connection.open()
     try:
         waited = 0.0
-        while not connection.until(lambda: session.spaces is not None, SAY_EVERY):
-            waited += SAY_EVERY
+        while not connection.until(
+            lambda: session.spaces is not None, wait := min(SAY_EVERY, (timeout or math.inf) - waited)
+        ):
+            waited += wait
             if session.epoch:
                 what = (
                     f"0 simulators are connected to the broker at {broker}: start one (rllink-zmq simulate --env ...)"

@@ -37,6 +37,15 @@ class Finished(NamedTuple):
     seconds: float
 
 
+class Built(NamedTuple):
+    """A chunk; its episode's totals if it has ended; wall seconds of each of its steps at the simulator, acting
+    included (None where the simulator doesn't tell, or the fragment before this one went elsewhere)."""
+
+    episode: SingleAgentEpisode
+    finished: Finished | None
+    step_seconds: float | None
+
+
 class EpisodeBuilder:
     """Builds chunks for one runner. `module` fills in what a simulator that acts by itself doesn't know."""
 
@@ -46,11 +55,10 @@ class EpisodeBuilder:
         self.observation_space = observation_space
         self.action_space = action_space
         self.module = module
-        self._next: OrderedDict[tuple[bytes, str], tuple[int, str]] = OrderedDict()
+        self._next: OrderedDict[tuple[bytes, str], tuple[int, str, float]] = OrderedDict()
 
-    def build(self, lease: Lease) -> tuple[SingleAgentEpisode, Finished | None]:
-        """The chunk of one fragment, and its episode's totals if it has ended. Raises `ProtocolError` for columns that
-        are missing or don't fit the spaces."""
+    def build(self, lease: Lease) -> Built:
+        """The chunk of one fragment. Raises `ProtocolError` for columns that are missing or don't fit the spaces."""
         message = lease.message
         arrays = from_body(message.columns, lease.body)
         for needed in ("obs", "actions", "rewards", "action_logp"):
@@ -72,8 +80,9 @@ class EpisodeBuilder:
             Columns.ACTION_DIST_INPUTS: self._dist_inputs(observations) if inputs is None else inputs,
             WEIGHTS_SEQ_NO: np.full(message.steps, message.version, np.int64),
         }
+        name, began = self._place(message)
         episode = SingleAgentEpisode(
-            id_=self._id(message),
+            id_=name,
             observation_space=self.observation_space,
             action_space=self.action_space,
             observations=_buffer(observations),
@@ -86,24 +95,29 @@ class EpisodeBuilder:
             t_started=message.t0,
             len_lookback_buffer=0,
         )
+        step_seconds = None
+        if began is not None and message.seconds > began:
+            step_seconds = (message.seconds - began) / message.steps
         if message.end == "no":
-            return episode, None
+            return Built(episode, None, step_seconds)
         total = message.return_so_far + float(rewards.sum(dtype=np.float64))
-        return episode, Finished(message.t0 + message.steps, total, message.seconds)
+        return Built(episode, Finished(message.t0 + message.steps, total, message.seconds), step_seconds)
 
-    def _id(self, message: FRAGMENT) -> str:
+    def _place(self, message: FRAGMENT) -> tuple[str, float | None]:
+        """The chunk's episode id, and when it began, in seconds since the episode did, if that is known."""
         key = (message.session, message.episode)
         known = self._next.pop(key, None)
         name = f"{message.session.hex()[:8]}_{message.episode}"
+        began: float | None = None if message.t0 else 0.0
         if known is not None and known[0] == message.t0:
-            name = known[1]
+            name, began = known[1], known[2]
         elif message.t0:
             name = f"{name}@{message.t0}"
         if message.end == "no":
-            self._next[key] = (message.t0 + message.steps, name)
+            self._next[key] = (message.t0 + message.steps, name, message.seconds)
             if len(self._next) > REMEMBERED:
                 self._next.popitem(last=False)
-        return name
+        return name, began
 
     def _check(self, name: str, values: NDArray[Any], space: gym.Space[Any]) -> None:
         shape = space.shape or ()

@@ -26,7 +26,7 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.framework import get_device
-from ray.rllib.utils.metrics import SAMPLE_TIMER, TIME_BETWEEN_SAMPLING, WEIGHTS_SEQ_NO
+from ray.rllib.utils.metrics import ENV_STEP_TIMER, SAMPLE_TIMER, TIME_BETWEEN_SAMPLING, WEIGHTS_SEQ_NO
 from ray.rllib.utils.typing import ResultDict, StateDict
 
 from rllink_zmq.errors import ProtocolError, RllinkError
@@ -144,7 +144,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         samples, lags, steps = [], [], 0
         for lease in leases:
             try:
-                episode, finished = self._builder.build(lease)
+                episode, finished, step_seconds = self._builder.build(lease)
             except ProtocolError as e:
                 link.drop(lease.message, "malformed")
                 logger.warning("a fragment was dropped: %s", e)
@@ -155,6 +155,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             lags.append(self._weights_seq_no - lease.message.version)
             if finished is not None:
                 self._finished.append(finished)
+            if step_seconds is not None:
+                self.metrics.log_value(ENV_STEP_TIMER, step_seconds, reduce="ema")
         link.returning()
         self._log(steps, sum(e.is_done for e in samples), lags)
         self.metrics.log_value((RLLINK, "simulators_connected"), link.pool.simulators, window=1)

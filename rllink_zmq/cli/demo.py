@@ -1,0 +1,136 @@
+"""`rllink-zmq demo`: a broker, simulators and a trainer, each in its own process, on this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from rllink_zmq.errors import RllinkError
+
+from . import output
+from .train import progress_line, watch
+
+STOP_WITHIN_S = 10.0
+
+
+@contextmanager
+def _process(*arguments: str, stdout: int | None = None) -> Iterator[subprocess.Popen[str]]:
+    """`rllink-zmq` with these arguments, in a session of its own: Ctrl-C reaches us alone, and we stop it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rllink_zmq.cli", *arguments],
+        stdin=subprocess.DEVNULL, stdout=stdout or subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _addresses(broker: subprocess.Popen[str]) -> dict[str, Any]:
+    """What the broker says when it is ready: its addresses."""
+    assert broker.stdout is not None
+    line = broker.stdout.readline()
+    if not line:
+        raise RllinkError(f"the broker ended with exit code {broker.wait()} before it was ready")
+    addresses: dict[str, Any] = json.loads(line)
+    return addresses
+
+
+def _summary(result: dict[str, Any], reached: bool, wanted: float) -> str:
+    ledger = result["ledger"]
+    lines = [
+        f"{'Reached' if reached else 'Did not reach'} a mean return of {wanted:g}: "
+        f"{result['episode_return_mean'] or 0:.1f} after {result['env_steps']} env steps, {result['iterations']} "
+        f"iterations, {result['wall_s']:.0f} s of training.",
+        "The broker's ledger (fragments, env steps):",
+    ]
+    rows = [(name, ledger[name]) for name in ("received", "delivered")]
+    rows += [(f"dropped: {reason}", count) for reason, count in ledger["dropped"].items()]
+    rows += [("in flight", ledger["in_flight"])]
+    lines += [f"  {name:22s} {count['fragments']:8d} {count['steps']:10d}" for name, count in rows]
+    rest = [sum(count[unit] for _, count in rows[1:]) for unit in ("fragments", "steps")]
+    balanced = rest == [ledger["received"]["fragments"], ledger["received"]["steps"]]
+    lines.append("  It balances." if balanced else f"  It does NOT balance: the parts add up to {rest}.")
+    return "\n".join(lines)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  rllink-zmq demo
+  rllink-zmq demo --algo APPO --simulators 64
+  rllink-zmq demo --env Acrobot-v1 --stop-return -100 --json
+
+It exits with 1 when the return was not reached in time."""
+)
+@click.option("--env", default="CartPole-v1", show_default=True, help="Gymnasium id.")
+@click.option("--algo", type=click.Choice(["PPO", "APPO"]), default="PPO", show_default=True)
+@click.option("--runners", type=click.IntRange(0), default=2, show_default=True, help="ZmqEnvRunner actors.")
+@click.option("--simulators", type=click.IntRange(1), default=16, show_default=True)
+@click.option(
+    "--stop-return", type=float, default=450.0, show_default=True, help="Stop when the mean return is this high."
+)
+@click.option(
+    "--stop-time",
+    type=click.FloatRange(0, min_open=True),
+    default=300.0,
+    show_default=True,
+    help="Give up after so many seconds.",
+)
+@click.option("--seed", type=int)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object as the last line of standard output.")
+def command(
+    env: str,
+    algo: str,
+    runners: int,
+    simulators: int,
+    stop_return: float,
+    stop_time: float,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Watch a policy learn: broker, training and simulators on this machine, in one go.
+
+    Real processes: the broker is one, the simulators another, each runner a Ray actor, the trainer this one.
+    """
+    output.show_logs()
+    output.quiet_ray()
+    from rllink_zmq.rllib.train import TrainOptions, train
+
+    seeded = ["--seed", str(seed)] if seed is not None else []
+    anywhere = "tcp://127.0.0.1:*"
+    with _process(
+        "broker", "--frontend", anywhere, "--backend", anywhere, "--weights", anywhere, "--admin", "127.0.0.1:0",
+        "--log-level", "warning", stdout=subprocess.PIPE,
+    ) as broker:  # fmt: skip
+        addresses = _addresses(broker)
+        click.echo(
+            f"broker      {addresses['frontend']} (simulators), {addresses['backend']} (training)\n"
+            f"simulators  {simulators} x {env}\n"
+            f"training    {algo}, {runners} runners. Starting Ray takes a few seconds.",
+            err=True,
+        )
+        with _process("simulate", "--env", env, "--broker", addresses["frontend"], "--num", str(simulators), *seeded):
+            options = TrainOptions(
+                addresses["backend"], env, algo, runners, stop_return=stop_return, stop_time=stop_time, seed=seed
+            )
+            progress, reached = watch(lambda report: train(options, report), as_json)
+    result = progress.as_json()
+    click.echo(_summary(result, reached, stop_return), err=True)
+    if as_json:
+        output.last_line(result)
+    if not reached:
+        raise click.ClickException(f"the return was not reached: {progress_line(progress).strip()}")

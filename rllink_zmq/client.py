@@ -1,0 +1,206 @@
+"""What a simulator holds: `connect(address)` -> `Client` -> `Episode`. A client has no thread: it works while it is
+being called."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+
+from rllink_zmq import __version__
+from rllink_zmq.client_episode import Episode as Episode
+from rllink_zmq.client_flow import WAIT_SLICE, Flow
+from rllink_zmq.client_policy import PolicyReader
+from rllink_zmq.errors import EpisodeError, SettingsError, SpaceError
+from rllink_zmq.fragments import FragmentBuilder, layout_of_spaces
+from rllink_zmq.session import SimulatorSession, State
+from rllink_zmq.spaces import spaces_to_wire
+from rllink_zmq.transport import Connection, parse_address
+
+log = logging.getLogger("rllink_zmq")
+
+
+def connect(
+    address: str = "tcp://127.0.0.1:5555",
+    *,
+    observation_space: gym.Space[Any] | None = None,
+    action_space: gym.Space[Any] | None = None,
+    name: str | None = None,
+    episodes: int = 1,
+    threads: int = 1,
+    seed: int | None = None,
+    timeout: float | None = 5.0,
+) -> Client:
+    """A simulator's connection to the broker at `address` (its frontend), once the broker has said WELCOME.
+
+    `observation_space`, `action_space`: both of the environment's, or neither; the broker refuses what the trainer
+    can't use. `name`: for people. `episodes`: how many may be open at once. `threads`, `seed`: of the policy; clients
+    of one process that give the same ones share it. `timeout`: seconds; None waits for as long as it takes, and says
+    so in the log.
+    Raises ConnectionTimeout, RefusedError, SettingsError (an address), SpaceError (a space that doesn't travel).
+    """
+    parse_address(address)
+    if not 1 <= episodes <= 1_000_000:
+        raise SettingsError(f"expected episodes of 1 to 1,000,000, got {episodes}")
+    spaces = layout = None
+    if observation_space is not None and action_space is not None:
+        spaces = spaces_to_wire(observation_space, action_space)
+        layout = layout_of_spaces(observation_space, action_space)
+    elif observation_space is not None or action_space is not None:
+        raise SpaceError("expected both observation_space and action_space or neither, got one of them")
+    session = SimulatorSession(
+        os.urandom(16),
+        name=name if name is not None else f"{socket.gethostname()}/{os.getpid()}",
+        package=__version__,
+        spaces=spaces,
+        episodes=episodes,
+    )
+    client = Client(Flow(Connection(session, address), session, PolicyReader.join(address, threads, seed), layout))
+    try:
+        client.flow.open(timeout)
+    except BaseException:
+        client.close(0)
+        raise
+    return client
+
+
+class Stats(NamedTuple):
+    """`steps`: env steps submitted or being built. `fragments`: submitted, `unsettled`: of these, still kept.
+    `outcomes`, `dropped` (by this simulator itself): reason -> (fragments, steps). `run`, `version`: of the newest
+    weights that the broker has told of."""
+
+    connected: bool
+    steps: int
+    fragments: int
+    unsettled: int
+    outcomes: dict[str, tuple[int, int]]
+    dropped: dict[str, tuple[int, int]]
+    run: str
+    version: int
+
+
+class Client:
+    """One simulator. Get one with `connect`. Not for two threads at once. `close` it, or use it as a context manager:
+    what isn't sent when the process ends is lost."""
+
+    def __init__(self, flow: Flow) -> None:
+        """Use `connect`."""
+        self.flow = flow
+        self._started = 0
+
+    @property
+    def address(self) -> str:
+        """The broker's."""
+        return self.flow.connection.address
+
+    @property
+    def ready(self) -> bool:
+        """Whether the policy and weights to act with are there. Never waits. Raises RefusedError."""
+        self.flow.look_if_due()
+        return self.flow.origin("acted") is not None
+
+    @property
+    def stats(self) -> Stats:
+        """Counts, as of the last look."""
+        session = self.flow.session
+        building = sum(b.steps for b in self.flow.builders.values() if b.sent)
+        return Stats(
+            connected=session.state is State.LIVE,
+            steps=session.settled_steps + session.unsettled_steps + building,
+            fragments=session.number,
+            unsettled=len(session.unsettled),
+            outcomes={reason: (total[0], total[1]) for reason, total in session.outcomes.items()},
+            dropped=dict(session.dropped),
+            run=session.run,
+            version=session.version,
+        )
+
+    def start_episode(self, episode_id: str | None = None, training_enabled: bool = True) -> Episode:
+        """A new episode. `episode_id`: 1 to 64 characters, of no other open episode; None makes one that is unique.
+        `training_enabled=False`: it acts, and sends nothing. Raises EpisodeError, RefusedError."""
+        flow = self.flow
+        flow.look_if_due()
+        if episode_id is None:
+            self._started += 1
+            episode_id = f"{flow.session.session.hex()}-{self._started}"
+        if not 1 <= len(episode_id) <= 64:
+            raise EpisodeError(f"expected an episode_id of 1 to 64 characters, got {len(episode_id)}")
+        if episode_id in flow.builders:
+            raise EpisodeError(f"episode '{episode_id}' is open already: end it first, or choose another id")
+        if len(flow.builders) >= flow.session.episodes:
+            raise EpisodeError(
+                f"{len(flow.builders)} episodes are open, and connect() was told episodes={flow.session.episodes}: end "
+                f"one first, or connect with the number that is open at once"
+            )
+        builder = flow.builders[episode_id] = FragmentBuilder(episode_id, sent=training_enabled)
+        return Episode(flow, builder)
+
+    def get_actions(self, episodes: Sequence[Episode], observations: Sequence[Any]) -> Any:
+        """`Episode.get_action` for several episodes of this client, in one forward pass.
+
+        `observations`: one for each episode. Returns an array whose row i is what episode i's `env.step` wants.
+        """
+        if len(episodes) != len(observations) or len({id(e) for e in episodes}) != len(episodes):
+            raise EpisodeError(
+                f"expected different episodes and one observation for each, got {len(episodes)} episodes and "
+                f"{len(observations)} observations"
+            )
+        if not episodes:
+            raise EpisodeError("expected one episode or more, got none")
+        for episode in episodes:
+            episode.check_open("get_actions")
+        flow, reader = self.flow, self.flow.reader
+        pairs = [(e.builder, o) for e, o in zip(episodes, observations, strict=True)]
+        while True:
+            origin = flow.prepare(pairs, "acted", wait=True)
+            with reader.lock:
+                # Another thread may have switched the policy: a fragment has one version's actions only.
+                if origin is reader.origin and reader.policy is not None:
+                    rows = np.stack([builder.observe(observation) for builder, observation in pairs])
+                    acted = reader.policy.act(rows)
+                    break
+        logps = acted.action_logp.tolist()
+        for i, (builder, _) in enumerate(pairs):
+            builder.act(acted.actions[i], logps[i], acted.action_dist_inputs[i])
+        flow.credit -= sum(builder.sent for builder, _ in pairs)
+        return acted.env_actions
+
+    def close(self, timeout: float = 5.0) -> int:
+        """Abandon open episodes, wait up to `timeout` seconds until all that was sent is settled, say BYE.
+
+        Returns how many fragments were not settled: those that have reached the broker may still be trained on.
+        """
+        flow = self.flow
+        if flow.closed:
+            return 0
+        for builder in list(flow.builders.values()):
+            flow.abandon(builder)
+        flow.builders.clear()
+        session, connection = flow.session, flow.connection
+        deadline = time.monotonic() + timeout
+        while session.unsettled and session.refusal is None and (left := deadline - time.monotonic()) > 0:
+            connection.wait(min(left, WAIT_SLICE))
+            connection.look()
+        flow.closed, flow.look_at = True, 0.0
+        flow.reader.leave(session)
+        connection.close()
+        if session.unsettled:
+            log.warning(
+                "closed while %d fragments (%d steps) were on their way",
+                len(session.unsettled),
+                session.unsettled_steps,
+            )
+        return len(session.unsettled)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close(5.0 if kind is None else 0.5)

@@ -1,0 +1,145 @@
+"""One episode of a simulator."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rllink_zmq.client_flow import Flow
+from rllink_zmq.errors import EpisodeError
+from rllink_zmq.fragments import FragmentBuilder, Kind
+
+_now = time.monotonic
+
+
+class Episode:
+    """One episode. Get one with `Client.start_episode`, and end it with `end_episode`.
+
+    For each step: `get_action` (or `log_action`), step the simulation, `log_returns`. As a context manager: leaving
+    it without `end_episode` abandons it: what isn't sent yet is discarded and counted.
+    """
+
+    def __init__(self, flow: Flow, builder: FragmentBuilder) -> None:
+        """Use `Client.start_episode`."""
+        self.id = builder.episode
+        self.training_enabled = builder.sent
+        self.builder = builder
+        self.open = True
+        self._flow = flow
+        self._cost = 1 if builder.sent else 0
+
+    @property
+    def steps(self) -> int:
+        """Actions so far."""
+        return self.builder.t0 + self.builder.steps
+
+    @property
+    def episode_return(self) -> float:
+        """The sum of all rewards so far."""
+        return self.builder.episode_return
+
+    def get_action(self, observation: Any) -> Any:
+        """The policy's action for `observation`, as `env.step` wants it (an int for Discrete, else an array).
+
+        `observation`: as the environment's observation space describes it; integers and float64 are cast. Waits, and
+        says why in the log every 5 s, while there is no policy or no room for another step. Raises EpisodeError for
+        an observation that doesn't fit and after the end, RefusedError when the broker refuses this simulator.
+        """
+        flow, builder = self._flow, self.builder
+        reader = flow.reader
+        while True:
+            if builder.origin is not reader.origin or not self._goes_on("acted"):
+                self.check_open("get_action")
+                flow.prepare([(builder, observation)], "acted", wait=True)
+            with reader.lock:
+                policy = reader.policy
+                # Another thread may have switched the policy: this fragment has one version's actions only.
+                if builder.origin is reader.origin and policy is not None:
+                    acted = policy.act_one(builder.observe(observation))
+                    builder.act(acted.actions, acted.action_logp, acted.action_dist_inputs)
+                    break
+        flow.credit -= self._cost
+        return acted.env_actions
+
+    def can_act(self, observation: Any) -> bool:
+        """Whether `get_action(observation)` would return at once. Never waits.
+
+        When it would not, what has been built is sent, with `observation` as the last one of its fragment: the next
+        call must have the same observation, and all of the last step's reward must have been logged before.
+        """
+        if self.builder.origin is self._flow.reader.origin and self._goes_on("acted"):
+            return True
+        self.check_open("can_act")
+        return self._flow.prepare([(self.builder, observation)], "acted", wait=False) is not None
+
+    def log_action(self, observation: Any, action: Any, action_logp: float | None = None) -> None:
+        """A step whose action the simulator chose itself.
+
+        `action`: in the action space as RLlib trains on it (for Box before unsquashing and clipping). `action_logp`:
+        its log-probability; a trainer whose loss needs it drops fragments without. Waits like `get_action`.
+        Raises EpisodeError for an observation or action that doesn't fit, and after the end.
+        """
+        kind: Kind = "bare" if action_logp is None else "logged"
+        if not self._goes_on(kind):
+            self.check_open("log_action")
+            self._flow.prepare([(self.builder, observation)], kind, wait=True)
+        self.builder.observe(observation)
+        self.builder.log(action, action_logp)
+        self._flow.credit -= self._cost
+
+    def log_returns(self, reward: float) -> None:
+        """Add `reward` to the reward of the last action. Several calls add up; none means 0.
+
+        Raises EpisodeError before the first action, after the end, and for NaN or infinity.
+        """
+        if not self.open:
+            self.check_open("log_returns")
+        self.builder.reward(reward)
+
+    def end_episode(self, observation: Any, truncated: bool = False) -> None:
+        """The episode is over: `observation` is what the last action led to. `truncated`: it was cut short (a time
+        limit) rather than finished. Raises EpisodeError for an episode without a step, and the second time."""
+        self.check_open("end_episode")
+        if not self.steps:
+            raise EpisodeError(
+                f"episode '{self.id}' ends without a step: call get_action first, or abandon() if there was none"
+            )
+        if self.builder.steps:
+            self.builder.observe(observation)
+            self._flow.cut(self.builder, "truncated" if truncated else "terminated")
+        elif not truncated:
+            raise EpisodeError(
+                f"episode '{self.id}': the last observation was given to can_act or get_action, so that more steps "
+                f"were to follow: call end_episode instead of them, or end it with truncated=True"
+            )
+        self._leave()
+
+    def abandon(self) -> None:
+        """End the episode as if the simulator had been lost: what isn't sent yet is discarded and counted."""
+        if self.open:
+            self._flow.abandon(self.builder)
+            self._leave()
+
+    def check_open(self, call: str) -> None:
+        """Raises EpisodeError after the end."""
+        if self._flow.closed:
+            raise EpisodeError(f"{call} of episode '{self.id}', whose client is closed: connect() again")
+        if not self.open:
+            raise EpisodeError(f"{call} after the end of episode '{self.id}': start another one with start_episode()")
+
+    def __enter__(self) -> Episode:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.abandon()
+
+    def _goes_on(self, kind: Kind) -> bool:
+        """The quick answer, for nearly every step: one more step of this fragment, and nothing to look at before."""
+        builder, flow = self.builder, self._flow
+        return 0 < builder.steps < builder.limit and builder.kind == kind and flow.credit > 0 and _now() < flow.look_at
+
+    def _leave(self) -> None:
+        self.open = False
+        self.builder.limit = 0
+        self._flow.builders.pop(self.id, None)

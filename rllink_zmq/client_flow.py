@@ -1,0 +1,285 @@
+"""Between episodes and the broker: when a step may be taken, when a fragment is cut, when the socket is looked at.
+
+- The socket is looked at every 5 ms at most: a look costs a tenth of a step, and a fragment sent alone more than one.
+  A fragment that ends within 5 ms of the last look leaves with the next one.
+- Room is asked for before a step. Before anything waits all that was built is submitted: it could wait for itself.
+- A fragment is of one weights version: it is cut where newer ones are to be used.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rllink_zmq.arrays import to_buffers
+from rllink_zmq.client_policy import SWITCH_INTERVAL, PolicyReader
+from rllink_zmq.errors import ConnectionTimeout, EpisodeError
+from rllink_zmq.fragments import Cut, End, FragmentBuilder, Kind, Layout, Origin, layout_of_spaces
+from rllink_zmq.messages import DELIVERED, FRAGMENT
+from rllink_zmq.session import SimulatorSession, State
+from rllink_zmq.spaces import from_wire
+from rllink_zmq.transport import Connection
+
+log = logging.getLogger("rllink_zmq")
+
+LOOK_INTERVAL = 0.005
+"""Seconds between two looks at the socket while nothing calls for one."""
+WAIT_SLICE = 0.02
+"""Seconds a wait sleeps at most: weights come on a socket that it doesn't watch."""
+SAY_FIRST, SAY_EVERY = 2.0, 5.0
+"""Seconds until a wait says what it waits for, and says it again."""
+UNSENT_STEPS = 256
+"""Length of a fragment that is thrown away."""
+
+Pairs = Sequence[tuple[FragmentBuilder, Any]]
+"""Episodes and the observation each has now."""
+
+
+class Flow:
+    """One client's. `credit`: steps that may be taken until the next look; `look_at`: when that is due."""
+
+    def __init__(
+        self, connection: Connection, session: SimulatorSession, reader: PolicyReader, layout: Layout | None
+    ) -> None:
+        self.connection = connection
+        self.session = session
+        self.reader = reader
+        self.builders: dict[str, FragmentBuilder] = {}
+        self.credit = 0
+        self.look_at = 0.0
+        self.closed = False
+        self._layout = layout
+        self._reads_policy = False
+        self._logged: Origin | None = None
+        self._logged_at = float("-inf")
+        self._notice = ""
+        self._reasons: set[str] = set()
+        session.on_message = reader.answer
+        session.on_settled = self._settled
+
+    def open(self, timeout: float | None) -> None:
+        """Connect and wait for WELCOME. Raises ConnectionTimeout after `timeout` seconds."""
+        self.connection.open()
+        session, address = self.session, self.connection.address
+        self.wait(
+            lambda: session.state is State.LIVE,
+            lambda: f"no broker answers at {address}: is `rllink-zmq broker` running there? {session.notice}".rstrip(),
+            timeout,
+        )
+        self.measure()
+
+    # ---- before a step
+
+    def prepare(self, pairs: Pairs, kind: Kind, *, wait: bool) -> Origin | None:
+        """See to it that each of these episodes has a fragment that takes one more step of `kind`: cut what is full or
+        of other weights, wait for policy and room. Returns the fragments' origin; None if it would have to wait and
+        `wait` is false. Raises EpisodeError for an observation that doesn't fit, RefusedError."""
+        needed = sum(builder.sent for builder, _ in pairs)
+        looked = self.look_if_due()
+        while True:
+            origin = self.origin(kind)
+            for builder, observation in pairs:
+                if builder.steps and (
+                    builder.steps >= builder.limit or builder.origin is not origin or builder.kind != kind
+                ):
+                    builder.observe(observation)
+                    self.cut(builder, "no")
+            if origin is not None and self._room(needed):
+                break
+            self._submit_all(pairs)
+            if not looked:
+                self.look()  # what is waited for may be there already
+                looked = True
+            elif not wait:
+                return None
+            else:
+                self._check_window(needed)
+                self.wait(lambda: self.origin(kind) is not None and self._room(needed), lambda: self._why(kind))
+        for builder, _ in pairs:
+            if not builder.steps:
+                if not builder.t0:
+                    builder.began = self.connection.clock()
+                layout = self._layout_of(kind)
+                assert layout is not None  # or there were no origin
+                builder.begin(layout, kind, origin, self._length(layout, kind, builder))
+        return origin
+
+    def origin(self, kind: Kind) -> Origin | None:
+        """Which weights the next fragment is of; None while there are none, or no layout."""
+        if kind == "acted":
+            if not self._reads_policy:
+                self._reads_policy = True
+                self.look()
+            return self.reader.origin
+        session = self.session
+        if not session.run or self._layout_of(kind) is None:
+            return None
+        told, logged, now = Origin(session.run, max(0, session.version)), self._logged, time.monotonic()
+        if logged is None or logged.run != told.run or (logged != told and now >= self._logged_at + SWITCH_INTERVAL):
+            # Nobody's weights chose these actions: they count as of the version that was the newest.
+            self._logged, self._logged_at = told, now
+        return self._logged
+
+    def _layout_of(self, kind: Kind) -> Layout | None:
+        if kind == "acted":
+            return self.reader.layout
+        if self._layout is None and self.session.trainer_spaces is not None:
+            spaces = self.session.trainer_spaces
+            self._layout = layout_of_spaces(from_wire(spaces.observation), from_wire(spaces.action))
+        if self._layout is None:
+            self._reads_policy = True  # its manifest says it
+        return self._layout or self.reader.layout
+
+    def _length(self, layout: Layout, kind: Kind, builder: FragmentBuilder) -> int:
+        if not builder.sent:
+            return UNSENT_STEPS
+        fragment_bytes = self.session.fragment_bytes
+        most = layout.most_steps(kind, fragment_bytes)
+        if not most:
+            raise EpisodeError(
+                f"one step takes {layout.obs.nbytes + layout.step_bytes(kind)} bytes, a fragment may have "
+                f"{fragment_bytes}: start the broker with a larger --fragment-bytes"
+            )
+        return min(self.session.fragment_steps, most)
+
+    # ---- room
+
+    def measure(self) -> None:
+        """How many steps may be taken from here on, by all episodes together."""
+        session = self.session
+        if not session.window:
+            self.credit = 0
+            return
+        steps = size = 0
+        a_step = 1
+        for builder in self.builders.values():
+            if builder.sent:
+                steps += builder.steps
+                size += builder.nbytes
+                a_step = max(a_step, builder.step_bytes)
+        credit = (session.window - session.unsettled_bytes - size) // a_step + 1
+        if session.steps_limit:
+            credit = min(credit, session.steps_limit - session.settled_steps - session.unsettled_steps - steps)
+        self.credit = credit
+
+    def _room(self, needed: int) -> bool:
+        if self.credit < needed:
+            self.measure()
+        return self.credit >= needed
+
+    def _check_window(self, needed: int) -> None:
+        """Raises EpisodeError if waiting is useless: all is settled, and what can't be sent yet fills the window."""
+        session = self.session
+        held = sum(builder.nbytes for builder in self.builders.values() if builder.sent)
+        if needed and session.window and not session.unsettled and held > session.window:
+            raise EpisodeError(
+                f"{len(self.builders)} episodes hold {held} bytes with a step each, this client's window has "
+                f"{session.window}: use more clients with fewer episodes, or start the broker with larger fragments"
+            )
+
+    # ---- sending
+
+    def cut(self, builder: FragmentBuilder, end: End) -> None:
+        """Submit all steps of a fragment; the observation after the last has been given to the builder."""
+        self._submit(builder, builder.cut(), end)
+
+    def _submit_all(self, pairs: Pairs) -> None:
+        for builder, observation in pairs:
+            if builder.steps:
+                builder.observe(observation)
+                self.cut(builder, "no")
+        mine = {id(builder) for builder, _ in pairs}
+        for builder in self.builders.values():
+            # What the others' last steps led to isn't known here: those stay.
+            if id(builder) not in mine and (cut := builder.cut_before_last()) is not None:
+                self._submit(builder, cut, "no")
+        self.connection.flush()
+
+    def _submit(self, builder: FragmentBuilder, cut: Cut, end: End) -> None:
+        if not builder.sent:
+            return
+        columns, body = to_buffers(cut.arrays)
+        now = self.connection.clock()
+        self.session.submit(
+            episode=builder.episode,
+            t0=cut.t0,
+            steps=cut.steps,
+            end=end,
+            run=cut.origin.run,
+            version=cut.origin.version,
+            return_so_far=cut.return_so_far,
+            columns=columns,
+            body=body,
+            now=now,
+            seconds=now - builder.began,
+        )
+        if now >= self.look_at:
+            # Else the next look sends it, with others: waking libzmq's thread costs more than the message.
+            self.connection.flush()
+
+    def abandon(self, builder: FragmentBuilder) -> None:
+        """Forget a fragment. The totals of what is never sent travel with the fragments that are."""
+        if builder.sent and builder.steps:
+            fragments, steps = self.session.dropped.get("abandoned", (0, 0))
+            self.session.dropped = {**self.session.dropped, "abandoned": (fragments + 1, steps + builder.steps)}
+        builder.steps = 0
+
+    # ---- looking and waiting
+
+    def look_if_due(self) -> bool:
+        """Look if the last one is 5 ms ago. Raises RefusedError."""
+        if time.monotonic() < self.look_at:
+            return False
+        self.look()
+        return True
+
+    def look(self) -> None:
+        """Read what has come, send what is due. Raises RefusedError."""
+        if self.closed:
+            raise EpisodeError("this client is closed: connect() again")
+        self.connection.look()
+        session, now = self.session, time.monotonic()
+        if session.refusal is not None:
+            raise session.refusal
+        if session.notice != self._notice:
+            self._notice = session.notice
+            if self._notice:
+                log.warning("the broker at %s says: %s", self.connection.address, self._notice)
+        if self._reads_policy and self.reader.look(session, now):
+            self.connection.flush()
+        self.look_at = now + LOOK_INTERVAL
+        self.measure()
+
+    def wait(self, done: Callable[[], bool], why: Callable[[], str], timeout: float | None = None) -> None:
+        """Look until `done()`, and say `why()` in the log every few seconds. Raises ConnectionTimeout, RefusedError."""
+        started = time.monotonic()
+        say_at = started + SAY_FIRST
+        while not done():
+            now = time.monotonic()
+            if timeout is not None and now - started >= timeout:
+                raise ConnectionTimeout(f"gave up after {timeout:g} s: {why()}")
+            if now >= say_at:
+                say_at = now + SAY_EVERY
+                log.warning("waiting for %.0f s: %s", now - started, why())
+            self.connection.wait(WAIT_SLICE)
+            self.look()
+
+    def _why(self, kind: Kind) -> str:
+        session, address = self.session, self.connection.address
+        if session.state is not State.LIVE:
+            return f"the connection is lost, trying again to reach {address}. {session.notice}".rstrip()
+        if self.origin(kind) is None:
+            missing = self.reader.missing() if self._reads_policy else ""
+            return missing or "no trainer has begun a run at the broker yet"
+        if not session.window:
+            return f"the broker at {address} has no window for this simulator. {session.notice}".rstrip()
+        if session.outcomes:
+            return f"{session.unsettled_steps} steps are on their way, the trainer takes no more for now"
+        return f"{session.unsettled_steps} steps are on their way and none was taken yet: is a trainer running?"
+
+    def _settled(self, message: FRAGMENT, outcome: str) -> None:
+        if outcome != DELIVERED and outcome not in self._reasons:
+            self._reasons.add(outcome)
+            log.warning("a fragment was dropped (%s); more of this reason are only counted", outcome)

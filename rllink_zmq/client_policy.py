@@ -1,0 +1,169 @@
+"""The policy of a process: read once, held once, however many clients of one broker live in it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import ClassVar
+
+import numpy as np
+
+from rllink_zmq.errors import PolicyError
+from rllink_zmq.fragments import Layout, Origin, Row
+from rllink_zmq.policy import Policy, PolicyManifest, policy_hash
+from rllink_zmq.session import Outgoing, SimulatorSession, State
+from rllink_zmq.transport import Subscription, beside
+from rllink_zmq.weights import STALLED, Wanted
+
+log = logging.getLogger("rllink_zmq")
+
+SWITCH_INTERVAL = 0.1
+"""Seconds between two weights versions that a process acts with. A switch cuts every fragment it is building, and
+off-policy training makes a version every few milliseconds: fragments of one step would help nobody."""
+
+
+def layout_of_policy(manifest: PolicyManifest) -> Layout:
+    """The layout of fragments whose actions the policy chose."""
+    obs, action = manifest.observation, manifest.action
+    return Layout(
+        Row(obs.shape, np.dtype(obs.dtype)), Row(action.shape, np.dtype(action.dtype)), 0, manifest.action_dist_inputs
+    )
+
+
+class PolicyReader:
+    """The newest policy and weights of one broker, for all clients of this process.
+
+    `lock` is held while acting: `policy` and `origin` (which weights it acts with) change under it alone. `origin` is
+    None while nothing may act, and another object after every switch. Get one with `join`; `leave` it at the end.
+    """
+
+    _all: ClassVar[dict[tuple[object, ...], PolicyReader]] = {}
+    _all_lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, address: str, threads: int = 1, seed: int | None = None) -> None:
+        self.address = address
+        self.lock = threading.RLock()
+        self.policy: Policy | None = None
+        self.origin: Origin | None = None
+        self.layout: Layout | None = None
+        self._threads = threads
+        self._seed = seed
+        self._wanted = Wanted()
+        self._subscription: Subscription | None = None
+        self._puller: SimulatorSession | None = None
+        self._pulled_greeting = 0
+        self._switched = float("-inf")
+        self._users = 0
+        self._loaded = ""
+
+    @classmethod
+    def join(cls, address: str, threads: int, seed: int | None) -> PolicyReader:
+        """The reader that clients with these arguments share in this process."""
+        key = (os.getpid(), address, threads, seed)
+        with cls._all_lock:
+            reader = cls._all.get(key)
+            if reader is None:
+                reader = cls._all[key] = cls(address, threads, seed)
+            reader._users += 1
+            return reader
+
+    def leave(self, session: SimulatorSession) -> None:
+        """A client is closed. The last one closes the subscription."""
+        with self._all_lock, self.lock:
+            self._users -= 1
+            if self._puller is session:
+                self._puller = None
+            if self._users > 0:
+                return
+            for key in [key for key, reader in self._all.items() if reader is self]:
+                del self._all[key]
+            if self._subscription is not None:
+                self._subscription.close()
+                self._subscription = None
+
+    def answer(self, message: object, body: object, now: float) -> None:
+        """What a session has no use for itself: the answers to this reader's questions among it."""
+        with self.lock:
+            self._wanted.answer(message, body, now)  # type: ignore[arg-type]
+
+    def missing(self) -> str:
+        """What is being waited for before one can act, in words; '' = nothing."""
+        with self.lock:
+            return self._wanted.missing() if self.origin is None else ""
+
+    def look(self, session: SimulatorSession, now: float) -> bool:
+        """Read the news, ask for what is missing through `session` if nobody else does, switch to newer weights.
+
+        True if something was queued in `session.output`. Raises PolicyError for a policy that can't be loaded.
+        """
+        with self.lock:
+            wanted = self._wanted
+            if session.state is State.LIVE:
+                wanted.told(session.run, session.version, session.policy, now)
+                self._subscribe(session.weights_address)
+            if self._subscription is not None:
+                for message, body in self._subscription.read():
+                    wanted.news(message, body, now)
+            asked = self._pull(session, now)
+            if wanted.blob_hash and wanted.blob_hash != self._loaded:
+                self._load()
+            self._switch(now)
+            return asked
+
+    # ---- inside
+
+    def _subscribe(self, told: str) -> None:
+        address = beside(self.address, told) if told else ""
+        if self._subscription is not None and self._subscription.address != address:
+            self._subscription.close()
+            self._subscription = None
+        if self._subscription is None and address:
+            self._subscription = Subscription(address)
+
+    def _pull(self, session: SimulatorSession, now: float) -> bool:
+        """Ask through `session` if it is the one that pulls, or if that one is gone or gets no answers."""
+        if session.state is not State.LIVE:
+            return False
+        wanted = self._wanted
+        moved = wanted.moved
+        puller = self._puller
+        stalled = moved is not None and now - moved >= STALLED
+        lost = puller is None or puller.state is not State.LIVE or puller.greeting != self._pulled_greeting
+        if lost or stalled:
+            self._puller, self._pulled_greeting = session, session.greeting
+            wanted.restart(now)
+        elif puller is not session:
+            return False
+        messages = wanted.asks(now)
+        session.output.extend(Outgoing(message) for message in messages)
+        return bool(messages)
+
+    def _load(self) -> None:
+        wanted = self._wanted
+        if policy_hash(wanted.blob) != wanted.blob_hash:
+            log.error("the policy %s came damaged, asking for it again", wanted.blob_hash)
+            wanted.blob, wanted.blob_hash = b"", ""
+            return
+        self.policy, self.origin = None, None
+        policy = Policy.load(wanted.blob, self._threads, self._seed)
+        self.policy, self.layout, self._loaded = policy, layout_of_policy(policy.manifest), wanted.blob_hash
+
+    def _switch(self, now: float) -> None:
+        """Act with the newest weights from now on, once a `SWITCH_INTERVAL`. What was sampled with the weights of a run
+        that has ended would be dropped: nothing acts until the new one's are there."""
+        ready, origin = self._wanted.ready, self.origin
+        if origin is not None and origin.run < self._wanted.run:
+            self.origin = origin = None
+        if ready is None or self.policy is None or (origin is not None and ready.version <= origin.version):
+            return
+        if origin is not None and now - self._switched < SWITCH_INTERVAL:
+            return
+        try:
+            self.policy.apply((ready.run, ready.version), ready.data)
+        except PolicyError as e:
+            log.warning("%s", e)
+            self._wanted.reject()
+            return
+        self.origin = Origin(ready.run, ready.version)
+        self._switched = now

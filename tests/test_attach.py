@@ -1,0 +1,132 @@
+"""`attach()` on real AlgorithmConfigs, without a Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.algorithms.appo import APPOConfig
+from ray.rllib.algorithms.dqn import DQNConfig
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.callbacks.callbacks import RLlibCallback
+
+from rllink_zmq.errors import ConnectionTimeout, SettingsError, SpaceError
+from rllink_zmq.rllib import ZmqEnvRunner, attach
+from rllink_zmq.rllib.settings import LinkSettings, sampling_rules, trainer_terms
+from rllink_zmq.rllib.trainer import TrainerCallback, new_run_id
+
+NOWHERE = "tcp://127.0.0.1:9"
+
+
+def ppo() -> PPOConfig:
+    return PPOConfig().environment("CartPole-v1")
+
+
+def test_it_sets_what_it_says_and_takes_the_spaces_of_the_env() -> None:
+    config = attach(ppo(), NOWHERE)
+    assert config.env_runner_cls is ZmqEnvRunner
+    assert config.observation_space.shape == (4,) and config.action_space == gym.spaces.Discrete(2)
+    assert TrainerCallback in config.callbacks_class
+    assert (config.sample_timeout_s, config.num_cpus_per_env_runner) == (10.0, 0.1)
+    assert config.env_runner_health_probe_timeout_s == 1.0
+    assert LinkSettings.of(config).broker == NOWHERE
+
+
+def test_what_the_user_chose_stays() -> None:
+    class Mine(RLlibCallback):
+        pass
+
+    config = ppo().env_runners(sample_timeout_s=33.0, num_cpus_per_env_runner=2).callbacks(callbacks_class=Mine)
+    attach(config, NOWHERE)
+    assert (config.sample_timeout_s, config.num_cpus_per_env_runner) == (33.0, 2)
+    assert config.callbacks_class == [Mine, TrainerCallback]
+    attach(config, NOWHERE)
+    assert config.callbacks_class == [Mine, TrainerCallback]
+
+
+def test_the_settings_survive_copies_and_dicts() -> None:
+    config = attach(ppo(), NOWHERE, lag_limit=3)
+    assert LinkSettings.of(config.copy()).lag_limit == 3
+    assert LinkSettings.of(PPOConfig().update_from_dict(config.to_dict())).lag_limit == 3
+
+
+def test_appo_is_kept_from_dropping_batches() -> None:
+    config = attach(APPOConfig().environment("CartPole-v1"), NOWHERE)
+    assert config.max_requests_in_flight_per_learner == 100
+
+
+def test_terms_of_ppo_and_appo() -> None:
+    terms = trainer_terms(attach(ppo().training(train_batch_size_per_learner=2000), NOWHERE))
+    assert (terms.quota, terms.lag_limit, terms.steps_ahead, terms.fragment_steps) == (2000, 2, 2000, 200)
+    config = APPOConfig().environment("CartPole-v1").training(train_batch_size_per_learner=500)
+    terms = trainer_terms(attach(config, NOWHERE))
+    assert (terms.quota, terms.lag_limit, terms.steps_ahead, terms.fragment_steps) == (500, 20, 1000, 50)
+
+
+def test_rules_of_ppo_and_appo() -> None:
+    rules = sampling_rules(attach(ppo().training(train_batch_size_per_learner=2001), NOWHERE), 2)
+    assert (rules.style, rules.share, rules.quota, rules.timeout) == ("round", 1001, 2001, 10.0)
+    config = APPOConfig().environment("CartPole-v1").env_runners(num_envs_per_env_runner=4)
+    assert sampling_rules(attach(config, NOWHERE), 3)[:2] == ("stream", 200)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "says"),
+    [
+        (lambda: DQNConfig().environment("CartPole-v1"), SettingsError, "DQN can't be trained .* use PPO, APPO"),
+        (lambda: PPOConfig().environment("CartPole-v11"), SettingsError, "CartPole-v11.* can't be made here"),
+        (lambda: ppo().evaluation(evaluation_interval=1), SettingsError, "evaluation"),
+        (lambda: ppo().env_runners(batch_mode="complete_episodes"), SettingsError, "complete_episodes"),
+        (
+            lambda: PPOConfig().environment(
+                observation_space=gym.spaces.Dict({"a": gym.spaces.Discrete(2)}), action_space=gym.spaces.Discrete(2)
+            ),
+            SpaceError,
+            "Dict",
+        ),
+        (
+            lambda: PPOConfig().environment(
+                observation_space=gym.spaces.Box(0, 1, (2,), np.float32), action_space=gym.spaces.MultiBinary(3)
+            ),
+            SpaceError,
+            "MultiBinary",
+        ),
+        (
+            lambda: ppo().api_stack(enable_rl_module_and_learner=False, enable_env_runner_and_connector_v2=False),
+            SettingsError,
+            "new API stack",
+        ),
+    ],
+)
+def test_what_it_refuses(config: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        attach(config(), NOWHERE)
+
+
+@pytest.mark.parametrize("settings", [{"lag_limit": -1}, {"steps_ahead": -5}, {"fragment_steps": -1}])
+def test_settings_out_of_range(settings: dict[str, int]) -> None:
+    with pytest.raises(SettingsError, match="must be at least 1"):
+        attach(ppo(), NOWHERE, **settings)
+
+
+def test_an_address_that_is_none() -> None:
+    with pytest.raises(SettingsError, match=r"expected an address like tcp://127.0.0.1:5555, got 'localhost'"):
+        attach(ppo(), "localhost")
+
+
+def test_without_a_broker_the_spaces_are_waited_for_and_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConnectionTimeout, match=r"is `rllink-zmq broker` running there"):
+        attach(PPOConfig(), NOWHERE, spaces_timeout=1.0)
+
+
+def test_a_config_that_was_not_attached() -> None:
+    with pytest.raises(SettingsError, match=r"call rllink_zmq\.rllib\.attach"):
+        LinkSettings.of(AlgorithmConfig())
+
+
+def test_run_ids_sort_by_time() -> None:
+    ids = [new_run_id() for _ in range(5)]
+    assert len(set(ids)) == 5 and [i[:12] for i in ids] == sorted(i[:12] for i in ids)

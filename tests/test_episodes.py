@@ -1,0 +1,131 @@
+"""Fragments become RLlib's episodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+
+from rllink_zmq.arrays import to_buffers
+from rllink_zmq.errors import ProtocolError
+from rllink_zmq.messages import FRAGMENT
+from rllink_zmq.rllib.episodes import EpisodeBuilder
+from rllink_zmq.session_runner import Lease
+
+OBS = gym.spaces.Box(-5.0, 5.0, (4,), np.float32)
+ACT = gym.spaces.Discrete(2)
+
+
+def lease(steps: int = 3, t0: int = 0, end: str = "no", **changes: Any) -> Lease:
+    rng = np.random.default_rng(steps + t0)
+    columns: dict[str, Any] = {
+        "obs": rng.standard_normal((steps + 1, 4)).astype(np.float32),
+        "actions": rng.integers(0, 2, steps),
+        "rewards": np.arange(t0, t0 + steps, dtype=np.float32),
+        "action_logp": np.full(steps, -0.5, np.float32),
+        "action_dist_inputs": rng.standard_normal((steps, 2)).astype(np.float32),
+    }
+    header = {
+        "session": b"s" * 16,
+        "number": 1,
+        "base": 1,
+        "episode": "e",
+        "run": "r",
+        "version": 7,
+        "return_so_far": float(sum(range(t0))),
+    }
+    for name, value in changes.items():
+        if name in header or name == "seconds":
+            header[name] = value
+        elif value is None:
+            del columns[name]
+        else:
+            columns[name] = value
+    described, body = to_buffers(columns)
+    return Lease(FRAGMENT(t0=t0, steps=steps, end=end, columns=described, **header), body)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def builder() -> EpisodeBuilder:
+    return EpisodeBuilder(OBS, ACT, None)
+
+
+def test_a_fragment_is_a_chunk_with_its_columns(builder: EpisodeBuilder) -> None:
+    one = lease()
+    episode, finished, _ = builder.build(one)
+    assert finished is None and not episode.is_done
+    assert len(episode) == 3 and episode.t_started == 0
+    assert np.asarray(episode.get_observations()).shape == (4, 4)
+    assert list(episode.get_rewards()) == [0.0, 1.0, 2.0]
+    assert list(episode.get_extra_model_outputs("weights_seq_no")) == [7, 7, 7]
+    assert np.asarray(episode.get_extra_model_outputs("action_dist_inputs")).shape == (3, 2)
+
+
+def test_the_last_fragment_tells_the_whole_episode(builder: EpisodeBuilder) -> None:
+    _, finished, _ = builder.build(lease(steps=2, t0=4, end="terminated", seconds=1.5))
+    assert finished is not None
+    assert (finished.length, finished.total, finished.seconds) == (6, 0 + 1 + 2 + 3 + 4 + 5, 1.5)
+    episode, finished, _ = builder.build(lease(steps=1, end="truncated"))
+    assert episode.is_truncated and not episode.is_terminated and finished is not None
+
+
+def test_chunks_that_follow_each_other_share_an_id(builder: EpisodeBuilder) -> None:
+    ids = [builder.build(lease(steps=3, t0=t0))[0].id_ for t0 in (0, 3, 6)]
+    assert len(set(ids)) == 1
+
+
+def test_a_gap_begins_a_new_id_that_then_goes_on(builder: EpisodeBuilder) -> None:
+    first, after, next_ = (builder.build(lease(steps=3, t0=t0))[0].id_ for t0 in (0, 6, 9))
+    assert after != first and after.endswith("@6") and next_ == after
+
+
+def test_a_repeat_or_a_swap_never_continues_an_id(builder: EpisodeBuilder) -> None:
+    ids = [builder.build(lease(steps=3, t0=t0))[0].id_ for t0 in (0, 6, 3)]
+    assert len(set(ids)) == 3
+
+
+def test_two_simulators_with_one_episode_name_are_two_episodes(builder: EpisodeBuilder) -> None:
+    a = builder.build(lease())[0].id_
+    b = builder.build(lease(session=b"t" * 16))[0].id_
+    assert a != b
+
+
+def test_seconds_of_a_step_are_known_where_the_fragment_before_came_here(builder: EpisodeBuilder) -> None:
+    assert builder.build(lease(steps=2, seconds=1.0)).step_seconds == 0.5
+    assert builder.build(lease(steps=2, t0=2, seconds=1.5)).step_seconds == 0.25
+    assert builder.build(lease(steps=2, t0=8, seconds=9.0)).step_seconds is None
+
+
+def test_missing_distribution_inputs_are_filled_in_by_the_module() -> None:
+    torch.manual_seed(0)
+    spec = RLModuleSpec(
+        DefaultPPOTorchRLModule, observation_space=OBS, action_space=ACT, model_config={"fcnet_hiddens": [8]}
+    )
+    builder = EpisodeBuilder(OBS, ACT, spec.build())
+    one = lease(action_dist_inputs=None)
+    filled = np.asarray(builder.build(one)[0].get_extra_model_outputs("action_dist_inputs"))
+    assert filled.shape == (3, 2) and filled.dtype == np.float32 and np.isfinite(filled).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"actions": None}, "no 'actions'"),
+        ({"action_logp": None}, "no 'action_logp'"),
+        ({"obs": np.zeros((4, 5), np.float32)}, r"rows of shape \[5\], the space has \[4\]"),
+        ({"obs": np.full((4, 4), np.nan, np.float32)}, "'obs' holds NaN"),
+        ({"rewards": np.array([0, np.inf, 0], np.float32)}, "'rewards' must be one finite number a step"),
+        ({"action_logp": np.zeros((3, 1), np.float32)}, "'action_logp' must be one finite number a step"),
+        ({"actions": np.array([0, 2, 1])}, "integers from 0 to 1"),
+        ({"actions": np.zeros(3, np.float32)}, "integers from 0 to 1"),
+        ({"action_dist_inputs": None}, "no RLModule to fill in"),
+    ],
+)
+def test_bad_columns_are_refused_in_words(builder: EpisodeBuilder, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ProtocolError, match=says):
+        builder.build(lease(**changes))

@@ -1,0 +1,361 @@
+"""`tests/golden/frames.json`: every message as it is on the wire, in hex, with its meaning.
+
+For those who write a client in another language: encode the `header` of an entry with your own msgpack and compare,
+decode its `frames` and compare. `python tests/test_golden.py` prints the file anew after a deliberate change.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+import pytest
+
+from rllink_zmq import wire
+from rllink_zmq.arrays import from_body, to_buffers
+from rllink_zmq.messages import (
+    ACK,
+    BYE,
+    CONFIG,
+    FRAGMENT,
+    GET_CONFIG,
+    GET_STATE,
+    HELLO,
+    MESSAGES,
+    OFFER,
+    PING,
+    PONG,
+    REFUSED,
+    RETURNED,
+    STATE,
+    TAKE,
+    TAKEN,
+    WELCOME,
+    BoxSpace,
+    Claim,
+    DiscreteSpace,
+    Dropped,
+    Handed,
+    Message,
+    ObserverHello,
+    RunnerHello,
+    SimulatorHello,
+    Spaces,
+    TrainerHello,
+)
+
+FILE = Path(__file__).parent / "golden" / "frames.json"
+
+SIM, RUNNER, TRAINER, OBSERVER = (bytes([n]) * 16 for n in (0x51, 0x52, 0x54, 0x4F))
+EPOCH = bytes(range(8))
+RUN = "0198a2b3c4d5-0badcafe"
+POLICY = "00112233445566778899aabbccddeeff"
+INF = float("inf")
+
+CARTPOLE = Spaces(BoxSpace((4,), "<f4", (-4.8, -INF, -0.42, -INF), (4.8, INF, 0.42, INF)), DiscreteSpace(2))
+PENDULUM = Spaces(BoxSpace((3,), "<f4", (-1.0, -1.0, -8.0), (1.0, 1.0, 8.0)), BoxSpace((1,), "<f4", (-2.0,), (2.0,)))
+CUBES = Spaces(BoxSpace((3,), "<f4", (-1.0,), (1.0,)), DiscreteSpace(4, 1))
+
+TWO_STEPS = {
+    "obs": np.arange(12, dtype="<f4").reshape(3, 4) / 8,
+    "actions": np.array([1, 0], "<i8"),
+    "rewards": np.array([1.0, 1.0], "<f4"),
+    "action_logp": np.array([-0.75, -0.5], "<f4"),
+}
+LAST_STEP = {
+    "obs": np.array([[0.5, -0.5, 2.0], [0.25, 0.0, -1.0]], "<f4"),
+    "actions": np.array([[1.5]], "<f4"),
+    "rewards": np.array([-0.125], "<f4"),
+    "action_logp": np.array([-1.25], "<f4"),
+    "action_dist_inputs": np.array([[1.0, -0.5]], "<f4"),
+}
+WEIGHTS = struct.pack("<4f", 0.0, 1.0, -1.0, 0.5)
+BLOB = b"a policy is opaque to the broker"
+
+
+class Example(NamedTuple):
+    name: str
+    direction: str
+    meaning: str
+    message: Message
+    body: tuple[bytes, ...] = ()
+
+
+def _fragment(arrays: dict[str, np.ndarray], **fields: Any) -> tuple[FRAGMENT, tuple[bytes, ...]]:
+    columns, buffers = to_buffers(arrays)
+    return FRAGMENT(session=SIM, columns=columns, **fields), tuple(bytes(b) for b in buffers)
+
+
+EXAMPLES = (
+    Example(
+        "HELLO of a simulator",
+        "simulator -> broker",
+        "The first greeting of a fresh session: nothing settled, one episode at a time, CartPole's spaces.",
+        HELLO(1, SIM, 1, SimulatorHello(spaces=CARTPOLE), "sim-1@host", "0.1.0"),
+    ),
+    Example(
+        "HELLO of a simulator that comes back",
+        "simulator -> broker",
+        "The third greeting: fragments 1 to 8 (1,600 env steps) are settled, 4 episodes at once, the policy is here.",
+        HELLO(1, SIM, 3, SimulatorHello(9, 1600, 4, CUBES, POLICY)),
+    ),
+    Example(
+        "HELLO of a runner",
+        "runner -> broker",
+        "It has acted upon TAKEN 5, RLlib has the hand-overs up to 4; of one simulator it has handed over the fragments "
+        "3 and 4 (with TAKE 4 and 5); fragment 2 was malformed.",
+        HELLO(
+            1, RUNNER, 2, RunnerHello(RUN, 5, 4, [Handed(SIM, [3, 4], [4, 5])], [Dropped(SIM, 2, "malformed")]),
+            "runner-1@host", "0.1.0",
+        ),
+    ),
+    Example(
+        "HELLO of a trainer",
+        "trainer -> broker",
+        "A run of PPO: 4,000 env steps an update, weights at most 2 updates old, 4,000 steps on their way at most, two "
+        "runners, fragments of up to 200 steps, and a policy of 32 bytes.",
+        HELLO(1, TRAINER, 1, TrainerHello(RUN, 4000, 2, 4000, 2, 200, CARTPOLE, POLICY, len(BLOB)), "PPO", "0.1.0"),
+    ),
+    Example(
+        "HELLO of an observer",
+        "observer -> broker",
+        "It only wants to know the spaces.",
+        HELLO(1, OBSERVER, 1, ObserverHello()),
+    ),
+    Example(
+        "WELCOME",
+        "broker -> simulator",
+        "The answer to greeting 1: fragments of at most 1 MiB, a window of 2 MiB, 1,000 env steps ahead in fragments of "
+        "200; version 7 of this run's weights is to be had; the trainer's spaces.",
+        WELCOME(
+            EPOCH, 1, 1 << 20, 2 << 20, 1000, 200, RUN, 7, POLICY, "tcp://192.0.2.7:5557", CARTPOLE
+        ),
+    ),
+    Example(
+        "WELCOME without a trainer",
+        "broker -> simulator",
+        "No run, no weights, no limit on steps, and no window is free.",
+        WELCOME(EPOCH, 2, 1 << 20, 0, 0, 1, weights="tcp://192.0.2.7:5557", text="no window is free"),
+    ),
+    Example(
+        "REFUSED, greet",
+        "broker -> any",
+        "The broker does not know this connection: send HELLO. Nothing was changed.",
+        REFUSED("greet", "send HELLO first"),
+    ),
+    Example(
+        "REFUSED, fatal",
+        "broker -> any",
+        "The answer to greeting 1: useless to try again unchanged.",
+        REFUSED("protocol", "this broker speaks protocol 1", True, 1),
+    ),
+    Example(
+        "FRAGMENT",
+        "simulator -> broker -> runner",
+        "Two steps of a CartPole episode, from its beginning, that goes on; chosen with version 7. obs has 3 rows, the "
+        "other columns 2. The simulator fills in no action_dist_inputs. The body is one frame.",
+        *_fragment(
+            TWO_STEPS, number=9, base=9, episode="4", t0=0, steps=2, end="no", run=RUN, version=7, return_so_far=0.0
+        ),
+    ),
+    Example(
+        "FRAGMENT, the last of an episode",
+        "simulator -> broker -> runner",
+        "Step 199 of a Pendulum episode that was truncated there, its return before that step -150.5; 6.25 s after it "
+        "began. The simulator itself has dropped 2 fragments (400 steps) since its session began.",
+        *_fragment(
+            LAST_STEP, number=12, base=10, episode="5", t0=199, steps=1, end="truncated", run=RUN, version=8,
+            return_so_far=-150.5, seconds=6.25, dropped={"no_window": (2, 400)},
+        ),
+    ),
+    Example(
+        "TAKE",
+        "runner -> broker",
+        "Claim 6: fragments 9 and 10 of one simulator. RLlib has the hand-overs up to 5.",
+        TAKE(6, [Claim(SIM, [9, 10])], 5),
+    ),
+    Example(
+        "TAKEN",
+        "broker -> runner",
+        "Claim 6 is granted but for fragment 10; 3,200 env steps were taken since version 7.",
+        TAKEN(6, [Claim(SIM, [10])], 7, 3200),
+    ),
+    Example(
+        "RETURNED",
+        "runner -> broker",
+        "RLlib has everything up to hand-over 6, but for fragment 9, which was malformed.",
+        RETURNED(6, [Dropped(SIM, 9, "malformed")]),
+    ),
+    Example(
+        "ACK",
+        "broker -> simulator",
+        "Two outcomes, and the limits as they are now.",
+        ACK([(9, "delivered"), (10, "stale")], 2 << 20, 1400, 200, RUN, 8, POLICY),
+    ),
+    Example("PING", "any -> broker", "Nothing else was sent for a while.", PING()),
+    Example(
+        "PONG",
+        "broker -> any",
+        "12,000 env steps were taken in this run, 400 of them since version 8; 2 runners wanted, 3 simulators here.",
+        PONG(EPOCH, RUN, 8, POLICY, 12_000, 400, 2, 3),
+    ),
+    Example(
+        "PONG to the trainer",
+        "broker -> trainer",
+        "With the ledger: name or reason of a drop -> fragments and env steps.",
+        PONG(EPOCH, RUN, 8, POLICY, 12_000, 400, 2, 3, {
+            "received": (70, 14_000), "delivered": (60, 12_000), "in_flight": (9, 1_800), "stale": (1, 200),
+        }),
+    ),
+    Example("OFFER", "runner -> broker", "This runner has version 8, 16 bytes.", OFFER(RUN, 8, len(WEIGHTS))),
+    Example(
+        "GET_STATE", "broker -> runner", "Send version 8 from byte 524,288 on.", GET_STATE(RUN, 8, 524_288)
+    ),
+    Example(
+        "GET_STATE of a newcomer",
+        "simulator -> broker",
+        "Send the newest weights from their beginning.",
+        GET_STATE(),
+    ),
+    Example(
+        "STATE",
+        "runner -> broker, broker -> simulator, PUB",
+        "Version 8, whole: 16 bytes and their CRC-32.",
+        STATE(RUN, 8, len(WEIGHTS), 0, zlib.crc32(WEIGHTS)),
+        (WEIGHTS,),
+    ),
+    Example(
+        "STATE, the second piece",
+        "runner -> broker, broker -> simulator",
+        "The last 4 bytes. (Pieces have 512 KiB; this transfer is shorter to be printed.)",
+        STATE(RUN, 8, len(WEIGHTS), 12, zlib.crc32(WEIGHTS)),
+        (WEIGHTS[12:],),
+    ),
+    Example(
+        "STATE, announced",
+        "PUB",
+        "Version 9 has 2,000,000 bytes, too many for PUB: pull them with GET_STATE.",
+        STATE(RUN, 9, 2_000_000, 0, 0xDEADBEEF),
+    ),
+    Example("STATE, none yet", "broker -> simulator", "There are no weights yet.", STATE("", -1, 0)),
+    Example(
+        "GET_CONFIG", "simulator -> broker, broker -> trainer", "Send this policy from its beginning.", GET_CONFIG(POLICY)
+    ),
+    Example(
+        "CONFIG",
+        "trainer -> broker, broker -> simulator",
+        "The policy, whole.",
+        CONFIG(POLICY, len(BLOB)),
+        (BLOB,),
+    ),
+    Example("CONFIG, unknown", "broker -> simulator", "There is no such policy here.", CONFIG(POLICY, 0)),
+    Example("BYE", "any -> broker", "An orderly leave.", BYE()),
+    Example(
+        "BYE of a runner",
+        "runner -> broker",
+        "An orderly leave; RLlib has the hand-overs up to 6.",
+        BYE(6, [Dropped(SIM, 9, "late")]),
+    ),
+)  # fmt: skip
+
+
+def frames_of(example: Example) -> list[bytes]:
+    return [bytes(f) for f in wire.pack(example.message, example.body)]
+
+
+def plain(value: Any) -> Any:
+    """A msgpack value as JSON can show it: bytes as "hex:...", infinities as strings."""
+    if isinstance(value, bytes):
+        return f"hex:{value.hex()}"
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and value in (INF, -INF):
+        return "inf" if value > 0 else "-inf"
+    return value
+
+
+def entry(example: Example) -> dict[str, Any]:
+    frames = frames_of(example)
+    return {
+        "name": example.name,
+        "direction": example.direction,
+        "meaning": example.meaning,
+        "header": plain(msgpack.unpackb(frames[0])),
+        "frames": [f.hex() for f in frames],
+    }
+
+
+def document() -> str:
+    """The golden file: one line for each part of an entry."""
+    entries = []
+    for example in EXAMPLES:
+        parts = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in entry(example).items()]
+        entries.append("  {\n" + ",\n".join(parts) + "\n  }")
+    return "[\n" + ",\n".join(entries) + "\n]\n"
+
+
+# ---- the file against the code --------------------------------------------------------------------------------------
+
+
+def golden() -> dict[str, dict[str, Any]]:
+    return {e["name"]: e for e in json.loads(FILE.read_text())}
+
+
+def test_the_file_has_these_examples_and_no_other() -> None:
+    assert list(golden()) == [e.name for e in EXAMPLES]
+
+
+def test_every_message_and_every_role_has_an_example() -> None:
+    assert {type(e.message) for e in EXAMPLES} == set(MESSAGES)
+    roles = {type(e.message.peer) for e in EXAMPLES if isinstance(e.message, HELLO)}
+    assert roles == {SimulatorHello, RunnerHello, TrainerHello, ObserverHello}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
+def test_encoding_gives_exactly_these_bytes(example: Example) -> None:
+    assert [f.hex() for f in frames_of(example)] == golden()[example.name]["frames"]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
+def test_decoding_gives_exactly_that_message(example: Example) -> None:
+    frames = [bytes.fromhex(f) for f in golden()[example.name]["frames"]]
+    message, body = wire.unpack(frames)
+    assert message == example.message
+    assert type(message) is type(example.message)
+    assert b"".join(body) == b"".join(example.body)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
+def test_another_msgpack_reads_and_writes_the_same(example: Example) -> None:
+    written = golden()[example.name]
+    header = bytes.fromhex(written["frames"][0])
+    decoded = msgpack.unpackb(header)
+    assert plain(decoded) == written["header"]
+    # Not always the same bytes: msgspec writes the map of a FRAGMENT with a 16 bit length. Any valid form is read.
+    assert wire.parse_header(msgpack.packb(decoded)) == example.message
+
+
+@pytest.mark.parametrize("arrays", [TWO_STEPS, LAST_STEP], ids=["two steps", "last step"])
+def test_the_columns_of_a_fragment(arrays: dict[str, np.ndarray]) -> None:
+    example = next(e for e in EXAMPLES if isinstance(e.message, FRAGMENT) and e.message.steps == len(arrays["actions"]))
+    assert isinstance(example.message, FRAGMENT)
+    decoded = from_body(example.message.columns, example.body)
+    assert list(decoded) == list(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(decoded[name], array)
+        assert decoded[name].dtype == array.dtype
+
+
+def test_the_file_is_up_to_date() -> None:
+    assert FILE.read_text() == document(), "run: python tests/test_golden.py > tests/golden/frames.json"
+
+
+if __name__ == "__main__":
+    print(document(), end="")
