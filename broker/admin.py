@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import socket
 import threading
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from rllink_zmq.errors import SettingsError
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import JSONResponse
+
+log = logging.getLogger("rllink_zmq.broker")
 
 ANSWER_WITHIN = 2.0
 """Seconds the loop has to answer."""
@@ -99,10 +102,13 @@ def _app(ask: Ask) -> Any:
     from starlette.routing import Route
 
     async def answer(question: Question) -> dict[str, Any] | None:
-        """None when the loop doesn't answer in time."""
+        """None when the loop doesn't answer in time, or can't."""
         try:
             return await asyncio.wait_for(asyncio.wrap_future(ask(question)), ANSWER_WITHIN)
         except (TimeoutError, asyncio.CancelledError):
+            return None
+        except Exception:
+            log.exception("the question for %s failed", question.value)
             return None
 
     def busy() -> JSONResponse:

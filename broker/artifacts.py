@@ -88,7 +88,7 @@ class Artifacts(BrokerState):
                 self.fetch_due = now + timeout
                 return
             self._say(logging.WARNING, "stalled", f"runner '{self._source.name}' does not send its weights", now)
-            self._source.offer = None
+            self._source.offer = None  # until it answers after all, or offers anew
             self._state = None
         best: Runner | None = None
         for runner in self.pool():
@@ -111,7 +111,13 @@ class Artifacts(BrokerState):
                 self._send(self._source, GET_STATE(self.run, self._fetching, offset))
 
     def _on_state(self, runner: Peer, message: STATE, event: Received, now: float) -> None:
-        if runner is not self._source or self._state is None or message.run != self.run:
+        if not isinstance(runner, Runner) or message.run != self.run:
+            return None
+        if runner is not self._source or self._state is None:
+            if runner.offer is None and runner.run == self.run and message.version >= 0:
+                # It was slow or stopped, and was given up. What it has may be what everybody waits for.
+                runner.offer = (message.version, message.size)
+                self._look(now)
             return None
         if message.version != self._fetching:
             # It has moved on since it offered: the newest is what we want.
@@ -128,6 +134,8 @@ class Artifacts(BrokerState):
             self._say(logging.ERROR, "crc", f"weights {message.version} came damaged, asking again", now)
         else:
             self.weights, self.weights_crc, self.published_version = data, message.crc32, message.version
+            if message.version > self.version:
+                self.version, self.round_steps = message.version, 0
             body = [data] if len(data) <= self.settings.weights_inline else []
             self._actions.append(Publish(STATE(self.run, message.version, len(data), 0, message.crc32), body))
         self.fetch_due = None

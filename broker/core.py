@@ -117,12 +117,15 @@ class Broker(Handshake, Artifacts):
             return self._refuse(event.side, event.route, "unexpected", "only a simulator sends FRAGMENT", now)
         if message.session != sim.session:
             return self._refuse(event.side, event.route, "malformed", "this fragment names another session", now)
+        number = message.number
+        if message.base > number:
+            text = f"base is {message.base}: everything below it is settled, fragment {number} too"
+            return self._refuse(event.side, event.route, "malformed", text, now)
         sim.pass_base(message.base)
         if self.reports:
             self.reports.pass_base(sim.session, message.base)
         if message.dropped:
             sim.dropped = dict(message.dropped)
-        number = message.number
         if number <= sim.high:
             # A repeat: in flight it is ignored, settled it gets its recorded outcome again.
             if number not in sim.open and number >= sim.base:
@@ -303,6 +306,8 @@ class Broker(Handshake, Artifacts):
         fragment.frames = ()
         self.ledger.settle(header.steps, outcome)
         sim.outcomes[header.number] = outcome
+        if sim.state is peers.State.GONE:
+            self._release_window(sim, now)
         self._ack(sim, header.number, outcome, now)
 
     def _credit(self, fragment: Fragment, now: float) -> None:
@@ -343,6 +348,9 @@ class Broker(Handshake, Artifacts):
 
     def _ping(self, peer: Peer, message: PING, event: Received, now: float) -> None:
         self._send(peer, self.pong(peer))
+        if type(peer) is Simulator:
+            # It may go by limits of the old connection, whose last messages can come after WELCOME: say them again.
+            self._mark(peer, now)
 
     # ---- for people
 

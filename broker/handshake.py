@@ -131,27 +131,33 @@ class Handshake(BrokerState):
                 return "spaces", f"{text}: start the simulator with the environment that the trainer was given"
         return None
 
+    @property
+    def _full_window(self) -> int:
+        return self.settings.window_fragments * self.settings.fragment_bytes
+
     def _reserve(self, sim: Simulator) -> str:
         """Grant a window if there is room. The sum of all windows never exceeds `memory`."""
-        if sim.window:
+        missing = self._full_window - sim.window
+        if missing <= 0:
             return ""
-        size = self.settings.window_fragments * self.settings.fragment_bytes
-        if self.windows + size > self.settings.memory:
+        if self.windows + missing > self.settings.memory:
             return (
                 f"no window is free: {self.windows} of {self.settings.memory} bytes are granted to other simulators; "
                 f"raise the broker's --memory or lower its --fragment-bytes"
             )
-        sim.window = size
-        self.windows += size
+        sim.window += missing
+        self.windows += missing
         return ""
 
     def _release_window(self, sim: Simulator, now: float) -> None:
-        if not sim.window:
+        """Of a simulator that is gone: as much as its fragments don't fill. They stay until they are settled."""
+        kept = min(sim.window, sim.open_bytes)
+        if kept == sim.window:
             return
-        self.windows -= sim.window
-        sim.window = 0
+        self.windows -= sim.window - kept
+        sim.window = kept
         for other in self.routes[Side.FRONT].values():
-            if isinstance(other, Simulator) and not other.window:
+            if isinstance(other, Simulator) and other.window < self._full_window:
                 if self._reserve(other):
                     break
                 self._mark(other, now)
@@ -172,6 +178,7 @@ class Handshake(BrokerState):
         self._requeue(runner.leased, Move.UNLEASE)
         self._enter(runner, hello, event.route, now)
         runner.run, runner.offer = role.run, None
+        self._source_lost(runner, now)  # what was asked on the old connection is not waited for
         self._give(runner, role.returned, role.dropped, now)
         for k in sorted((k for k in runner.takes if k > role.committed), reverse=True):
             self._requeue(runner.takes.pop(k), Move.UNTAKE)

@@ -90,8 +90,7 @@ class Simulator(Peer):
         self.dropped: dict[str, tuple[int, int]] = {}
 
     def greet(self, hello: SimulatorHello) -> None:
-        if not self.high:
-            self.high = hello.base - 1
+        self.high = max(self.high, hello.base - 1)
         self.pass_base(hello.base)
         self.taken_steps = max(self.taken_steps, hello.steps)
         self.episodes = hello.episodes

@@ -95,9 +95,7 @@ class Server:
         self._publisher: Socket | None = None
         self._admin: Admin | None = None
         self._stopping = False
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
+        self._wakes: tuple[socket.socket, ...] = ()
         self._questions: deque[tuple[Question, Future[dict[str, Any]]]] = deque()
         self._sends: tuple[Callable[..., Any], ...] = ()
         self._unreachable: deque[Unreachable] = deque()
@@ -112,12 +110,17 @@ class Server:
             host, port = _parse(_HTTP, "admin", self.admin)
             _allow("admin", self.admin, host, self.insecure)
         _raise_descriptors()
+        self._wakes = socket.socketpair()
+        for end in self._wakes:
+            end.setblocking(False)
         self._context = zmq.Context()
         try:
+            # Bytes are bounded by windows and leases; these count messages. The frontend's bounds what a simulator
+            # that keeps no rules can pile up, PUB's what one that reads nothing does.
             front = self._open(zmq.ROUTER, rcvhwm=8, sndhwm=100)
-            back = self._open(zmq.ROUTER, rcvhwm=1000, sndhwm=100_000)
+            back = self._open(zmq.ROUTER, rcvhwm=0, sndhwm=100_000)
             self._routers = (front, back)
-            self._publisher = self._open(zmq.PUB, rcvhwm=1, sndhwm=4)
+            self._publisher = self._open(zmq.PUB, rcvhwm=1000, sndhwm=4)
             self.frontend = _bind(front, "frontend", self.frontend)
             self.backend = _bind(back, "backend", self.backend)
             self.weights = _bind(self._publisher, "weights", self.weights)
@@ -141,7 +144,7 @@ class Server:
         poller = zmq.Poller()
         for router in self._routers:
             poller.register(router, zmq.POLLIN)
-        poller.register(self._wake_out.fileno(), zmq.POLLIN)
+        poller.register(self._wakes[1].fileno(), zmq.POLLIN)
         clock, poll, front, back = self._clock, poller.poll, *self._routers
         unread = [0, 0]
         now = judge_from = clock()
@@ -189,8 +192,8 @@ class Server:
         if self._context is not None:
             self._context.term()
             self._context = None
-        self._wake_in.close()
-        self._wake_out.close()
+        for end in self._wakes:
+            end.close()
 
     def ask(self, question: Question) -> Future[dict[str, Any]]:
         """The answer of the loop's own thread, soon. Cancelled when too many questions wait or the broker stops."""
@@ -292,14 +295,15 @@ class Server:
 
     def _wake(self) -> None:
         try:
-            self._wake_in.send(b"!")
+            for end in self._wakes[:1]:
+                end.send(b"!")
         except OSError:
             return  # full: it is awake already; closed: there is nobody to wake
 
     def _answer(self) -> None:
         """Answer the admin's questions, in the only thread that may look at the core."""
         try:
-            self._wake_out.recv(4096)
+            self._wakes[1].recv(4096)
         except OSError:
             return
         while self._questions:
@@ -329,16 +333,27 @@ class Server:
         }
 
     def _open(self, kind: int, *, rcvhwm: int, sndhwm: int) -> Socket:
-        """A socket with its options, before it is bound: later they are ignored."""
+        """A socket with its options, before it is bound: later they are ignored.
+
+        Heartbeats and a limit on what waits to be read exclude each other: when a connection ends whose queue is full,
+        the next heartbeat of ours trips an assertion of libzmq 4.3 and ends the process (its issues 3937 and 4767).
+        Where there is a limit the peers' heartbeats do the work, their TTL counts here too; TCP does it for the rest.
+        """
         opened: Socket = cast("zmq.Context[Socket]", self._context).socket(kind)
         opened.linger = 0
         opened.rcvhwm = rcvhwm
         opened.sndhwm = sndhwm
         opened.maxmsgsize = MAX_FRAME_BYTES
         opened.backlog = 1024
-        opened.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-        opened.set(zmq.HEARTBEAT_TTL, HEARTBEAT_TTL_MS)
-        opened.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        if not rcvhwm:
+            opened.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+            opened.set(zmq.HEARTBEAT_TTL, HEARTBEAT_TTL_MS)
+            opened.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        opened.tcp_keepalive = 1
+        opened.tcp_keepalive_idle = 10
+        opened.tcp_keepalive_intvl = 5
+        opened.tcp_keepalive_cnt = 3
+        opened.set(zmq.TCP_MAXRT, HEARTBEAT_TTL_MS)
         if kind == zmq.ROUTER:
             opened.router_mandatory = True
         return opened

@@ -96,7 +96,7 @@ class BrokerState:
         """(steps limit of this session, length of its fragments): the steps ahead are shared by episodes at once."""
         trainer = self.trainer
         if trainer is None:
-            return 0, 1
+            return max(1, sim.taken_steps), 1  # nobody learns: nothing is sampled ahead (0 would mean no limit)
         longest, ahead, n = trainer.hello.fragment_steps, trainer.hello.steps_ahead, max(1, self.episodes)
         if not ahead:
             return 0, longest

@@ -22,7 +22,7 @@ from rllink_zmq.errors import EpisodeError, SettingsError, SpaceError
 from rllink_zmq.fragments import FragmentBuilder, layout_of_spaces
 from rllink_zmq.session import SimulatorSession, State
 from rllink_zmq.spaces import spaces_to_wire
-from rllink_zmq.transport import Connection, parse_address
+from rllink_zmq.transport import Connection, parse_address, poll
 
 log = logging.getLogger("rllink_zmq")
 
@@ -147,17 +147,8 @@ class Client:
 
         `observations`: one for each episode. Returns an array whose row i is what episode i's `env.step` wants.
         """
-        if len(episodes) != len(observations) or len({id(e) for e in episodes}) != len(episodes):
-            raise EpisodeError(
-                f"expected different episodes and one observation for each, got {len(episodes)} episodes and "
-                f"{len(observations)} observations"
-            )
-        if not episodes:
-            raise EpisodeError("expected one episode or more, got none")
-        for episode in episodes:
-            episode.check_open("get_actions")
         flow, reader = self.flow, self.flow.reader
-        pairs = [(e.builder, o) for e, o in zip(episodes, observations, strict=True)]
+        pairs = self._pairs(episodes, observations, "get_actions")
         while True:
             origin = flow.prepare(pairs, "acted", wait=True)
             with reader.lock:
@@ -172,6 +163,24 @@ class Client:
         flow.credit -= sum(builder.sent for builder, _ in pairs)
         return acted.env_actions
 
+    def can_act(self, episodes: Sequence[Episode], observations: Sequence[Any]) -> bool:
+        """`Episode.can_act` for several episodes of this client: whether `get_actions` would return at once."""
+        return self.flow.prepare(self._pairs(episodes, observations, "can_act"), "acted", wait=False) is not None
+
+    def _pairs(
+        self, episodes: Sequence[Episode], observations: Sequence[Any], call: str
+    ) -> list[tuple[FragmentBuilder, Any]]:
+        if not episodes or len(episodes) != len(observations) or len({e.id for e in episodes}) != len(episodes):
+            raise EpisodeError(
+                f"{call} expects one or more different episodes and one observation for each, got {len(episodes)} "
+                f"episodes and {len(observations)} observations"
+            )
+        for episode in episodes:
+            episode.check_open(call)
+            if episode.builder is not self.flow.builders.get(episode.id):
+                raise EpisodeError(f"{call}: episode '{episode.id}' is another client's")
+        return [(e.builder, o) for e, o in zip(episodes, observations, strict=True)]
+
     def close(self, timeout: float = 5.0) -> int:
         """Abandon open episodes, wait up to `timeout` seconds until all that was sent is settled, say BYE.
 
@@ -183,14 +192,11 @@ class Client:
         for builder in list(flow.builders.values()):
             flow.abandon(builder)
         flow.builders.clear()
-        session, connection = flow.session, flow.connection
-        deadline = time.monotonic() + timeout
-        while session.unsettled and session.refusal is None and (left := deadline - time.monotonic()) > 0:
-            connection.wait(min(left, WAIT_SLICE))
-            connection.look()
+        settle([self], timeout)
+        session = flow.session
         flow.closed, flow.look_at = True, 0.0
         flow.reader.leave(session)
-        connection.close()
+        flow.connection.close()
         if session.unsettled:
             log.warning(
                 "closed while %d fragments (%d steps) were on their way",
@@ -204,3 +210,17 @@ class Client:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close(5.0 if kind is None else 0.5)
+
+
+def settle(clients: Sequence[Client], timeout: float) -> None:
+    """Send what these clients have queued, and wait up to `timeout` seconds until all of it is settled."""
+    open_flows = [client.flow for client in clients if not client.flow.closed]
+    deadline = time.monotonic() + timeout
+    while True:
+        for flow in open_flows:
+            flow.connection.look()
+        open_flows = [f for f in open_flows if f.session.unsettled and f.session.refusal is None]
+        left = deadline - time.monotonic()
+        if not open_flows or left <= 0:
+            return
+        poll([flow.connection for flow in open_flows], None, min(left, WAIT_SLICE))

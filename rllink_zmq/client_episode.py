@@ -49,7 +49,13 @@ class Episode:
         flow, builder = self._flow, self.builder
         reader = flow.reader
         while True:
-            if builder.origin is not reader.origin or not self._goes_on("acted"):
+            if not (
+                0 < builder.steps < builder.limit
+                and builder.origin is reader.origin
+                and builder.kind == "acted"
+                and flow.credit > 0
+                and _now() < flow.look_at
+            ):
                 self.check_open("get_action")
                 flow.prepare([(builder, observation)], "acted", wait=True)
             with reader.lock:
@@ -100,6 +106,11 @@ class Episode:
     def end_episode(self, observation: Any, truncated: bool = False) -> None:
         """The episode is over: `observation` is what the last action led to. `truncated`: it was cut short (a time
         limit) rather than finished. Raises EpisodeError for an episode without a step, and the second time."""
+        self.finish(observation, truncated)
+        self._flow.connection.flush()
+
+    def finish(self, observation: Any, truncated: bool) -> None:
+        """`end_episode` for callers that go on at once: what is queued may leave with the next look."""
         self.check_open("end_episode")
         if not self.steps:
             raise EpisodeError(

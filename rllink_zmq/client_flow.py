@@ -1,7 +1,7 @@
 """Between episodes and the broker: when a step may be taken, when a fragment is cut, when the socket is looked at.
 
 - The socket is looked at every 5 ms at most: a look costs a tenth of a step, and a fragment sent alone more than one.
-  A fragment that ends within 5 ms of the last look leaves with the next one.
+  A fragment that ends within 5 ms of the last one, in the middle of an episode, leaves with the next look.
 - Room is asked for before a step. Before anything waits all that was built is submitted: it could wait for itself.
 - A fragment is of one weights version: it is cut where newer ones are to be used.
 """
@@ -37,6 +37,19 @@ Pairs = Sequence[tuple[FragmentBuilder, Any]]
 """Episodes and the observation each has now."""
 
 
+class Waiting:
+    """Says what a wait that began at `since` waits for: after `SAY_FIRST` seconds, then every `SAY_EVERY`."""
+
+    def __init__(self, since: float) -> None:
+        self._since = since
+        self._say_at = since + SAY_FIRST
+
+    def say(self, why: Callable[[], str], now: float) -> None:
+        if now >= self._say_at:
+            self._say_at = now + SAY_EVERY
+            log.warning("waiting for %.0f s: %s", now - self._since, why())
+
+
 class Flow:
     """One client's. `credit`: steps that may be taken until the next look; `look_at`: when that is due."""
 
@@ -54,6 +67,7 @@ class Flow:
         self._reads_policy = False
         self._logged: Origin | None = None
         self._logged_at = float("-inf")
+        self._sent_at = float("-inf")
         self._notice = ""
         self._reasons: set[str] = set()
         session.on_message = reader.answer
@@ -96,7 +110,7 @@ class Flow:
                 return None
             else:
                 self._check_window(needed)
-                self.wait(lambda: self.origin(kind) is not None and self._room(needed), lambda: self._why(kind))
+                self.wait(lambda: self.origin(kind) is not None and self._room(needed), lambda: self.why(kind))
         for builder, _ in pairs:
             if not builder.steps:
                 if not builder.t0:
@@ -215,8 +229,9 @@ class Flow:
             now=now,
             seconds=now - builder.began,
         )
-        if now >= self.look_at:
+        if now >= self._sent_at + LOOK_INTERVAL:
             # Else the next look sends it, with others: waking libzmq's thread costs more than the message.
+            self._sent_at = now
             self.connection.flush()
 
     def abandon(self, builder: FragmentBuilder) -> None:
@@ -255,18 +270,17 @@ class Flow:
     def wait(self, done: Callable[[], bool], why: Callable[[], str], timeout: float | None = None) -> None:
         """Look until `done()`, and say `why()` in the log every few seconds. Raises ConnectionTimeout, RefusedError."""
         started = time.monotonic()
-        say_at = started + SAY_FIRST
+        waiting = Waiting(started)
         while not done():
             now = time.monotonic()
             if timeout is not None and now - started >= timeout:
                 raise ConnectionTimeout(f"gave up after {timeout:g} s: {why()}")
-            if now >= say_at:
-                say_at = now + SAY_EVERY
-                log.warning("waiting for %.0f s: %s", now - started, why())
+            waiting.say(why, now)
             self.connection.wait(WAIT_SLICE)
             self.look()
 
-    def _why(self, kind: Kind) -> str:
+    def why(self, kind: Kind) -> str:
+        """Why `prepare` would wait, in words."""
         session, address = self.session, self.connection.address
         if session.state is not State.LIVE:
             return f"the connection is lost, trying again to reach {address}. {session.notice}".rstrip()

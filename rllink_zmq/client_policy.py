@@ -22,6 +22,9 @@ SWITCH_INTERVAL = 0.1
 """Seconds between two weights versions that a process acts with. A switch cuts every fragment it is building, and
 off-policy training makes a version every few milliseconds: fragments of one step would help nobody."""
 
+READ_INTERVAL = 0.002
+"""Seconds between two looks for news, whoever of many clients looks."""
+
 
 def layout_of_policy(manifest: PolicyManifest) -> Layout:
     """The layout of fragments whose actions the policy chose."""
@@ -54,6 +57,7 @@ class PolicyReader:
         self._puller: SimulatorSession | None = None
         self._pulled_greeting = 0
         self._switched = float("-inf")
+        self._read_at = 0.0
         self._users = 0
         self._loaded = ""
 
@@ -102,7 +106,8 @@ class PolicyReader:
             if session.state is State.LIVE:
                 wanted.told(session.run, session.version, session.policy, now)
                 self._subscribe(session.weights_address)
-            if self._subscription is not None:
+            if self._subscription is not None and now >= self._read_at:
+                self._read_at = now + READ_INTERVAL
                 for message, body in self._subscription.read():
                     wanted.news(message, body, now)
             asked = self._pull(session, now)

@@ -8,6 +8,7 @@ Columns are arrays of the final dtype from the start: a step costs a few assignm
 from __future__ import annotations
 
 import math
+from math import isfinite
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, cast
 
 import gymnasium as gym
@@ -20,6 +21,10 @@ from rllink_zmq.errors import EpisodeError, SpaceError
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FIRST_ROWS = 16
 """Steps a new fragment has memory for; it grows by doubling, up to the fragment's length."""
+
+FEW = 16
+"""Numbers that Python adds faster than NumPy."""
+_ndarray = np.ndarray
 
 Kind: TypeAlias = Literal["acted", "logged", "bare"]
 """Who chose the actions, which is which columns there are: the policy (`action_logp` and `action_dist_inputs`), the
@@ -132,6 +137,7 @@ class FragmentBuilder:
         self._layout, self.kind, self.origin, self.limit = layout, kind, origin, limit
         self._shape, self._dtype, self._choices = obs.shape, obs.dtype, layout.choices
         self._float = obs.dtype.kind == "f"
+        self._few = obs.size <= FEW
         self._zeros = np.zeros(obs.size, obs.dtype)
         self._obs: Array = np.empty((rows + 1, *obs.shape), obs.dtype)
         self._flat = self._obs.reshape(rows + 1, obs.size)
@@ -152,7 +158,7 @@ class FragmentBuilder:
         """
         steps = self.steps
         if (
-            type(observation) is not np.ndarray
+            type(observation) is not _ndarray
             or observation.dtype is not self._dtype
             or observation.shape != self._shape
         ):
@@ -165,14 +171,8 @@ class FragmentBuilder:
                 )
             return cast(Array, self._obs[0])
         self._obs[steps] = observation
-        if self._float:
-            # Zero times anything finite is zero: one product instead of isfinite().all(), which takes thrice as long.
-            try:
-                finite = self._zeros.dot(self._flat[steps]) == 0.0
-            except RuntimeWarning:  # infinity times zero, where warnings are errors
-                finite = False
-            if not finite:
-                self._not_finite("observation", self._obs[steps])
+        if self._float and not self._finite(steps) and not np.isfinite(self._obs[steps]).all():
+            self._not_finite("observation", self._obs[steps])
         return cast(Array, observation)
 
     def act(self, action: Any, logp: float, dist_inputs: NDArray[np.float32]) -> None:
@@ -312,6 +312,16 @@ class FragmentBuilder:
             self._dist = longer(self._dist, rows, held)  # type: ignore[assignment]
 
     # ---- what doesn't fit
+
+    def _finite(self, row: int) -> bool:
+        """Whether observation `row` is, at a third of the cost of `isfinite().all()`. May be False where it is."""
+        values = self._flat[row]
+        if self._few:
+            return isfinite(sum(values.tolist()))
+        try:
+            return bool(self._zeros.dot(values) == 0.0)  # zero times anything else is not zero
+        except RuntimeWarning:  # infinity times zero, where warnings are errors
+            return False
 
     def _cast(self, value: Any, what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """`value` in `dtype`. Raises `EpisodeError` for another shape or values that `dtype` can't hold."""

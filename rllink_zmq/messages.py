@@ -120,7 +120,7 @@ class SimulatorHello(_Part, tag="simulator", tag_field="role", frozen=True):
     """`base`: every number below it is settled. `steps`: env steps of all settled fragments of this session.
     `episodes`: how many episodes it runs at once. `policy`: hash of the policy it has, '' = none."""
 
-    base: Count = 1
+    base: Annotated[int, Meta(ge=1, lt=1 << 53)] = 1
     steps: Count = 0
     episodes: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
     spaces: Spaces | None = None
@@ -309,7 +309,7 @@ class STATE(_Message, tag="STATE", frozen=True):
     version: Version
     size: Count
     offset: Count = 0
-    crc32: Count = 0
+    crc32: Annotated[int, Meta(ge=0, lt=1 << 32)] = 0
 
 
 class GET_CONFIG(_Message, tag="GET_CONFIG", frozen=True):

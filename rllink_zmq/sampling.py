@@ -6,7 +6,8 @@ RLlib's algorithms want different things of a runner, and none says so (`docs/rl
   later than `timeout` is thrown away unseen. So: return at this runner's share, or `linger` after the first data; with
   nothing to give return an empty list only while other runners make progress. When nobody has data stay silent past
   the timeout: then `train()` comes back. Nothing is taken after half of the timeout, and what was granted too late to
-  be returned in time is dropped with the reason `late`.
+  be returned in time is dropped with the reason `late`. RLlib's clock starts when it sends the call, which may then
+  wait in the actor: behind a call that RLlib has given up, or while the process is stopped.
 - **stream** (APPO, IMPALA): calls are asynchronous and *counted*: each is taken for a full fragment, and a package of
   empty ones ends the training. So: wait for `share` steps, never return an empty list.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Literal, NamedTuple
 
-from rllink_zmq.session_runner import Lease, RunnerSession
+from rllink_zmq.session_runner import AWAKE, Lease, RunnerSession
 
 PROGRESS_WAIT = 0.3
 """Seconds that a runner of a round waits for its first data before it looks whether others make progress."""
@@ -57,20 +58,28 @@ class SampleCall:
         self.round_was_full = False
         self._repeated = repeated
         self._started = now
+        self._submitted = _submitted(session, rules.timeout, now)
         self._first: float | None = None
         self._pool_at_start = session.pool.taken_steps
         self._mine = 0
         self._cancelled = False
         session.taken = None
+        session.deadline = self._submitted + TOO_LATE * rules.timeout if rules.style == "round" else float("inf")
 
     def cancel(self) -> None:
         """Return as soon as nothing is being claimed."""
         self._cancelled = True
 
     def step(self, now: float) -> Next:
+        what = self._step(now)
+        if what is Next.RETURN:
+            self.session.last_call = (self._submitted, now)
+        return what
+
+    def _step(self, now: float) -> Next:
         session = self.session
         if session.taken is not None:
-            late = self.rules.style == "round" and now > self._started + TOO_LATE * self.rules.timeout
+            late = now > session.deadline
             for lease in session.taken:
                 if late:
                     session.drop(lease.message, "late")
@@ -104,7 +113,9 @@ class SampleCall:
             return Next.RETURN
         if self._first is not None and now >= self._first + rules.linger:
             return Next.RETURN
-        half = self._started + rules.timeout / 2
+        half = self._submitted + rules.timeout / 2
+        if self._started >= half:
+            return Next.RETURN  # RLlib may have given this call up; if not, the next one starts afresh
         if now < half:
             self.session.take(want - self.steps, now)
             if self.session.claiming:
@@ -117,7 +128,7 @@ class SampleCall:
         patience = self._started + PROGRESS_WAIT
         if others and now >= patience:
             return Next.RETURN
-        late = self._started + rules.timeout + LATE
+        late = self._submitted + rules.timeout + LATE
         if now >= late:
             return Next.RETURN
         self.wake = min(t for t in (patience, half, late, now + PROGRESS_WAIT) if t > now)
@@ -129,3 +140,19 @@ class SampleCall:
         pool = self.session.pool
         taken = pool.round_steps if pool.version == self.session.offered_version else 0
         return self.rules.quota - taken + self.steps
+
+
+def _submitted(session: RunnerSession, timeout: float, now: float) -> float:
+    """A time no later than when RLlib sent the call that begins now.
+
+    RLlib sends the next call when it has the last answer, or has given it up. A runner that is idle and not stopped
+    begins at once.
+    """
+    running = min(now, session.running_since(now))
+    if session.last_call is None:
+        return running
+    submitted, ended = session.last_call
+    given_up = submitted + timeout
+    if ended < given_up:
+        return max(ended, running)
+    return given_up if now - ended < AWAKE else max(given_up, running)

@@ -48,6 +48,15 @@ SERVICE_TIMING = Timing(ping=1.0, silence=10.0, retry=0.1, retry_most=1.0, answe
 MEMORY_OF_HANDED = 3600.0
 """Seconds after which hand-overs of a session that sent nothing more are forgotten."""
 
+STALL = 2.5
+"""Seconds without a look at the connection that mean the process was stopped: it looks every second or two."""
+
+AWAKE = 1.0
+"""Seconds after a stall, or after the end of a call, in which a call that begins may have waited in the actor."""
+
+HANDOVER_CUT = "handover_cut"
+"""The reason of a fragment that RLlib may have, or may not."""
+
 Key = tuple[bytes, int]
 
 
@@ -68,7 +77,8 @@ class Pool(NamedTuple):
 
 
 class RunnerSession(Endpoint):
-    """A runner's end, for one run."""
+    """A runner's end, for one run. `deadline`: an answer that reaches RLlib later is thrown away unseen. `last_call`: no
+    later than when RLlib sent the last call of `sample()`, and when its answer was ready."""
 
     def __init__(
         self, session: bytes, run: str, *, name: str = "", package: str = "", rng: random.Random | None = None
@@ -82,15 +92,20 @@ class RunnerSession(Endpoint):
         self.returned = 0
         self.taken: list[Lease] | None = None
         self.pool = Pool()
+        self.deadline = float("inf")
+        self.last_call: tuple[float, float] | None = None
         self._pending: tuple[int, list[Key]] | None = None
         self._handed: dict[bytes, dict[int, int]] = {}
         self._handed_at: dict[bytes, float] = {}
         self._dropped: dict[Key, str] = {}
-        self._told_dropped = 0
+        self._told_returned = 0
+        self._looked: float | None = None
+        self._stall = (float("-inf"), float("-inf"))
         self._offer: tuple[int, Callable[[], bytes]] | None = None
         self._weights: tuple[int, bytes, int] | None = None
 
     def hello(self) -> RunnerHello:
+        self._told_returned = self.returned
         handed = [Handed(s, list(known), list(known.values())) for s, known in self._handed.items()]
         return RunnerHello(self.my_run, self.committed, self.returned, handed, self._all_dropped())
 
@@ -129,12 +144,35 @@ class RunnerSession(Endpoint):
         self._dropped[message.session, message.number] = reason
 
     def give_back(self, now: float) -> None:
-        """RLlib has all hand-overs so far."""
+        """RLlib has all hand-overs so far: unless it is past the `deadline`, then nobody knows."""
         if self.returned == self.committed:
             return
+        if now > self.deadline:
+            for session, known in self._handed.items():
+                for number, k in known.items():
+                    if k > self.returned:
+                        self._dropped.setdefault((session, number), HANDOVER_CUT)
         self.returned = self.committed
         if self.state is State.LIVE:
-            self._say(RETURNED(self.returned, self._all_dropped()), now)
+            self._say_returned(now)
+
+    def _say_returned(self, now: float) -> None:
+        self._told_returned = self.returned
+        self._say(RETURNED(self.returned, self._all_dropped()), now)
+
+    def running_since(self, now: float) -> float:
+        """A time since which this process has certainly not been stopped, or before which it was."""
+        began, ended = self._stall
+        return began if now - ended < AWAKE else now if self._looked is None else self._looked
+
+    def _look(self, now: float) -> None:
+        if self._looked is not None and now - self._looked > STALL:
+            self._stall = (self._looked, now)
+        self._looked = now
+
+    def receive(self, message: Message, body: Sequence[Buffer], now: float) -> None:
+        self._look(now)
+        super().receive(message, body, now)
 
     # ---- weights
 
@@ -170,14 +208,19 @@ class RunnerSession(Endpoint):
         self.leased_steps = 0
         if self._pending is not None:
             self._pending, self.taken = None, []
+        if self.returned != self._told_returned:
+            # Given back after the HELLO. A TAKE that says it first would leave out what was dropped.
+            self._say_returned(now)
         if self._offer is not None:
             self._say(OFFER(self.my_run, self._offer[0], self._offer_size), now)
 
     def handle(self, message: Message, body: Sequence[Buffer], now: float) -> None:
         if isinstance(message, FRAGMENT):
             self._pass_base(message, now)
-            self.leased[message.session, message.number] = Lease(message, body)
-            self.leased_steps += message.steps
+            key = (message.session, message.number)
+            if key not in self.leased:  # else it was leased on the old connection too, whose last messages come late
+                self.leased_steps += message.steps
+            self.leased[key] = Lease(message, body)
         elif isinstance(message, TAKEN):
             self._on_taken(message, now)
         elif isinstance(message, PONG):
@@ -224,6 +267,7 @@ class RunnerSession(Endpoint):
             del self._handed[message.session], self._handed_at[message.session]
 
     def tick(self, now: float) -> None:
+        self._look(now)
         super().tick(now)
         for session in [s for s, t in self._handed_at.items() if now - t > MEMORY_OF_HANDED]:
             for number in self._handed.pop(session):

@@ -22,6 +22,9 @@ from rllink_zmq.session import Endpoint, State
 HEARTBEAT_MS, HEARTBEAT_TTL_MS, HEARTBEAT_TIMEOUT_MS = 2_000, 15_000, 10_000
 """libzmq's own heartbeats: its I/O thread answers them, whatever the application does. A hung host shows after 11 s."""
 
+FIRST_CONNECT_MS = 50
+"""How long opening a connection waits for the other side before it goes on in the background."""
+
 _ADDRESS = re.compile(r"tcp://(?P<host>\*|\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})$")
 
 
@@ -84,6 +87,8 @@ class Connection:
     def open(self) -> None:
         """Connect (in the background) and begin to greet. Raises `SettingsError` for an address that can't be used."""
         self.socket = _dealer(self.address)
+        # A peer that is there answers within a millisecond. Greeting before it can be sent costs the wait for a retry.
+        self.socket.poll(FIRST_CONNECT_MS, zmq.POLLOUT)
         self.endpoint.open(self.clock())
         self.flush()
 

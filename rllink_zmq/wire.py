@@ -69,6 +69,8 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
     if size > MAX_BODY_BYTES:
         raise ProtocolError(f"a body of {size} bytes; at most {MAX_BODY_BYTES} are allowed", "too_large")
     if type(message) is FRAGMENT:
+        if message.base > message.number:
+            raise ProtocolError(f"fragment {message.number} says that all numbers below {message.base} are settled")
         claimed = 0
         steps = message.steps
         for column in message.columns:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ SOME = {"obs": np.arange(6, dtype="<f4").reshape(3, 2), "actions": np.array([1, 
 
 def cut(data: bytes, at: list[int]) -> list[bytes]:
     edges = [0, *sorted(min(n, len(data)) for n in at), len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
 @pytest.mark.parametrize("dtype", sorted(ITEM_BYTES))
@@ -113,7 +115,7 @@ def test_shapes_that_are_good(shape: tuple[int, ...]) -> None:
 )
 def test_columns_that_do_not_add_up_to_the_body(columns: list[Column]) -> None:
     _, buffers = to_buffers(SOME)
-    with pytest.raises(ProtocolError, match="claim .* bytes, the body has 40"):
+    with pytest.raises(ProtocolError, match=r"claim .* bytes, the body has 40"):
         from_body(columns, buffers)
 
 

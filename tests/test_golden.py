@@ -107,8 +107,8 @@ EXAMPLES = (
     Example(
         "HELLO of a runner",
         "runner -> broker",
-        "It has acted upon TAKEN 5, RLlib has the hand-overs up to 4; of one simulator it has handed over the fragments "
-        "3 and 4 (with TAKE 4 and 5); fragment 2 was malformed.",
+        "It has acted upon TAKEN 5, RLlib has the hand-overs up to 4; of one simulator it has handed over the "
+        "fragments 3 and 4 (with TAKE 4 and 5); fragment 2 was malformed.",
         HELLO(
             1, RUNNER, 2, RunnerHello(RUN, 5, 4, [Handed(SIM, [3, 4], [4, 5])], [Dropped(SIM, 2, "malformed")]),
             "runner-1@host", "0.1.0",
@@ -130,8 +130,8 @@ EXAMPLES = (
     Example(
         "WELCOME",
         "broker -> simulator",
-        "The answer to greeting 1: fragments of at most 1 MiB, a window of 2 MiB, 1,000 env steps ahead in fragments of "
-        "200; version 7 of this run's weights is to be had; the trainer's spaces.",
+        "The answer to greeting 1: fragments of at most 1 MiB, a window of 2 MiB, 1,000 env steps ahead in fragments "
+        "of 200; version 7 of this run's weights is to be had; the trainer's spaces.",
         WELCOME(
             EPOCH, 1, 1 << 20, 2 << 20, 1000, 200, RUN, 7, POLICY, "tcp://192.0.2.7:5557", CARTPOLE
         ),
@@ -170,7 +170,7 @@ EXAMPLES = (
         "began. The simulator itself has dropped 2 fragments (400 steps) since its session began.",
         *_fragment(
             LAST_STEP, number=12, base=10, episode="5", t0=199, steps=1, end="truncated", run=RUN, version=8,
-            return_so_far=-150.5, seconds=6.25, dropped={"no_window": (2, 400)},
+            return_so_far=-150.5, seconds=6.25, dropped={"abandoned": (2, 400)},
         ),
     ),
     Example(
@@ -244,7 +244,10 @@ EXAMPLES = (
     ),
     Example("STATE, none yet", "broker -> simulator", "There are no weights yet.", STATE("", -1, 0)),
     Example(
-        "GET_CONFIG", "simulator -> broker, broker -> trainer", "Send this policy from its beginning.", GET_CONFIG(POLICY)
+        "GET_CONFIG",
+        "simulator -> broker, broker -> trainer",
+        "Send this policy from its beginning.",
+        GET_CONFIG(POLICY),
     ),
     Example(
         "CONFIG",

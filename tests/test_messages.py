@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
+from test_golden import EXAMPLES
 
 from rllink_zmq import messages
 from rllink_zmq.messages import MESSAGES, Message, decode, encode
-from test_golden import EXAMPLES
 
 PARTS = (
     messages.BoxSpace,

@@ -52,7 +52,7 @@ def over_the_wire(space: gym.Space) -> gym.Space:
         Box(INT64.min, INT64.max, (2,), np.int64),
         Box(0, np.iinfo(np.uint64).max, (2,), np.uint64),
         Box(np.array([[0, -5], [1, 2]]), np.array([[1, 5], [1, 3]]), dtype=np.int32),
-        Box(0, 1, (MAX_SPACE_BYTES,), np.uint8),
+        Box(0, 1, (1024, 1024, 3), np.uint8),
         gym.make("CartPole-v1").observation_space,
         gym.make("Pendulum-v1").action_space,
     ],
@@ -82,7 +82,7 @@ def test_any_box(data: st.DataObject) -> None:
         numbers = st.integers(max(int(ends.min), -(1 << 53)), min(int(ends.max), 1 << 53))
     one = np.array(data.draw(st.lists(numbers, min_size=size, max_size=size)), dtype).reshape(shape)
     two = np.array(data.draw(st.lists(numbers, min_size=size, max_size=size)), dtype).reshape(shape)
-    space = Box(np.minimum(one, two), np.maximum(one, two), shape, dtype.type)
+    space = Box(np.asarray(np.minimum(one, two)), np.asarray(np.maximum(one, two)), shape, dtype.type)
     assert over_the_wire(space) == space
 
 
@@ -96,7 +96,6 @@ def test_any_box(data: st.DataObject) -> None:
         gym.spaces.Text(3),
         Box(-1, 1, (1,) * 9),
         Box(np.arange(MAX_BOUNDS + 1, dtype=np.float32), np.inf),
-        Box(0, 1, (MAX_SPACE_BYTES + 1,), np.uint8),
         Box(0, 1, (2,), np.dtype(">f4")),
         Discrete(1 << 53),
         Discrete(2, start=1 << 53),
@@ -121,6 +120,7 @@ def test_these_do_not_travel(space: gym.Space) -> None:
         BoxSpace((2,), "", (0.0,), (1.0,)),
         BoxSpace((1 << 40, 1 << 40), "<f4", (0.0,), (1.0,)),
         BoxSpace((1 << 31,), "<f4", (0.0,), (1.0,)),
+        BoxSpace((MAX_SPACE_BYTES + 1,), "|u1", (0.0,), (1.0,)),
         BoxSpace((0, 1 << 52, 1 << 52), "<f4", (0.0,), (1.0,)),
     ],
     ids=str,
@@ -157,7 +157,7 @@ finite_or_not = st.floats(allow_nan=True, allow_infinity=True)
             st.one_of(st.sampled_from(sorted(ITEM_BYTES)), st.text(max_size=16)),
             st.lists(finite_or_not, min_size=1, max_size=4).map(tuple),
             st.lists(finite_or_not, min_size=1, max_size=4).map(tuple),
-        ).filter(lambda s: np.prod([float(n) for n in s.shape]) < 1e6 or np.prod([float(n) for n in s.shape]) > 1e9),
+        ).filter(lambda s: np.prod([float(n) for n in s.shape]) < 1e4 or np.prod([float(n) for n in s.shape]) > 1e9),
     )
 )
 def test_any_wire_space_gives_a_space_or_a_space_error(space: Space) -> None:
@@ -166,5 +166,3 @@ def test_any_wire_space_gives_a_space_or_a_space_error(space: Space) -> None:
     except SpaceError:
         return
     assert isinstance(made, gym.Space)
-
-

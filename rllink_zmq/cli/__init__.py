@@ -53,10 +53,10 @@ class Lazy(MutableMapping[str, click.Command]):
         raise TypeError("commands can't be removed")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(COMMANDS)
+        return iter({**COMMANDS, **self._loaded})
 
     def __len__(self) -> int:
-        return len(COMMANDS)
+        return len({**COMMANDS, **self._loaded})
 
 
 class LazyGroup(click.Group):

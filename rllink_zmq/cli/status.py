@@ -56,7 +56,8 @@ def fetch(admin: str) -> dict[str, Any]:
 
 def _said(error: HTTPError) -> str:
     try:
-        return str(json.loads(error.read(65_536))["error"])
+        with error:
+            return str(json.loads(error.read(65_536))["error"])
     except (ValueError, KeyError, TypeError, OSError):
         return "is this the address of a broker's --admin?"
 

@@ -1,0 +1,191 @@
+"""What one process of `rllink-zmq simulate` does: some simulators, each with its own environment and connection."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from types import FrameType
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+
+from rllink_zmq.client import Client, connect, settle
+from rllink_zmq.drive import Tally, drive_many
+from rllink_zmq.errors import RllinkError, SettingsError
+
+from . import output
+
+REPORT_INTERVAL = 0.5
+"""Seconds between two reports of a process while it works."""
+SETTLE, SETTLE_INTERRUPTED = 5.0, 1.0
+"""Seconds that all simulators of a process together wait at the end for what they sent to be settled."""
+
+
+class Plan(NamedTuple):
+    """Simulators `first` .. `first + number - 1`, with `episodes` each (None: without end)."""
+
+    env: str
+    broker: str
+    first: int
+    number: int
+    episodes: int | None
+    seed: int | None
+
+
+class Report(NamedTuple):
+    """How far a process is. `returns`: of its last 100 episodes. The totals are (fragments, steps) by reason."""
+
+    connected: int
+    episodes: int
+    steps: int
+    returns: tuple[float, ...]
+    outcomes: dict[str, tuple[int, int]]
+    dropped: dict[str, tuple[int, int]]
+    unsettled: int
+    done: bool = False
+
+
+def check_env(name: str) -> None:
+    """Raises SettingsError, naming what comes close, for an environment that Gymnasium doesn't know."""
+    try:
+        gym.spec(name)
+    except ModuleNotFoundError as e:
+        raise SettingsError(f"--env {name}: {e}; 'module:Name-v0' needs a module that can be imported") from None
+    except gym.error.Error as e:
+        close = difflib.get_close_matches(name, gym.registry, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else "'module:Name-v0' registers one of your own first"
+        raise SettingsError(f"--env {name}: Gymnasium knows no such environment; {hint}") from e
+
+
+def make_env(name: str, *, checked: bool) -> gym.Env[Any, Any]:
+    """`gymnasium.make`. Raises SettingsError in one sentence if it can't."""
+    try:
+        return gym.make(name, disable_env_checker=not checked)
+    except (gym.error.Error, ImportError) as e:
+        raise SettingsError(f"--env {name} can't be made here: {e}") from e
+
+
+class Work:
+    """Connect, run, close. `watch` is called with a report now and then."""
+
+    def __init__(self, plan: Plan, watch: Callable[[Report], None]) -> None:
+        self._plan = plan
+        self._watch = watch
+        self._tally = Tally()
+        self._clients: list[Client] = []
+        self._envs: list[gym.Env[Any, Any]] = []
+        self._report_at = 0.0
+
+    def report(self, *, done: bool = False) -> Report:
+        """As of now."""
+        outcomes: dict[str, tuple[int, int]] = {}
+        dropped: dict[str, tuple[int, int]] = {}
+        connected = unsettled = 0
+        for client in self._clients:
+            stats = client.stats
+            connected += stats.connected
+            unsettled += stats.unsettled
+            add(outcomes, stats.outcomes)
+            add(dropped, stats.dropped)
+        tally = self._tally
+        return Report(
+            connected, tally.episodes, tally.steps, tuple(tally.returns), outcomes, dropped, unsettled, done
+        )  # fmt: skip
+
+    def connect(self) -> None:
+        """Make all environments and connections; waits for a broker as long as it takes."""
+        plan = self._plan
+        host = socket.gethostname()
+        for i in range(plan.first, plan.first + plan.number):
+            env = make_env(plan.env, checked=not self._envs)
+            self._envs.append(env)
+            self._clients.append(
+                connect(
+                    plan.broker,
+                    observation_space=env.observation_space,
+                    action_space=env.action_space,
+                    name=f"{host}/{os.getpid()}/{i}",
+                    seed=None if plan.seed is None else plan.seed + plan.first,
+                    timeout=None,
+                )
+            )
+
+    def run(self, stop: Callable[[], bool]) -> bool:
+        """Run all simulators. True when they have done what was asked for."""
+
+        def stopped() -> bool:
+            now = time.monotonic()
+            if now >= self._report_at:
+                self._report_at = now + REPORT_INTERVAL
+                self._watch(self.report())
+            return stop()
+
+        plan = self._plan
+        seed = None if plan.seed is None else plan.seed + plan.first
+        seats = zip(self._clients, self._envs, strict=True)
+        drive_many(seats, episodes=plan.episodes, seed=seed, stop=stopped, tally=self._tally)
+        return plan.episodes is not None and self._tally.episodes >= plan.episodes * plan.number
+
+    def close(self, timeout: float) -> None:
+        """Say BYE for all. `timeout` is for all of them together."""
+        settle(self._clients, timeout)
+        for client in self._clients:
+            client.close(0.0)
+        while self._envs:
+            self._envs.pop().close()  # type: ignore[no-untyped-call]
+
+
+def add(total: dict[str, tuple[int, int]], more: dict[str, tuple[int, int]]) -> None:
+    """Sum up by reason."""
+    for reason, (fragments, steps) in more.items():
+        have = total.get(reason, (0, 0))
+        total[reason] = (have[0] + fragments, have[1] + steps)
+
+
+def in_child(plan: Plan, pipe: Connection) -> None:
+    """The main function of a process of its own. Sends reports, and at last a report that is done, or an error's text.
+
+    Ends when the parent does: the pipe breaks. SIGINT is the parent's business (a terminal sends it to all), SIGTERM
+    asks to stop.
+    """
+    output.show_logs()
+    stop = output.Stop()
+    driving = False
+
+    def handle(signum: int, _: FrameType | None) -> None:
+        stop.ask(signum)
+        if not driving:
+            raise output.Interrupted(signum)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, handle)
+    threading.Thread(target=_end_with_parent, args=(pipe, os.getppid()), daemon=True).start()
+    work = Work(plan, pipe.send)
+    done = False
+    try:
+        work.connect()
+        driving = True
+        done = work.run(lambda: bool(stop))
+        work.close(SETTLE if done else SETTLE_INTERRUPTED)
+        pipe.send(work.report(done=done))
+    except RllinkError as e:
+        pipe.send(str(e))
+    except (output.Interrupted, OSError):  # OSError: the parent is gone, and with it the pipe
+        return
+    finally:
+        driving = True  # nothing may interrupt the BYEs
+        work.close(0.0)
+
+
+def _end_with_parent(pipe: Connection, parent: int) -> None:
+    try:
+        pipe.recv()
+    except (EOFError, OSError):
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)

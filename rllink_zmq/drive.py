@@ -1,0 +1,303 @@
+"""Loops for Gymnasium environments: one (`drive`), a vector (`drive_vector`), many clients a thread (`drive_many`).
+
+None of them blocks on a client: one that has to wait doesn't stop the others, and `stop` is looked at meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from rllink_zmq.client import Client, Episode
+from rllink_zmq.client_flow import WAIT_SLICE, Waiting
+from rllink_zmq.errors import SettingsError
+from rllink_zmq.transport import poll
+
+TURN_STEPS, TURN_SECONDS = 16, 0.005
+"""What one client takes before the next has its turn, and `stop` is looked at."""
+RETRY = 0.002
+"""Seconds until a client that had to wait is asked again while others go on."""
+LAST_RETURNS = 100
+
+
+class Summary(NamedTuple):
+    """`episodes`: that ended by themselves, `episode_return_mean`: of the last 100 of them (None before the first).
+    `steps`: of all. `wall_s`: seconds."""
+
+    episodes: int
+    steps: int
+    episode_return_mean: float | None
+    wall_s: float
+
+
+class Tally:
+    """Counts while a loop runs."""
+
+    def __init__(self) -> None:
+        self.episodes = 0
+        self.steps = 0
+        self.returns: deque[float] = deque(maxlen=LAST_RETURNS)
+        self._started = time.monotonic()
+
+    def ended(self, episode: Episode) -> None:
+        """An episode has ended by itself."""
+        self.episodes += 1
+        self.returns.append(episode.episode_return)
+
+    def summary(self) -> Summary:
+        """As of now."""
+        mean = float(np.mean(self.returns)) if self.returns else None
+        return Summary(self.episodes, self.steps, mean, time.monotonic() - self._started)
+
+
+Stop = Callable[[], bool]
+
+
+def drive(
+    client: Client,
+    env: gym.Env[Any, Any],
+    *,
+    episodes: int | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    stop: Stop | None = None,
+) -> Summary:
+    """Run `env` with the client's policy for so many `episodes`, or `steps`, or until `stop()`; for ever with none.
+
+    `seed`: of the first reset. An episode that is cut off by `steps` or `stop` is ended as truncated. Raises what
+    `Episode.get_action` does.
+    """
+    return drive_many([(client, env)], episodes=episodes, steps=steps, seed=seed, stop=stop)
+
+
+def drive_many(
+    seats: Iterable[tuple[Client, gym.Env[Any, Any]]],
+    *,
+    episodes: int | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    stop: Stop | None = None,
+    tally: Tally | None = None,
+) -> Summary:
+    """`drive` for many clients with an environment each, in turn, in this thread. `episodes` and `steps` are for each
+    of them; the i-th environment's first reset has `seed` + i. `tally`: counts that a caller wants to watch."""
+    count = tally or Tally()
+    all_seats = [
+        _Seat(client, env, count, episodes, steps, None if seed is None else seed + i)
+        for i, (client, env) in enumerate(seats)
+    ]
+    active = [seat for seat in all_seats if not seat.done]
+    waiting: Waiting | None = None
+    try:
+        while active and not (stop is not None and stop()):
+            now = time.monotonic()
+            went_on = False
+            for seat in active:
+                if now < seat.retry_at:
+                    continue
+                if seat.turn():
+                    went_on = True
+                else:
+                    seat.retry_at = now + RETRY
+            active = [seat for seat in active if not seat.done]
+            if went_on:
+                waiting = None
+            elif active:
+                now = time.monotonic()
+                waiting = waiting or Waiting(now)
+                waiting.say(_why(active), now)
+                poll([seat.client.flow.connection for seat in active], None, WAIT_SLICE)
+                for seat in active:
+                    seat.retry_at = 0.0
+        for seat in active:
+            seat.cut_off()
+    finally:
+        for seat in all_seats:
+            seat.leave()
+    return count.summary()
+
+
+def _why(seats: Sequence[_Seat]) -> Callable[[], str]:
+    others = f" ({len(seats)} simulators)" if len(seats) > 1 else ""
+    return lambda: seats[0].client.flow.why("acted") + others
+
+
+class _Seat:
+    """One client and its environment."""
+
+    def __init__(
+        self,
+        client: Client,
+        env: gym.Env[Any, Any],
+        tally: Tally,
+        episodes: int | None,
+        steps: int | None,
+        seed: int | None,
+    ) -> None:
+        self.client = client
+        self.retry_at = 0.0
+        self._env = env
+        self._tally = tally
+        self._episodes_left = float("inf") if episodes is None else episodes
+        self._steps_left = float("inf") if steps is None else steps
+        self._seed = seed
+        self._episode: Episode | None = None
+        self._observation: Any = None
+
+    @property
+    def done(self) -> bool:
+        return self._episode is None and (self._episodes_left <= 0 or self._steps_left <= 0)
+
+    def turn(self) -> bool:
+        """Take some steps. False if it would have to wait before the first."""
+        episode = self._episode
+        if episode is None:
+            if not self.client.ready:
+                return False
+            self._observation, _ = self._env.reset(seed=self._seed)
+            self._seed = None
+            episode = self._episode = self.client.start_episode()
+        env, tally, observation = self._env, self._tally, self._observation
+        until = time.monotonic() + TURN_SECONDS
+        for taken in range(TURN_STEPS):
+            if not episode.can_act(observation):
+                self._observation = observation
+                return taken > 0
+            observation, reward, terminated, truncated, _ = env.step(episode.get_action(observation))
+            episode.log_returns(float(reward))
+            tally.steps += 1
+            self._steps_left -= 1
+            if terminated or truncated:
+                episode.finish(observation, truncated=not terminated)
+                tally.ended(episode)
+                self._episodes_left -= 1
+                self._episode = None
+                break
+            if self._steps_left <= 0 or time.monotonic() >= until:
+                break
+        self._observation = observation
+        if self._steps_left <= 0:
+            self.cut_off()
+        if self.done:
+            self.client.flow.look()  # nobody calls it any more: what is queued leaves now
+        return True
+
+    def cut_off(self) -> None:
+        """End the episode where it is."""
+        if self._episode is not None and self._episode.steps:
+            self._episode.end_episode(self._observation, truncated=True)
+        self.leave()
+
+    def leave(self) -> None:
+        if self._episode is not None:
+            self._episode.abandon()
+            self._episode = None
+
+
+def drive_vector(
+    client: Client,
+    envs: gym.vector.VectorEnv[Any, Any, Any],
+    *,
+    episodes: int | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    stop: Stop | None = None,
+) -> Summary:
+    """Run a vector of environments, with one forward pass of the policy for all. `episodes` and `steps` are totals.
+
+    Every `autoreset_mode` of Gymnasium is understood. The client must have been connected for as many `episodes` as
+    there are environments. Raises SettingsError otherwise, and what `Client.get_actions` does.
+    """
+    vector = _Vector(client, envs, seed)
+    tally = Tally()
+    try:
+        while (episodes is None or tally.episodes < episodes) and (steps is None or tally.steps < steps):
+            if not vector.wait(stop):
+                break
+            vector.step(tally)
+        vector.cut_off()
+    finally:
+        vector.leave()
+    return tally.summary()
+
+
+class _Vector:
+    """`_episodes[i]` is None while environment i waits for its reset to be stepped over (`NEXT_STEP`)."""
+
+    def __init__(self, client: Client, envs: gym.vector.VectorEnv[Any, Any, Any], seed: int | None) -> None:
+        mode = envs.metadata.get("autoreset_mode")
+        if not isinstance(mode, AutoresetMode):
+            raise SettingsError(
+                f"expected a vector environment whose metadata['autoreset_mode'] is one of Gymnasium's, got {mode!r}"
+            )
+        if client.flow.session.episodes < envs.num_envs:
+            raise SettingsError(
+                f"{envs.num_envs} environments need as many episodes at once, the client was connected for "
+                f"{client.flow.session.episodes}: connect(..., episodes={envs.num_envs})"
+            )
+        self._client = client
+        self._envs = envs
+        self._mode = mode
+        self._observations, _ = envs.reset(seed=seed)
+        space = envs.single_action_space
+        self._actions = np.zeros((envs.num_envs, *(space.shape or ())), space.dtype)
+        self._episodes: list[Episode | None] = [client.start_episode() for _ in range(envs.num_envs)]
+
+    def _acting(self) -> tuple[list[int], list[Episode]]:
+        acting = [(i, episode) for i, episode in enumerate(self._episodes) if episode is not None]
+        return [i for i, _ in acting], [episode for _, episode in acting]
+
+    def wait(self, stop: Stop | None) -> bool:
+        """Until there is room for a step of all. False when `stop()` said so."""
+        at, episodes = self._acting()
+        waiting = Waiting(time.monotonic())
+        flow = self._client.flow
+        while True:
+            if stop is not None and stop():
+                return False
+            if not episodes or self._client.can_act(episodes, [self._observations[i] for i in at]):
+                return True
+            waiting.say(lambda: flow.why("acted"), time.monotonic())
+            poll([flow.connection], None, WAIT_SLICE)
+
+    def step(self, tally: Tally) -> None:
+        """One step of all environments."""
+        at, episodes = self._acting()
+        if episodes:
+            self._actions[at] = self._client.get_actions(episodes, [self._observations[i] for i in at])
+        observations, rewards, terminated, truncated, infos = self._envs.step(self._actions)
+        tally.steps += len(at)
+        ended = np.zeros(len(self._episodes), bool)
+        for i, episode in zip(at, episodes, strict=True):
+            episode.log_returns(float(rewards[i]))
+            if terminated[i] or truncated[i]:
+                last = infos["final_obs"][i] if self._mode is AutoresetMode.SAME_STEP else observations[i]
+                episode.finish(last, truncated=not terminated[i])
+                tally.ended(episode)
+                ended[i] = True
+        if self._mode is AutoresetMode.DISABLED and ended.any():
+            observations, _ = self._envs.reset(options={"reset_mask": ended})
+        later = self._mode is AutoresetMode.NEXT_STEP
+        for i in range(len(self._episodes)):
+            if ended[i]:
+                self._episodes[i] = None if later else self._client.start_episode()
+            elif self._episodes[i] is None:
+                self._episodes[i] = self._client.start_episode()
+        self._observations = observations
+
+    def cut_off(self) -> None:
+        """End all episodes where they are."""
+        for i, episode in enumerate(self._episodes):
+            if episode is not None and episode.steps:
+                episode.end_episode(self._observations[i], truncated=True)
+
+    def leave(self) -> None:
+        for episode in self._episodes:
+            if episode is not None:
+                episode.abandon()

@@ -1,0 +1,131 @@
+"""A broker and a learner's side without RLlib, in threads: what simulators need to be tested on real sockets."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from test_policy import BODY, discrete_blob
+
+from broker.server import Server
+from broker.settings import Settings
+from rllink_zmq.arrays import from_body
+from rllink_zmq.messages import FRAGMENT, TrainerHello
+from rllink_zmq.policy import policy_hash
+from rllink_zmq.session import State
+from rllink_zmq.session_runner import RunnerSession, TrainerSession
+from rllink_zmq.spaces import spaces_to_wire
+from rllink_zmq.transport import Connection, poll
+
+OBSERVATIONS = gym.spaces.Box(-10.0, 10.0, (3,), np.float32)
+ACTIONS = gym.spaces.Discrete(2)
+RUNS = ("000000000001-aaaaaaaa", "000000000002-bbbbbbbb")
+PATIENCE = 20.0
+
+
+def until(condition: Callable[[], bool], what: str = "condition", patience: float = PATIENCE) -> None:
+    """Wait for what another thread does."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come true in {patience} s"
+        time.sleep(0.002)
+
+
+class Training:
+    """`taken`: (header, arrays) of every fragment, in order. `paused`: nothing is taken meanwhile."""
+
+    def __init__(
+        self,
+        backend: str,
+        *,
+        blob: bytes = discrete_blob(),
+        observation_space: Any = OBSERVATIONS,
+        action_space: Any = ACTIONS,
+        steps_ahead: int = 0,
+        fragment_steps: int = 8,
+        run: str = RUNS[0],
+    ) -> None:
+        self.taken: list[tuple[FRAGMENT, dict[str, Any]]] = []
+        self.paused = False
+        self.run = run
+        spaces = spaces_to_wire(observation_space, action_space)
+        terms = TrainerHello(run, 1000, 1_000_000, steps_ahead, 1, fragment_steps, spaces, policy_hash(blob), len(blob))
+        self.trainer = TrainerSession(os.urandom(16), terms, blob, name="fake")
+        self.runner = RunnerSession(os.urandom(16), run, name="fake")
+        self._connections = [Connection(self.trainer, backend), Connection(self.runner, backend)]
+        self._todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stop = False
+        self._thread = threading.Thread(target=self._work)
+
+    @property
+    def steps(self) -> int:
+        return sum(header.steps for header, _ in self.taken)
+
+    def publish(self, version: int, body: bytes = BODY) -> None:
+        """Offer weights; the broker fetches and publishes them."""
+        self._todo.put(lambda: self.runner.offer(version, len(body), lambda: body, time.monotonic()))
+
+    def start(self) -> None:
+        self._thread.start()
+        until(lambda: all(c.endpoint.state is State.LIVE for c in self._connections), "the learner's side greets")
+
+    def stop(self) -> None:
+        self._stop = True
+        self._thread.join()
+
+    def _work(self) -> None:
+        for connection in self._connections:
+            connection.open()
+        runner = self.runner
+        while not self._stop:
+            poll(self._connections, None, 0.005)
+            for connection in self._connections:
+                connection.look()
+            while not self._todo.empty():
+                self._todo.get()()
+            if runner.taken is not None:
+                self.taken += [(lease.message, from_body(lease.message.columns, lease.body)) for lease in runner.taken]
+                runner.taken = None
+                runner.give_back(time.monotonic())
+            if not self.paused:
+                runner.take(1 << 30, time.monotonic())
+            for connection in self._connections:
+                connection.flush()
+        for connection in self._connections:
+            connection.close()
+
+
+@contextmanager
+def broker(**settings: Any) -> Iterator[Server]:
+    """A broker on free ports."""
+    free = "tcp://127.0.0.1:*"
+    server = Server(Settings(**settings), frontend=free, backend=free, weights=free, admin=None)
+    server.bind()
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join()
+        server.close()
+
+
+@contextmanager
+def training(server: Server, *, version: int | None = 0, body: bytes = BODY, **options: Any) -> Iterator[Training]:
+    """A learner's side at `server`, which has published `version` (None: nothing)."""
+    fake = Training(server.backend, **options)
+    fake.start()
+    if version is not None:
+        fake.publish(version, body)
+    try:
+        yield fake
+    finally:
+        fake.stop()
