@@ -1,7 +1,7 @@
 """The broker's cost: a fragment's way through it against forwarding alone, bytes against zmq.proxy, 1,000 against 10.
 
 Real processes on tcp: 100 DEALERs (one process) send real FRAGMENT messages; the broker decodes, checks, queues and
-leases them to one runner (another process), which TAKEs them in batches of 20 and says RETURNED; ACKs go back.
+leases them to two runners (another process), which TAKE them in batches of 20 and say RETURNED; ACKs go back.
 
 - small: 64 bytes a fragment. Fragments per second of CPU of the broker's process, against a Python loop of two ROUTERs
   that forwards the very same frames and does nothing else (nothing comes back through it). `tuned` is the same loop
@@ -57,6 +57,7 @@ from rllink_zmq.transport_thread import ConnectionThread
 from rllink_zmq.wire import check_body, column_bytes, pack, parse_header, unpack
 
 SIMULATORS = 100
+RUNNERS = 2
 TAKE_OF = 20
 """Fragments a TAKE: PPO's 4,000 steps in fragments of 200."""
 
@@ -108,7 +109,7 @@ def body_of(load: tuple[int, tuple[Column, ...]]) -> bytes:
 
 def trainer_hello() -> TrainerHello:
     """No limit on steps, so that bytes alone limit what is on its way."""
-    return TrainerHello(RUN, 4000, 1 << 30, 0, 1, 200, SPACES, "policy", 1)
+    return TrainerHello(RUN, 4000, 1 << 30, 0, RUNNERS, 200, SPACES, "policy", 1)
 
 
 def hello(session: bytes, peer: Hello) -> HELLO:
@@ -144,12 +145,12 @@ def _router(context: zmq.Context[zmq.Socket[Any]], kind: int, rcvhwm: int, sndhw
 
 
 def plain_loop(connection: Pipe) -> None:
-    """A Python loop of two ROUTERs: everything from the front goes to the one peer at the back."""
+    """A Python loop of two ROUTERs: what comes at the front goes to the peers at the back in turn."""
     context = zmq.Context()
     front, front_address = _router(context, zmq.ROUTER, 8, 100)
     back, back_address = _router(context, zmq.ROUTER, 1000, 100_000)
     connection.send((front_address, back_address))
-    sink = back.recv_multipart()[0]
+    sinks = itertools.cycle([back.recv_multipart()[0] for _ in range(RUNNERS)])
     connection.send("connected")
     poller = zmq.Poller()
     poller.register(front, zmq.POLLIN)
@@ -160,7 +161,7 @@ def plain_loop(connection: Pipe) -> None:
                 frames = front.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            frames[0] = sink
+            frames[0] = next(sinks)
             back.send_multipart(frames, zmq.NOBLOCK)
 
 
@@ -170,7 +171,7 @@ def tuned_loop(connection: Pipe) -> None:
     front, front_address = _router(context, zmq.ROUTER, 8, 100)
     back, back_address = _router(context, zmq.ROUTER, 1000, 100_000)
     connection.send((front_address, back_address))
-    sink = back.recv_multipart()[0]
+    sinks = itertools.cycle([back.recv_multipart()[0] for _ in range(RUNNERS)])
     connection.send("connected")
     poller = zmq.Poller()
     poller.register(front, zmq.POLLIN)
@@ -188,7 +189,7 @@ def tuned_loop(connection: Pipe) -> None:
             while frame.more:
                 frame = recv(noblock, False)
                 frames.append(frame.bytes)
-            send(sink, more)
+            send(next(sinks), more)
             for kept in frames[:-1]:
                 send(kept, more)
             send(frames[-1], noblock)
@@ -200,7 +201,8 @@ def c_proxy(connection: Pipe) -> None:
     front, front_address = _router(context, zmq.ROUTER, 8, 100)
     back, back_address = _router(context, zmq.DEALER, 1000, 1000)
     connection.send((front_address, back_address))
-    back.recv_multipart()
+    for _ in range(RUNNERS):
+        back.recv_multipart()
     connection.send("connected")
     zmq.proxy(front, back)
 
@@ -271,7 +273,7 @@ class Fleet:
             if not self.acked:
                 settled = received.value - before
             if not progress:
-                time.sleep(0.0005)
+                time.sleep(0.003)  # a look at 100 sockets is not cheap, and ACKs come every 10 ms
             if time.monotonic() - started > PATIENCE:
                 raise measure.BenchmarkError(f"{settled} of {count} fragments settled in {PATIENCE:.0f} s")
         return time.monotonic() - started
@@ -290,11 +292,11 @@ class Fleet:
 
 
 def receiver(connection: Pipe, ways: Sequence[Way], received: Any) -> None:
-    """The runner of the broker, and who receives at the other ways. Reads whatever comes, decodes the header."""
+    """The runners of the broker, and who receives at the other ways. Reads whatever comes, decodes the header."""
     context = zmq.Context()
     poller = zmq.Poller()
     ends: dict[Any, Runner | None] = {}
-    for way in ways:
+    for way in [way for way in ways for _ in range(RUNNERS)]:
         socket = dealer(context, way.back)
         if way.through == "broker":
             ends[socket] = Runner(socket)
@@ -305,9 +307,11 @@ def receiver(connection: Pipe, ways: Sequence[Way], received: Any) -> None:
     poller.register(connection.fileno(), zmq.POLLIN)
     connection.send("ready")
     noblock = int(zmq.NOBLOCK)
+    pinged = time.monotonic()
     while True:
         ready = poller.poll(1000)
-        if not ready:
+        if time.monotonic() - pinged >= 1.0:
+            pinged = time.monotonic()
             for runner in filter(None, ends.values()):
                 runner.ping()
         for found, _ in ready:

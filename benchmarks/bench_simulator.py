@@ -150,7 +150,7 @@ def main() -> None:
     report = measure.Report("simulator", options)
     if importlib.util.find_spec("msgpack_numpy") is None:
         raise SystemExit("RLlib's client needs msgpack_numpy, which RLlib doesn't install: pip install msgpack-numpy")
-    number, seconds = (1, 0.5) if options.quick else (7, 5.0)
+    number, seconds = (1, 0.5) if options.quick else (5, 5.0)
     ports = [free_port()] if options.quick else [free_port(), free_port()]
     with ExitStack() as stack:
         addresses = stack.enter_context(broker())

@@ -98,6 +98,10 @@ class Helper:
         except EOFError:
             raise BenchmarkError(f"{self._name} has ended with {self._process.exitcode}") from None
 
+    def has_said(self) -> bool:
+        """Whether `answer` would return at once."""
+        return self._mine.poll(0)
+
     def ask(self, *question: Any) -> Any:
         self.tell(*question)
         return self.answer()

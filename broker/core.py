@@ -38,6 +38,9 @@ from .handshake import Handshake
 from .peers import Peer, Runner, Simulator
 from .settings import Settings
 
+ACK_OUTCOMES = 8192
+"""Outcomes that one ACK carries at most: its header has to fit a frame."""
+
 
 class Broker(Handshake, Artifacts):
     """One broker epoch. `epoch`: 8 random bytes; `weights_address`: where simulators find PUB."""
@@ -75,7 +78,8 @@ class Broker(Handshake, Artifacts):
                 peer.heard = now
                 handler = self._on.get(type(message))
                 if handler is None:
-                    text = f"a {type(message).__name__} is for peers, not for the broker"
+                    name = type(message).__name__
+                    text = f"{'an' if name[0] in 'AEIOU' else 'a'} {name} is for peers, not for the broker"
                     self._refuse(event.side, event.route, "unexpected", text, now)
                 else:
                     handler(peer, message, event, now)
@@ -107,8 +111,25 @@ class Broker(Handshake, Artifacts):
 
     def _malformed(self, event: Malformed, now: float) -> None:
         self.malformed += 1
-        if event.route in self.routes[event.side] or now - self._told.get("malformed", -1e9) >= 1.0:
-            self._refuse(event.side, event.route, event.error.code, str(event.error), now)
+        sim, message = self.routes[event.side].get(event.route), event.message
+        if type(sim) is Simulator and type(message) is FRAGMENT and message.session == sim.session:
+            self._poison(sim, message, now)
+        if event.route not in self.routes[event.side]:
+            if now - self._told.get("stranger", -1e9) < 1.0:
+                return
+            self._told["stranger"] = now
+        self._refuse(event.side, event.route, event.error.code, str(event.error), now)
+
+    def _poison(self, sim: Simulator, message: FRAGMENT, now: float) -> None:
+        """A header that can be read, over a body that isn't what it says: settled at once, or it would be kept and
+        resent for ever."""
+        if message.number > sim.high:
+            sim.high = message.number
+            self.ledger.receive(message.steps)
+            self.ledger.settle(message.steps, "malformed")
+            sim.taken_steps += message.steps
+            sim.outcomes[message.number] = "malformed"
+            self._ack(sim, message.number, "malformed", now)
 
     # ---- fragments in
 
@@ -331,8 +352,10 @@ class Broker(Handshake, Artifacts):
             if sim.state is peers.State.LIVE:
                 limit, length = self.steps_granted(sim)
                 settled, sim.acks = sim.acks, []
-                ack = ACK(settled, sim.window, limit, length, self.run, self.published_version, self.policy_ready)
-                self._actions.append(Send(Side.FRONT, sim.route, ack))
+                for i in range(0, len(settled) or 1, ACK_OUTCOMES):
+                    some, run, version = settled[i : i + ACK_OUTCOMES], self.run, self.published_version
+                    ack = ACK(some, sim.window, limit, length, run, version, self.policy_ready)
+                    self._actions.append(Send(Side.FRONT, sim.route, ack))
 
     # ---- time
 

@@ -32,11 +32,12 @@ class Received(NamedTuple):
 
 
 class Malformed(NamedTuple):
-    """Frames that are no message."""
+    """Frames that are no message; `message` is their header if that much can be read."""
 
     side: Side
     route: bytes
     error: ProtocolError
+    message: Message | None = None
 
 
 class Unreachable(NamedTuple):

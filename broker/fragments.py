@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 class State(Enum):
+    __hash__ = object.__hash__  # an Enum's own is Python code, and `move` is on every fragment's way
     QUEUED = "queued"
     LEASED = "leased"
     TAKEN = "taken"
@@ -29,6 +30,7 @@ class State(Enum):
 
 
 class Verb(Enum):
+    __hash__ = object.__hash__
     LEASE = "lease"  # sent to a runner
     UNLEASE = "unlease"  # that runner is lost, greets anew or leaves
     TAKE = "take"  # TAKE granted
@@ -52,6 +54,10 @@ TABLE: dict[tuple[State, Verb], State] = {
     (State.TAKEN, Verb.CUT): State.SETTLED,
 }
 """(state, verb) -> state. A fragment that a runner reports as handed over already is settled with RETURN at once."""
+
+
+MAX_REASONS = 48
+"""Reasons that the ledger tells apart; runners may name their own, and PONG carries them all."""
 
 
 class Fragment:
@@ -94,7 +100,12 @@ class Ledger:
     def settle(self, steps: int, outcome: str) -> None:
         self.in_flight[0] -= 1
         self.in_flight[1] -= steps
-        total = self.delivered if outcome == DELIVERED else self.dropped.setdefault(outcome, [0, 0])
+        if outcome == DELIVERED:
+            total = self.delivered
+        else:
+            if outcome not in self.dropped and len(self.dropped) >= MAX_REASONS:
+                outcome = "other"
+            total = self.dropped.setdefault(outcome, [0, 0])
         total[0] += 1
         total[1] += steps
 

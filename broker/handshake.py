@@ -49,9 +49,11 @@ class Handshake(BrokerState):
                 f"{hello.protocol}: install the same version of rllink-zmq on both",
             )
         if simulator != (event.side is Side.FRONT):
-            name = type(role).__name__.removesuffix("Hello").lower()
+            name = {SimulatorHello: "a simulator", RunnerHello: "a runner", TrainerHello: "a trainer"}.get(
+                type(role), "an observer"
+            )
             right, wrong = ("frontend", "backend") if simulator else ("backend", "frontend")
-            return no("wrong_socket", f"a {name} must connect to the broker's {right}, this is the {wrong}")
+            return no("wrong_socket", f"{name} must connect to the broker's {right}, this is the {wrong}")
         other = self.routes[event.side].get(event.route)
         if other is not None and other.session != hello.session:
             self._lose(other, now)
@@ -67,6 +69,7 @@ class Handshake(BrokerState):
 
     def _enter(self, peer: Peer, hello: HELLO, route: bytes, now: float) -> None:
         routes = self.routes[peer.side]
+        self._pool = None
         if peer.state is State.LIVE:
             routes.pop(peer.route, None)
         elif isinstance(peer, Simulator):
@@ -177,7 +180,7 @@ class Handshake(BrokerState):
         # What it was leased on the old connection is not waited for: TAKE would be refused.
         self._requeue(runner.leased, Move.UNLEASE)
         self._enter(runner, hello, event.route, now)
-        runner.run, runner.offer = role.run, None
+        runner.run, runner.offer, self._pool = role.run, None, None
         self._source_lost(runner, now)  # what was asked on the old connection is not waited for
         self._give(runner, role.returned, role.dropped, now)
         for k in sorted((k for k in runner.takes if k > role.committed), reverse=True):
@@ -239,6 +242,7 @@ class Handshake(BrokerState):
         self._enter(trainer, hello, event.route, now)
         if role.run != self.run:
             self.run = role.run
+            self._pool = None
             for runner in [r for r in self.runners.values() if r.run < role.run and r.state is State.LIVE]:
                 self._expel(runner, "old_run", f"run {runner.run} has ended, the broker serves {self.run} now", now)
             self._say(logging.INFO, "run", f"trainer '{trainer.name}' began run {self.run}", now)
@@ -260,6 +264,7 @@ class Handshake(BrokerState):
 
     def _lose(self, peer: Peer, now: float) -> None:
         """The connection is gone; the process may come back."""
+        self._pool = None
         del self.routes[peer.side][peer.route]
         peer.move(Verb.LOSE, now)
         if isinstance(peer, Simulator):
@@ -286,6 +291,7 @@ class Handshake(BrokerState):
         self._forget(peer, Verb.LEAVE, now)
 
     def _forget(self, peer: Peer, verb: Verb, now: float) -> None:
+        self._pool = None
         peer.move(verb, now)
         if isinstance(peer, Simulator):
             self._dirty.pop(peer, None)

@@ -58,7 +58,6 @@ HEARTBEAT_MS, HEARTBEAT_TTL_MS, HEARTBEAT_TIMEOUT_MS = 2_000, 15_000, 10_000
 # Plain ints: every operation on the flags of `zmq` builds an enum, which costs more than a send.
 _NOBLOCK = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
-_POLLIN = int(zmq.POLLIN)
 
 _ADDRESS = re.compile(r"tcp://(?P<host>\*|\[[0-9a-fA-F:.%a-z]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5}|\*)$")
 _HTTP = re.compile(r"(?:http://)?(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})/?$")
@@ -228,11 +227,12 @@ class Server:
                 if len(frames) <= MAX_FRAMES:
                     frames.append(frame.bytes if len(frame) < ZERO_COPY_BYTES else frame)
             event: Event
+            message = None
             try:
                 message = parse_header(frames[0])
                 event = Received(side, route, message, frames, check_body(message, frames[1:]))
             except ProtocolError as e:
-                event = Malformed(side, route, e)
+                event = Malformed(side, route, e, message)
             now = clock()
             actions = handle(event, now)
             if actions:

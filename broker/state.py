@@ -51,6 +51,7 @@ class BrokerState:
         self.weights_crc = 0
         self.policy_ready = ""
         self.policy_blob = b""
+        self._pool: list[Runner] | None = None
         self._dirty: dict[Simulator, None] = {}
         self._ack_due: float | None = None
         self._told: dict[str, float] = {}
@@ -90,7 +91,9 @@ class BrokerState:
 
     def pool(self) -> list[Runner]:
         """The runners that may be leased to."""
-        return [r for r in self.runners.values() if r.state is peers.State.LIVE and r.run == self.run]
+        if self._pool is None:
+            self._pool = [r for r in self.runners.values() if r.state is peers.State.LIVE and r.run == self.run]
+        return self._pool
 
     def steps_granted(self, sim: Simulator) -> tuple[int, int]:
         """(steps limit of this session, length of its fragments): the steps ahead are shared by episodes at once."""

@@ -28,9 +28,7 @@ def main() -> None:
         PPOConfig()
         .environment(args.env)  # for its spaces alone: nobody steps it here
         .env_runners(num_env_runners=args.runners)
-        .training(
-            train_batch_size_per_learner=2000, minibatch_size=256, num_epochs=6, lr=3e-4, vf_loss_coeff=0.01
-        )
+        .training(train_batch_size_per_learner=2000, minibatch_size=256, num_epochs=6, lr=3e-4, vf_loss_coeff=0.01)
         .rl_module(model_config={"fcnet_hiddens": [64, 64], "fcnet_activation": "tanh"})
     )
     attach(config, args.broker)

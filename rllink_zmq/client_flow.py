@@ -68,6 +68,7 @@ class Flow:
         self._logged: Origin | None = None
         self._logged_at = float("-inf")
         self._sent_at = float("-inf")
+        self._step_bytes = 1
         self._notice = ""
         self._reasons: set[str] = set()
         session.on_message = reader.answer
@@ -118,6 +119,9 @@ class Flow:
                 layout = self._layout_of(kind)
                 assert layout is not None  # or there were no origin
                 builder.begin(layout, kind, origin, self._length(layout, kind, builder))
+                if builder.step_bytes > self._step_bytes:
+                    self._step_bytes = builder.step_bytes
+                    self.measure()
         return origin
 
     def origin(self, kind: Kind) -> Origin | None:
@@ -167,13 +171,11 @@ class Flow:
             self.credit = 0
             return
         steps = size = 0
-        a_step = 1
         for builder in self.builders.values():
             if builder.sent:
                 steps += builder.steps
                 size += builder.nbytes
-                a_step = max(a_step, builder.step_bytes)
-        credit = (session.window - session.unsettled_bytes - size) // a_step + 1
+        credit = (session.window - session.unsettled_bytes - size) // self._step_bytes + 1
         if session.steps_limit:
             credit = min(credit, session.steps_limit - session.settled_steps - session.unsettled_steps - steps)
         self.credit = credit

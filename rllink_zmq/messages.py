@@ -151,7 +151,7 @@ class TrainerHello(_Part, tag="trainer", tag_field="role", frozen=True):
     fragment_steps: Annotated[int, Meta(ge=1, lt=1 << 31)]
     spaces: Spaces
     policy: Digest
-    policy_bytes: Count
+    policy_bytes: Annotated[int, Meta(ge=1, lt=1 << 53)]
 
 
 class ObserverHello(_Part, tag="observer", tag_field="role", frozen=True):

@@ -141,7 +141,7 @@ def unpack_policy(blob: Buffer) -> tuple[PolicyManifest, bytes]:
         raise PolicyError(f"a policy of {size} bytes is over the limit of {MAX_BLOB_BYTES}")
     try:
         manifest, graph = _decoder.decode(blob)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PolicyError(f"not an exported policy, or one of another version of this package: {error}") from error
     if manifest.weights_bytes > MAX_WEIGHTS_BYTES:
         raise PolicyError(f"weights of {manifest.weights_bytes} bytes are over the limit of {MAX_WEIGHTS_BYTES}")

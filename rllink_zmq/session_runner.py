@@ -57,6 +57,9 @@ AWAKE = 1.0
 HANDOVER_CUT = "handover_cut"
 """The reason of a fragment that RLlib may have, or may not."""
 
+SESSIONS_REMEMBERED = 4096
+"""Of so many sessions at most: the report has to fit the header of a HELLO."""
+
 Key = tuple[bytes, int]
 
 
@@ -77,8 +80,8 @@ class Pool(NamedTuple):
 
 
 class RunnerSession(Endpoint):
-    """A runner's end, for one run. `deadline`: an answer that reaches RLlib later is thrown away unseen. `last_call`: no
-    later than when RLlib sent the last call of `sample()`, and when its answer was ready."""
+    """A runner's end, for one run. `deadline`: an answer that reaches RLlib later is thrown away unseen. `last_call`:
+    of the last call of `sample()`, a time no later than when RLlib sent it, and when its answer was ready."""
 
     def __init__(
         self, session: bytes, run: str, *, name: str = "", package: str = "", rng: random.Random | None = None
@@ -244,6 +247,7 @@ class RunnerSession(Endpoint):
             if key in refused:
                 continue
             known = self._handed.setdefault(key[0], {})
+            self._handed_at.pop(key[0], None)
             self._handed_at[key[0]] = now
             if key[1] in known:
                 # Handed over before: whatever the broker believes, RLlib doesn't get it again.
@@ -269,7 +273,10 @@ class RunnerSession(Endpoint):
     def tick(self, now: float) -> None:
         self._look(now)
         super().tick(now)
-        for session in [s for s, t in self._handed_at.items() if now - t > MEMORY_OF_HANDED]:
+        # In the order of their last fragment: the first ones have been silent for the longest.
+        surplus = len(self._handed_at) - SESSIONS_REMEMBERED
+        old = [s for i, (s, t) in enumerate(self._handed_at.items()) if i < surplus or now - t > MEMORY_OF_HANDED]
+        for session in old:
             for number in self._handed.pop(session):
                 self._dropped.pop((session, number), None)
             del self._handed_at[session]

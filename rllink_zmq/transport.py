@@ -44,13 +44,20 @@ def beside(address: str, told: str) -> str:
     return f"tcp://{host}:{port}"
 
 
-def set_options(socket: zmq.Socket[Any], *, rcvhwm: int, sndhwm: int) -> None:
-    """Options every socket of ours has. To be called before bind or connect: later they are ignored."""
+def set_options(socket: zmq.Socket[Any], *, rcvhwm: int, sndhwm: int, heartbeats: bool = True) -> None:
+    """Options every socket of ours has. To be called before bind or connect: later they are ignored.
+
+    `heartbeats` go with an unlimited `rcvhwm` (0) alone: with a full receive queue libzmq 4.3 aborts the process when
+    one of them fails (libzmq#3937, #4364, #4767). Without them TCP's own keepalive finds a dead host.
+    """
     socket.linger = 0
     socket.rcvhwm = rcvhwm
     socket.sndhwm = sndhwm
     socket.maxmsgsize = MAX_FRAME_BYTES
     socket.ipv6 = True
+    if not heartbeats:
+        socket.tcp_keepalive, socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl = 1, 5, 5
+        return
     socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.set(zmq.HEARTBEAT_TTL, HEARTBEAT_TTL_MS)
     socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
@@ -183,7 +190,7 @@ class Subscription:
     def __init__(self, address: str) -> None:
         self.address = address
         self.socket: zmq.Socket[Any] = zmq.Context.instance().socket(zmq.SUB)
-        set_options(self.socket, rcvhwm=4, sndhwm=1)
+        set_options(self.socket, rcvhwm=4, sndhwm=1, heartbeats=False)
         self.socket.subscribe(b"")
         self.socket.connect(address)
 

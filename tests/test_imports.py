@@ -49,7 +49,8 @@ ONLY = {
 """What only these files may import."""
 
 CLI_LATE = ("broker", "rllink_zmq.rllib")
-"""What the command line imports inside functions only: a simulator host has neither starlette nor ray."""
+"""What the command line imports inside functions only (or for its types): a simulator host has neither starlette nor
+ray."""
 
 NEVER = ("pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve")
 """Nothing a peer sends can run code. The examples keep this one too."""
@@ -87,7 +88,8 @@ def imports(file: str, source: str) -> Iterator[Import]:
             called = ast.unparse(node.func).split(".")[-1]
             if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
                 yield Import(file, node.lineno, node.args[0].value, False, late)
-        inside = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        typing = isinstance(node, ast.If) and ast.unparse(node.test).split(".")[-1] == "TYPE_CHECKING"
+        inside = late or typing or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for child in ast.iter_child_nodes(node):
             yield from visit(child, inside)
 

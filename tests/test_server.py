@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import zmq
 
-from broker import server as server_module
 from broker.admin import Question
 from broker.events import Action, Event, Received, Side, Tick
 from broker.server import Server
@@ -26,6 +25,7 @@ from broker.settings import Settings
 from rllink_zmq import arrays
 from rllink_zmq.errors import SettingsError
 from rllink_zmq.messages import (
+    ACK,
     FRAGMENT,
     HELLO,
     MAX_FRAME_BYTES,
@@ -65,7 +65,8 @@ def serving(settings: Settings | None = None, **options: Any) -> Iterator[Server
 
     def run() -> None:
         try:
-            ended.set_result(server.run())
+            server.run()
+            ended.set_result(None)
         except BaseException as e:
             ended.set_exception(e)
 
@@ -191,7 +192,7 @@ def dealer(address: str, **options: Any) -> Iterator[zmq.Socket[Any]]:
 
 
 def answer(raw: zmq.Socket[Any]) -> Message:
-    assert raw.poll(TIMEOUT * 1000), "no answer"
+    assert raw.poll(int(TIMEOUT * 1000)), "no answer"
     return decode(raw.recv_multipart()[0])
 
 
@@ -327,7 +328,7 @@ def test_100_000_random_messages(server: Server, dealers: int) -> None:
                     connection.look()
                 trainer.work()
                 for r in raws:
-                    while r.get(zmq.EVENTS) & zmq.POLLIN:
+                    while int(r.get(zmq.EVENTS)) & zmq.POLLIN:
                         r.recv_multipart(zmq.NOBLOCK)
         deliver(simulator, trainer, timeout=60)
         assert simulator.session.outcomes == {"delivered": [sent_at_all, 3 * sent_at_all]}
@@ -337,22 +338,35 @@ def test_100_000_random_messages(server: Server, dealers: int) -> None:
 
 
 def test_a_header_that_lies_about_its_body(server: Server) -> None:
+    settled: list[tuple[int, str]] = []
+
+    def refusal() -> REFUSED:
+        while True:
+            message = answer(raw)
+            if isinstance(message, REFUSED):
+                return message
+            assert isinstance(message, ACK)
+            settled.extend(message.settled)
+
     with dealer(server.frontend) as raw:
         raw.send(hello())
         assert isinstance(answer(raw), WELCOME)
         header = fragment(b"s" * 16, 1, [Column("obs", "<f4", (2, 1 << 20))])
         for body in ([], [b"1234"], [b"1"] * 100, [b"x" * 100_000] * 3):
             raw.send_multipart([header, *body])
-            refused = answer(raw)
-            assert isinstance(refused, REFUSED)
+            refused = refusal()
             assert refused.code == "malformed"
             assert "8388608 bytes" in refused.text
         huge = fragment(b"s" * 16, 1, [Column("obs", "<f8", (2, 1 << 40, 1 << 40))])
         raw.send(huge)
-        refused = answer(raw)
-        assert isinstance(refused, REFUSED)
-        assert refused.code == "too_large"
-    assert ledger(server)["received"]["fragments"] == 0
+        assert refusal().code == "too_large"
+        while not settled:
+            message = answer(raw)
+            assert isinstance(message, ACK)
+            settled.extend(message.settled)
+    assert settled == [(1, "malformed")]
+    assert ledger(server)["received"]["fragments"] == 1
+    assert ledger(server)["dropped"] == {"malformed": {"fragments": 1, "steps": 1}}
 
 
 def test_too_many_frames(server: Server) -> None:
@@ -448,7 +462,7 @@ def test_acks_go_out_under_constant_load(server: Server) -> None:
                         raw.send(ping, zmq.NOBLOCK)
                 except zmq.Again:
                     raw.poll(1, zmq.POLLOUT)
-                while raw.get(zmq.EVENTS) & zmq.POLLIN:
+                while int(raw.get(zmq.EVENTS)) & zmq.POLLIN:
                     raw.recv(zmq.NOBLOCK)
 
     flooding = threading.Thread(target=flood)
@@ -489,7 +503,8 @@ def test_after_a_pause_it_reads_before_it_judges() -> None:
                 on.wait(TIMEOUT)
                 return {}
 
-            say, server._say = server._say, lambda _: pause()  # type: ignore[method-assign]
+            say = server._say
+            server._say = lambda question: pause()  # type: ignore[method-assign]
             future = server.ask(Question.HEALTH)
             assert stopped.wait(TIMEOUT)
             server._say = say  # type: ignore[method-assign]
@@ -551,7 +566,7 @@ def _ping_until(address: str, over: threading.Event) -> None:
                 raw.send(encode(PING()), zmq.NOBLOCK)
             except zmq.Again:
                 raw.poll(1, zmq.POLLOUT)
-            while raw.get(zmq.EVENTS) & zmq.POLLIN:
+            while int(raw.get(zmq.EVENTS)) & zmq.POLLIN:
                 raw.recv(zmq.NOBLOCK)
 
 
@@ -581,7 +596,7 @@ def test_a_port_in_use(option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         address = f"127.0.0.1:{port}" if option == "admin" else f"tcp://127.0.0.1:{port}"
-        addresses = {"frontend": ANY, "backend": ANY, "weights": ANY, "admin": None} | {option: address}
+        addresses: dict[str, Any] = {"frontend": ANY, "backend": ANY, "weights": ANY, "admin": None} | {option: address}
         with pytest.raises(SettingsError, match=rf"--{option} .*127.0.0.1:{port}: the port is in use"):
             Server(None, **addresses).bind()
 
@@ -596,7 +611,7 @@ def test_an_address_that_is_none(address: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "*", "[::]", "192.0.2.1", "example.org"])
 def test_other_machines_are_let_in_on_purpose_only(option: str, host: str) -> None:
     address = f"{host.replace('*', '0.0.0.0')}:5580" if option == "admin" else f"tcp://{host}:5555"
-    addresses = {"frontend": ANY, "backend": ANY, "weights": ANY, "admin": None} | {option: address}
+    addresses: dict[str, Any] = {"frontend": ANY, "backend": ANY, "weights": ANY, "admin": None} | {option: address}
     with pytest.raises(SettingsError, match=rf"--{option} .* --insecure"):
         Server(None, **addresses).bind()
 
@@ -616,9 +631,9 @@ def test_an_address_of_another_machine() -> None:
 
 
 def test_few_descriptors_are_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(server_module.resource, "getrlimit", lambda _: (256, 512))
+    monkeypatch.setattr("broker.server.resource.getrlimit", lambda _: (256, 512))
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(server_module.resource, "setrlimit", lambda _, limits: asked.append(limits))
+    monkeypatch.setattr("broker.server.resource.setrlimit", lambda _, limits: asked.append(limits))
     with caplog.at_level(logging.WARNING), serving():
         pass
     assert asked == [(512, 512)]
@@ -655,6 +670,6 @@ def test_stop_before_run_and_twice() -> None:
 
 def test_the_ports_are_free_again() -> None:
     with serving() as server:
-        addresses = {"frontend": server.frontend, "backend": server.backend, "weights": server.weights}
+        addresses: dict[str, Any] = {"frontend": server.frontend, "backend": server.backend, "weights": server.weights}
     with serving(**addresses) as again:
         assert again.frontend == addresses["frontend"]

@@ -1,4 +1,4 @@
-"""The sans-IO sessions, each against messages that a test makes up: what they say, when, and what they make of answers."""
+"""The sans-IO sessions against messages that a test makes up: what they say, when, and what they make of answers."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_a_run_can_be_repeated() -> None:
 def test_a_failure_says_how_to_see_it_again() -> None:
     world = World(3, ("kill", "broker"))
     world.broken.append("a planted one")
-    with pytest.raises(AssertionError, match="python tests/world.py --seed 3 --faults kill,broker"):
+    with pytest.raises(AssertionError, match=r"python tests/world\.py --seed 3 --faults kill,broker"):
         judge(world)
 
 

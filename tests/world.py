@@ -31,7 +31,17 @@ from broker.core import Broker
 from broker.events import Event, Forward, Publish, Received, Send, Side, Tick, Unreachable
 from broker.settings import Settings
 from rllink_zmq import wire
-from rllink_zmq.messages import DELIVERED, FRAGMENT, GET_STATE, STATE, BoxSpace, Column, DiscreteSpace, Spaces, TrainerHello
+from rllink_zmq.messages import (
+    DELIVERED,
+    FRAGMENT,
+    GET_STATE,
+    STATE,
+    BoxSpace,
+    Column,
+    DiscreteSpace,
+    Spaces,
+    TrainerHello,
+)
 from rllink_zmq.sampling import Next, SampleCall, SamplingRules
 from rllink_zmq.session import Endpoint, SimulatorSession
 from rllink_zmq.session_runner import Lease, RunnerSession, TrainerSession

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -16,15 +17,20 @@ from rllink_zmq.errors import RllinkError
 from . import output
 from .train import progress_line, watch
 
+if TYPE_CHECKING:
+    from rllink_zmq.rllib.train import Progress
+
 STOP_WITHIN_S = 10.0
 
 
 @contextmanager
-def _process(*arguments: str, stdout: int | None = None) -> Iterator[subprocess.Popen[str]]:
+def _process(
+    *arguments: str, stdout: int | None = None, stderr: IO[str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """`rllink-zmq` with these arguments, in a session of its own: Ctrl-C reaches us alone, and we stop it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "rllink_zmq.cli", *arguments],
-        stdin=subprocess.DEVNULL, stdout=stdout or subprocess.DEVNULL, text=True, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=stdout or subprocess.DEVNULL, stderr=stderr, text=True, start_new_session=True,
     )  # fmt: skip
     try:
         yield process
@@ -37,6 +43,14 @@ def _process(*arguments: str, stdout: int | None = None) -> Iterator[subprocess.
             process.wait()
         if process.stdout is not None:
             process.stdout.close()
+
+
+def _check(name: str, process: subprocess.Popen[str], said: IO[str]) -> None:
+    """Raises `RllinkError` with the last that a process said, if it has ended."""
+    if process.poll() is not None:
+        said.seek(0)
+        last = " / ".join(said.read().splitlines()[-3:])
+        raise RllinkError(f"the {name} process ended with exit code {process.returncode}: {last}")
 
 
 def _addresses(broker: subprocess.Popen[str]) -> dict[str, Any]:
@@ -123,11 +137,25 @@ def command(
             f"training    {algo}, {runners} runners. Starting Ray takes a few seconds.",
             err=True,
         )
-        with _process("simulate", "--env", env, "--broker", addresses["frontend"], "--num", str(simulators), *seeded):
+        with (
+            tempfile.TemporaryFile("w+") as said,
+            _process(
+                "simulate", "--env", env, "--broker", addresses["frontend"], "--num", str(simulators), *seeded,
+                stderr=said,
+            ) as others,
+        ):  # fmt: skip
             options = TrainOptions(
                 addresses["backend"], env, algo, runners, stop_return=stop_return, stop_time=stop_time, seed=seed
             )
-            progress, reached = watch(lambda report: train(options, report), as_json)
+
+            def work(report: Callable[[Progress], None]) -> tuple[Progress, bool]:
+                def checked(progress: Progress) -> None:
+                    report(progress)
+                    _check("simulators'", others, said)
+
+                return train(options, checked)
+
+            progress, reached = watch(work, as_json)
     result = progress.as_json()
     click.echo(_summary(result, reached, stop_return), err=True)
     if as_json:

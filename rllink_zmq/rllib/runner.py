@@ -51,6 +51,9 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
 
     def __init__(self, *, config: AlgorithmConfig, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
+        if self.worker_index:
+            # An actor of its own: what RLlib says there of its own deprecated names is nobody's to mend.
+            logging.getLogger("ray._common.deprecation").setLevel(logging.ERROR)
         self.settings = LinkSettings.of(self.config)
         spaces = (self.config.observation_space, self.config.action_space)
         if not all(isinstance(s, gym.Space) for s in spaces):

@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,7 +144,18 @@ def make_config(options: TrainOptions) -> AlgorithmConfig:
 
 
 def start_ray(options: TrainOptions, config: AlgorithmConfig) -> None:
-    """Join the cluster at `--ray-address`, or start Ray here with enough logical CPUs for the config."""
+    """Join the cluster at `--ray-address`, or start Ray here with enough logical CPUs for the config.
+
+    The process's signal handlers stay as they are: Ray's own end it at SIGTERM without any clean-up.
+    """
+    ours = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    _init_ray(options, config)
+    if threading.current_thread() is threading.main_thread():
+        for s, handler in ours.items():
+            signal.signal(s, handler)
+
+
+def _init_ray(options: TrainOptions, config: AlgorithmConfig) -> None:
     if options.ray_address is not None:
         try:
             ray.init(address=options.ray_address, logging_level=logging.ERROR)
