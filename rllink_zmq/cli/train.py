@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import secrets
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -9,10 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rllink_zmq import __version__
+from rllink_zmq.session_runner import ObserverSession
+from rllink_zmq.transport import Connection
+
 from . import output
 
 if TYPE_CHECKING:
     from rllink_zmq.rllib.train import Progress
+
+logger = logging.getLogger("rllink_zmq")
+
+SAY_AFTER = 3.0
+"""Seconds of waiting after which a person is told what for, again and again."""
 
 
 def progress_line(progress: Progress) -> str:
@@ -32,6 +43,25 @@ def progress_line(progress: Progress) -> str:
 def show(progress: Progress) -> None:
     """One line an iteration on stderr."""
     click.secho(progress_line(progress), err=True, bold=output.on_terminal() and progress.iterations % 10 == 0)
+
+
+def await_broker(address: str) -> None:
+    """Wait until a broker answers at `address`, and say so. Before Ray is started: that takes longer than this.
+
+    Raises `SettingsError` for an address that can't be used, `RefusedError` when the broker refuses us.
+    """
+    session = ObserverSession(secrets.token_bytes(16), name="train", package=__version__)
+    connection = Connection(session, address)
+    connection.open()
+    try:
+        waited = 0.0
+        while not connection.until(lambda: bool(session.epoch), SAY_AFTER):
+            waited += SAY_AFTER
+            logger.warning(
+                "waiting for the broker at %s (%.0f s): is `rllink-zmq broker` running there?", address, waited
+            )
+    finally:
+        connection.close()
 
 
 def watch(work: Callable[[Callable[[Progress], None]], tuple[Progress, bool]], as_json: bool) -> tuple[Progress, bool]:
@@ -94,6 +124,7 @@ def command(
     """Train a policy on whatever simulators are connected to a broker."""
     output.show_logs()
     output.quiet_ray()
+    await_broker(broker)
     from rllink_zmq.rllib.train import TrainOptions, newest_checkpoint, train
 
     if resume is not None:

@@ -1,0 +1,111 @@
+"""`rllink-zmq train` and `demo` as a user would mistype them. No Ray is started here."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from processes import PATIENCE_S, broker, rllink, until
+
+from rllink_zmq.cli import main
+from rllink_zmq.errors import SettingsError
+from rllink_zmq.rllib.train import TrainOptions, make_config, newest_checkpoint, read_config
+
+NOWHERE = "tcp://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--runers", "3"], "'--runners'"),
+        (["train", "--algo", "DDPG"], "'DDPG' is not one of 'PPO', 'APPO'"),
+        (["train", "--runners", "-1"], "-1 is not in the range x>=0"),
+        (["train", "--stop-time", "0"], "0.0 is not in the range x>0"),
+        (["demo", "--simulators", "0"], "0 is not in the range x>=1"),
+        (["trian"], "No such command 'trian'"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments: list[str], says: str) -> None:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert says in result.output
+
+
+@pytest.mark.parametrize("name", ["broker", "train", "simulate", "status", "demo"])
+def test_every_command_has_examples(name: str) -> None:
+    result = CliRunner().invoke(main, [name, "--help"])
+    assert result.exit_code == 0
+    assert "Examples:" in result.output and f"rllink-zmq {name}" in result.output
+
+
+def test_options_come_from_the_environment() -> None:
+    result = CliRunner().invoke(main, ["train"], env={"RLLINK_TRAIN_BROKER": "nowhere"})
+    assert result.exit_code == 1
+    assert "expected an address like tcp://127.0.0.1:5555, got 'nowhere'" in result.output
+
+
+def test_without_a_broker_it_says_so_keeps_trying_and_stops_on_ctrl_c() -> None:
+    with rllink("train", "--env", "CartPole-v1", "--broker", NOWHERE, stderr=subprocess.PIPE) as training:
+        assert training.stderr is not None
+        assert f"waiting for the broker at {NOWHERE}" in training.stderr.readline()
+        assert "is `rllink-zmq broker` running there?" in training.stderr.readline()
+        training.send_signal(signal.SIGINT)
+        training.wait(PATIENCE_S)
+    assert training.returncode == 130
+
+
+def test_without_simulators_and_env_it_waits_for_the_first_ones_spaces() -> None:
+    with (
+        broker() as addresses,
+        rllink("train", "--broker", addresses["backend"], stderr=subprocess.PIPE) as training,
+    ):
+        stderr = training.stderr
+        assert stderr is not None
+        until(lambda: "0 simulators are connected" in stderr.readline(), "it says what it waits for")
+        training.send_signal(signal.SIGTERM)
+        training.wait(PATIENCE_S)
+    assert training.returncode == 143
+
+
+def test_an_env_that_does_not_exist(tmp_path: Path) -> None:
+    with broker() as addresses:
+        result = CliRunner().invoke(main, ["train", "--broker", addresses["backend"], "--env", "CartPole-v11"])
+    assert result.exit_code == 1
+    assert "'CartPole-v11' can't be made here" in result.output and "Traceback" not in result.output
+
+
+def test_a_config_file_with_a_typo(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("gama: 0.9\n")
+    with pytest.raises(SettingsError, match="PPO has no setting 'gama': did you mean gamma"):
+        make_config(TrainOptions(broker=NOWHERE, env="CartPole-v1", config=file))
+    file.write_text("rllink:\n  lag: 3\n")
+    with pytest.raises(SettingsError, match="'rllink' has no setting 'lag'; it has lag_limit"):
+        make_config(TrainOptions(broker=NOWHERE, env="CartPole-v1", config=file))
+    file.write_text("- 1\n")
+    with pytest.raises(SettingsError, match="expected a mapping"):
+        read_config(file)
+    file.write_text("a: [")
+    with pytest.raises(SettingsError, match="is no YAML"):
+        read_config(file)
+    with pytest.raises(SettingsError, match="No such file"):
+        read_config(tmp_path / "missing.yaml")
+
+
+def test_a_config_file_is_followed(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "lr: 0.002\ntrain_batch_size_per_learner: 700\nrllink:\n  lag_limit: 3\nmodel_config:\n  fcnet_hiddens: [8]\n"
+    )
+    config = make_config(TrainOptions(broker=NOWHERE, env="CartPole-v1", config=file, runners=3, seed=5))
+    assert (config.lr, config.train_batch_size_per_learner, config.num_env_runners, config.seed) == (0.002, 700, 3, 5)
+    assert config.env_config["rllink_zmq"]["lag_limit"] == 3
+    assert config.model_config["fcnet_hiddens"] == [8]
+
+
+def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no checkpoint there"):
+        newest_checkpoint(tmp_path)
