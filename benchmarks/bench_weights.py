@@ -213,6 +213,8 @@ def main() -> None:
             for s, name in (("ours", "set_state to applied"), ("bare", "bare PUB/SUB"))
         ],
     )  # fmt: skip
+    cost = measure.median(measure.ratios(cpu["ours"], cpu["bare"]))
+    report.notes.append(f"CPU of the subscribers' processes, times bare PUB/SUB's: {cost:.2f}")
     what_for = f"last of {number} subscribers, times bare PUB/SUB"
     report.targets.append(measure.target(what_for, measure.ratios(found["ours"], found["bare"]), "at most", 2))
     report.show()

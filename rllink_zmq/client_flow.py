@@ -28,7 +28,7 @@ LOOK_INTERVAL = 0.005
 """Seconds between two looks at the socket while nothing calls for one."""
 WAIT_SLICE = 0.02
 """Seconds a wait sleeps at most: weights come on a socket that it doesn't watch."""
-SAY_FIRST, SAY_EVERY = 2.0, 5.0
+SAY_FIRST, SAY_EVERY = 4.0, 5.0
 """Seconds until a wait says what it waits for, and says it again."""
 UNSENT_STEPS = 256
 """Length of a fragment that is thrown away."""
@@ -108,10 +108,10 @@ class Flow:
                 self.look()  # what is waited for may be there already
                 looked = True
             elif not wait:
+                self._check_window(needed)
                 return None
             else:
-                self._check_window(needed)
-                self.wait(lambda: self.origin(kind) is not None and self._room(needed), lambda: self.why(kind))
+                self.wait(lambda: self._may_go_on(kind, needed), lambda: self.why(kind))
         for builder, _ in pairs:
             if not builder.steps:
                 if not builder.t0:
@@ -185,14 +185,23 @@ class Flow:
             self.measure()
         return self.credit >= needed
 
+    def _may_go_on(self, kind: Kind, needed: int) -> bool:
+        if self.origin(kind) is not None and self._room(needed):
+            return True
+        self._check_window(needed)
+        return False
+
     def _check_window(self, needed: int) -> None:
-        """Raises EpisodeError if waiting is useless: all is settled, and what can't be sent yet fills the window."""
+        """Raises EpisodeError if waiting is useless: all is settled, and the window is too small even so."""
         session = self.session
+        if not needed or not session.window or session.unsettled:
+            return
         held = sum(builder.nbytes for builder in self.builders.values() if builder.sent)
-        if needed and session.window and not session.unsettled and held > session.window:
+        if (session.window - held) // self._step_bytes + 1 < needed:
             raise EpisodeError(
-                f"{len(self.builders)} episodes hold {held} bytes with a step each, this client's window has "
-                f"{session.window}: use more clients with fewer episodes, or start the broker with larger fragments"
+                f"{len(self.builders)} episodes need {held + needed * self._step_bytes} bytes for a step each, this "
+                f"client's window has {session.window}: use more clients with fewer episodes, or start the broker "
+                f"with a larger --fragment-bytes"
             )
 
     # ---- sending
@@ -259,6 +268,7 @@ class Flow:
         self.connection.look()
         session, now = self.session, time.monotonic()
         if session.refusal is not None:
+            self.look_at = 0.0
             raise session.refusal
         if session.notice != self._notice:
             self._notice = session.notice

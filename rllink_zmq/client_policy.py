@@ -114,6 +114,7 @@ class PolicyReader:
             if wanted.blob_hash and wanted.blob_hash != self._loaded:
                 self._load()
             self._switch(now)
+            session.policy_held = self._loaded
             return asked
 
     # ---- inside

@@ -16,13 +16,15 @@ from gymnasium.vector import AutoresetMode
 
 from rllink_zmq.client import Client, Episode
 from rllink_zmq.client_flow import WAIT_SLICE, Waiting
+from rllink_zmq.client_policy import PolicyReader
 from rllink_zmq.errors import SettingsError
+from rllink_zmq.fragments import Origin
 from rllink_zmq.transport import poll
 
 TURN_STEPS, TURN_SECONDS = 16, 0.005
 """What one client takes before the next has its turn, and `stop` is looked at."""
-RETRY = 0.002
-"""Seconds until a client that had to wait is asked again while others go on."""
+WAKE_INTERVAL = 0.002
+"""Seconds between two looks at the clients that have to wait while others go on."""
 LAST_RETURNS = 100
 
 
@@ -94,27 +96,24 @@ def drive_many(
     ]
     active = [seat for seat in all_seats if not seat.done]
     waiting: Waiting | None = None
+    wake_at = 0.0
     try:
         while active and not (stop is not None and stop()):
-            now = time.monotonic()
-            went_on = False
             for seat in active:
-                if now < seat.retry_at:
-                    continue
-                if seat.turn():
-                    went_on = True
-                else:
-                    seat.retry_at = now + RETRY
+                if not seat.blocked:
+                    seat.turn()
             active = [seat for seat in active if not seat.done]
-            if went_on:
+            blocked = [seat for seat in active if seat.blocked]
+            now = time.monotonic()
+            if len(blocked) < len(active):
                 waiting = None
+                if blocked and now >= wake_at:
+                    wake_at = now + WAKE_INTERVAL
+                    _wake(blocked, 0.0)
             elif active:
-                now = time.monotonic()
                 waiting = waiting or Waiting(now)
                 waiting.say(_why(active), now)
-                poll([seat.client.flow.connection for seat in active], None, WAIT_SLICE)
-                for seat in active:
-                    seat.retry_at = 0.0
+                _wake(blocked, WAIT_SLICE)
         for seat in active:
             seat.cut_off()
     finally:
@@ -123,13 +122,34 @@ def drive_many(
     return count.summary()
 
 
+def _wake(blocked: Sequence[_Seat], timeout: float) -> None:
+    """Sleep until something comes for one of these, at most `timeout` seconds, and let those try again for which it
+    may have changed something: with hundreds of them, asking all costs more than a step."""
+    ready = set(map(id, poll([seat.client.flow.connection for seat in blocked], None, timeout)))
+    now = time.monotonic()
+    asked: set[PolicyReader] = set()
+    for seat in blocked:
+        flow = seat.client.flow
+        reader = flow.reader
+        no_policy = reader.origin is None and reader not in asked  # one of them reads the news for all
+        if no_policy:
+            asked.add(reader)
+        if (
+            no_policy
+            or id(flow.connection) in ready
+            or reader.origin is not seat.origin
+            or flow.session.next_deadline() <= now
+        ):
+            seat.blocked = False
+
+
 def _why(seats: Sequence[_Seat]) -> Callable[[], str]:
     others = f" ({len(seats)} simulators)" if len(seats) > 1 else ""
     return lambda: seats[0].client.flow.why("acted") + others
 
 
 class _Seat:
-    """One client and its environment."""
+    """One client and its environment. `blocked`: it had to wait; `origin`: the weights there were then."""
 
     def __init__(
         self,
@@ -141,7 +161,8 @@ class _Seat:
         seed: int | None,
     ) -> None:
         self.client = client
-        self.retry_at = 0.0
+        self.blocked = False
+        self.origin: Origin | None = None
         self._env = env
         self._tally = tally
         self._episodes_left = float("inf") if episodes is None else episodes
@@ -154,21 +175,21 @@ class _Seat:
     def done(self) -> bool:
         return self._episode is None and (self._episodes_left <= 0 or self._steps_left <= 0)
 
-    def turn(self) -> bool:
-        """Take some steps. False if it would have to wait before the first."""
+    def turn(self) -> None:
+        """Take some steps, fewer where it would have to wait."""
         episode = self._episode
         if episode is None:
             if not self.client.ready:
-                return False
+                return self._block()
             self._observation, _ = self._env.reset(seed=self._seed)
             self._seed = None
             episode = self._episode = self.client.start_episode()
         env, tally, observation = self._env, self._tally, self._observation
         until = time.monotonic() + TURN_SECONDS
-        for taken in range(TURN_STEPS):
+        for _ in range(TURN_STEPS):
             if not episode.can_act(observation):
                 self._observation = observation
-                return taken > 0
+                return self._block()
             observation, reward, terminated, truncated, _ = env.step(episode.get_action(observation))
             episode.log_returns(float(reward))
             tally.steps += 1
@@ -186,7 +207,11 @@ class _Seat:
             self.cut_off()
         if self.done:
             self.client.flow.look()  # nobody calls it any more: what is queued leaves now
-        return True
+        return None
+
+    def _block(self) -> None:
+        self.blocked = True
+        self.origin = self.client.flow.reader.origin
 
     def cut_off(self) -> None:
         """End the episode where it is."""

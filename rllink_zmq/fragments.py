@@ -137,7 +137,7 @@ class FragmentBuilder:
         self._layout, self.kind, self.origin, self.limit = layout, kind, origin, limit
         self._shape, self._dtype, self._choices = obs.shape, obs.dtype, layout.choices
         self._float = obs.dtype.kind == "f"
-        self._few = obs.size <= FEW
+        self._few = self._float and obs.size <= FEW and len(obs.shape) == 1
         self._zeros = np.zeros(obs.size, obs.dtype)
         self._obs: Array = np.empty((rows + 1, *obs.shape), obs.dtype)
         self._flat = self._obs.reshape(rows + 1, obs.size)
@@ -171,7 +171,11 @@ class FragmentBuilder:
                 )
             return cast(Array, self._obs[0])
         self._obs[steps] = observation
-        if self._float and not self._finite(steps) and not np.isfinite(self._obs[steps]).all():
+        if self._few:
+            finite = isfinite(sum(observation.tolist()))
+        else:
+            finite = not self._float or self._finite(steps)
+        if not finite and not np.isfinite(self._obs[steps]).all():
             self._not_finite("observation", self._obs[steps])
         return cast(Array, observation)
 
@@ -226,9 +230,9 @@ class FragmentBuilder:
                     else "there is none yet: call get_action first"
                 )
             )
-        value = self._number(reward, "reward")
+        value = reward if type(reward) is float else self._number(reward, "reward")
         total = self._reward + value
-        if not -FLOAT32_MAX <= total <= FLOAT32_MAX:
+        if not -FLOAT32_MAX <= total <= FLOAT32_MAX:  # as NaN isn't
             self._number(total, "reward")
         self._reward = total
         self._rewards[steps - 1] = total
@@ -315,11 +319,8 @@ class FragmentBuilder:
 
     def _finite(self, row: int) -> bool:
         """Whether observation `row` is, at a third of the cost of `isfinite().all()`. May be False where it is."""
-        values = self._flat[row]
-        if self._few:
-            return isfinite(sum(values.tolist()))
         try:
-            return bool(self._zeros.dot(values) == 0.0)  # zero times anything else is not zero
+            return bool(self._zeros.dot(self._flat[row]) == 0.0)  # zero times anything else is not zero
         except RuntimeWarning:  # infinity times zero, where warnings are errors
             return False
 

@@ -209,8 +209,11 @@ class Subscription:
         self.socket.close(0)
 
 
-def poll(connections: Sequence[Connection], subscription: Subscription | None, timeout: float) -> None:
-    """Sleep until one of these has something to read, a session has something to do, or `timeout` seconds passed."""
+def poll(connections: Sequence[Connection], subscription: Subscription | None, timeout: float) -> list[Connection]:
+    """Sleep until one of these has something to read, a session has something to do, or `timeout` seconds passed.
+
+    Returns the connections that have something to read.
+    """
     poller = zmq.Poller()
     due = timeout
     for connection in connections:
@@ -219,4 +222,5 @@ def poll(connections: Sequence[Connection], subscription: Subscription | None, t
             due = min(due, connection.endpoint.next_deadline() - connection.clock())
     if subscription is not None:
         poller.register(subscription.socket, zmq.POLLIN)
-    poller.poll(int(max(0.0, due) * 1000) + 1)
+    ready = {socket for socket, _ in poller.poll(int(due * 1000) + 1 if due > 0 else 0)}
+    return [connection for connection in connections if connection.socket in ready]

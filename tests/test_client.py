@@ -489,6 +489,12 @@ def test_too_many_episodes_for_the_window():
             with pytest.raises(EpisodeError, match="use more clients with fewer episodes"):
                 for episode in episodes:
                     step(episode, 0)
+            for episode in episodes:
+                episode.abandon()
+            fake.paused = False
+            episodes = [client.start_episode() for _ in range(20)]
+            with pytest.raises(EpisodeError, match="use more clients with fewer episodes"):
+                client.get_actions(episodes, [obs()] * 20)
 
 
 # ---- connections

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import image_env
 import numpy as np
 import pytest
 import ray
 import zmq
-from processes import balanced, broker, process, rllink, status, until
+from processes import balanced, broker, environment, process, rllink, status, until
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.ppo import PPO, PPOConfig
@@ -167,6 +168,24 @@ def test_continuous_actions_train(addresses: dict[str, str], built: list[Algorit
         built.append(algorithm)
         result = algorithm.train()
     assert result["env_runners"]["num_env_steps_sampled"] >= 500
+    assert only_staleness(status(addresses)["ledger"])
+
+
+def test_images_train(addresses: dict[str, str], built: list[Algorithm]) -> None:
+    observation_space, action_space = image_env.SPACES
+    config = (
+        ppo(batch=400)
+        .environment(None, observation_space=observation_space, action_space=action_space)
+        .training(lr=1e-3)
+        .rl_module(model_config={"conv_filters": [[8, 4, 4], [16, 3, 2]], "fcnet_hiddens": [32]})
+    )
+    with rllink(
+        "simulate", "--env", "image_env:Bright-v0", "--broker", addresses["frontend"], "--num", "2",
+        stdout=subprocess.DEVNULL, env=environment(PYTHONPATH=str(Path(__file__).parent)),
+    ):  # fmt: skip
+        algorithm = attach(config, addresses["backend"]).build_algo()
+        built.append(algorithm)
+        until(lambda: algorithm.train()["env_runners"]["episode_return_mean"] > 8.0, "it sees", 120)
     assert only_staleness(status(addresses)["ledger"])
 
 

@@ -31,7 +31,6 @@ QUIET_RAY = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "PYTHONWARNINGS": "ignore::DeprecationWarning",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
 
@@ -174,8 +173,6 @@ def quiet_ray() -> None:
     """To be called before ray is imported: no usage report, no banner for each worker, no advice on metrics."""
     for name, value in QUIET_RAY.items():
         os.environ.setdefault(name, value)
-    for name in ("ray.rllib", "ray._common.deprecation"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Progress:

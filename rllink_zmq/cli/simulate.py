@@ -18,6 +18,8 @@ from rllink_zmq.transport import parse_address
 from . import output
 from .simulate_work import SETTLE, SETTLE_INTERRUPTED, Plan, Report, Work, add, check_env, in_child
 
+NOTHING = Report(0, 0, 0, (), {}, {}, 0)
+
 GRACE = 5.0
 """Seconds that processes have to stop before they are killed."""
 
@@ -98,7 +100,7 @@ class Processes:
 
     def __init__(self, plans: list[Plan]) -> None:
         context = multiprocessing.get_context("spawn")
-        self.reports = [Report(0, 0, 0, (), {}, {}, 0) for _ in plans]
+        self.reports = [NOTHING for _ in plans]
         self._open: dict[Connection, int] = {}
         self._stopping = False
         self._processes: list[SpawnProcess] = []
@@ -208,6 +210,7 @@ def command(
             so_far.update(as_json(report, num, now - started))
             progress.show(line(report, num, now - started), now)
 
+        watch(NOTHING)
         report = here(plans[0], watch) if processes == 1 else spread(plans, watch)
     wall_s = time.monotonic() - started
     click.echo(line(report, num, wall_s), err=True)

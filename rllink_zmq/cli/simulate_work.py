@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from importlib import import_module
 from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any, NamedTuple
@@ -53,13 +54,16 @@ class Report(NamedTuple):
 
 def check_env(name: str) -> None:
     """Raises SettingsError, naming what comes close, for an environment that Gymnasium doesn't know."""
+    module, _, env_id = name.rpartition(":")
     try:
-        gym.spec(name)
-    except ModuleNotFoundError as e:
-        raise SettingsError(f"--env {name}: {e}; 'module:Name-v0' needs a module that can be imported") from None
+        if module:
+            import_module(module)
+        gym.spec(env_id)
+    except ImportError as e:
+        raise SettingsError(f"--env {name}: the module can't be imported ({e})") from e
     except gym.error.Error as e:
-        close = difflib.get_close_matches(name, gym.registry, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else "'module:Name-v0' registers one of your own first"
+        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else "'module:Name-v0' imports a module of yours first"
         raise SettingsError(f"--env {name}: Gymnasium knows no such environment; {hint}") from e
 
 
@@ -167,15 +171,18 @@ def in_child(plan: Plan, pipe: Connection) -> None:
     signal.signal(signal.SIGTERM, handle)
     threading.Thread(target=_end_with_parent, args=(pipe, os.getppid()), daemon=True).start()
     work = Work(plan, pipe.send)
-    done = False
+    result: Report | str
     try:
-        work.connect()
-        driving = True
-        done = work.run(lambda: bool(stop))
-        work.close(SETTLE if done else SETTLE_INTERRUPTED)
-        pipe.send(work.report(done=done))
-    except RllinkError as e:
-        pipe.send(str(e))
+        try:
+            work.connect()
+            driving = True
+            done = work.run(lambda: bool(stop))
+            work.close(SETTLE if done else SETTLE_INTERRUPTED)
+            result = work.report(done=done)
+        except RllinkError as e:
+            driving = True
+            result = str(e)
+        pipe.send(result)
     except (output.Interrupted, OSError):  # OSError: the parent is gone, and with it the pipe
         return
     finally:

@@ -114,6 +114,8 @@ def make_config(options: TrainOptions) -> AlgorithmConfig:
 
     Raises `SettingsError` for an unknown algorithm, or a key that the algorithm's config doesn't have.
     """
+    for name in ("ray.rllib", "ray._common.deprecation"):  # advice on RLlib's own names and defaults
+        logging.getLogger(name).setLevel(logging.ERROR)
     if options.algo not in ALGORITHMS:
         raise SettingsError(f"--algo must be one of {', '.join(ALGORITHMS)}, it is {options.algo!r}")
     config = ALGORITHMS[options.algo]()
