@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from typing import NamedTuple
 
 from rllink_zmq.messages import CONFIG, GET_CONFIG, GET_STATE, OFFER, STATE
 from rllink_zmq.transfer import Download, chunk
@@ -17,6 +18,16 @@ from .events import Publish, Received, Send
 from .peers import Peer, Runner, Trainer
 from .settings import Settings
 from .state import BrokerState
+
+TRANSFER_IDLE = 2.0
+"""Seconds without a request after which a transfer to simulators is over, or given up."""
+
+
+class _Weights(NamedTuple):
+    version: int
+    data: bytes
+    crc: int
+    asked: float
 
 
 class Artifacts(BrokerState):
@@ -30,6 +41,8 @@ class Artifacts(BrokerState):
         self._fetching = -1
         self._state: Download | None = None
         self._blob: Download | None = None
+        self._kept: _Weights | None = None
+        self._asked = float("-inf")
 
     # ---- a new run
 
@@ -40,6 +53,7 @@ class Artifacts(BrokerState):
             self.version = self.published_version = -1
             self.round_steps = 0
             self.weights, self.weights_crc = b"", 0
+            self._kept, self._asked = None, float("-inf")
             self._source, self._state = None, None
         if hello.policy != self.policy_ready:
             self.policy_ready, self.policy_blob = "", b""
@@ -133,6 +147,7 @@ class Artifacts(BrokerState):
         if zlib.crc32(data) != message.crc32:
             self._say(logging.ERROR, "crc", f"weights {message.version} came damaged, asking again", now)
         else:
+            self._keep(now)
             self.weights, self.weights_crc, self.published_version = data, message.crc32, message.version
             if message.version > self.version:
                 self.version, self.round_steps = message.version, 0
@@ -170,17 +185,34 @@ class Artifacts(BrokerState):
     # ---- both out
 
     def _get_state(self, peer: Peer, message: GET_STATE, event: Received, now: float) -> None:
-        """The newest weights, whatever was asked for: from `offset` if that version is still the newest."""
+        """The newest weights, or the rest of those whose transfer has begun."""
         if self.published_version < 0:
             return self._send(peer, STATE(self.run, -1, 0))
-        same = message.version == self.published_version and message.run == self.run
-        offset = message.offset if same else 0
-        if offset > len(self.weights):
-            text = f"byte {offset} of {len(self.weights)} bytes of weights"
+        mine = message.run == self.run
+        kept = self._kept
+        if mine and message.offset and kept is not None and message.version == kept.version:
+            served, offset = kept, message.offset
+        else:
+            served = _Weights(self.published_version, self.weights, self.weights_crc, now)
+            offset = message.offset if mine and message.version == served.version else 0
+        if offset > len(served.data):
+            text = f"byte {offset} of {len(served.data)} bytes of weights"
             return self._refuse(event.side, event.route, "malformed", text, now)
-        header = STATE(self.run, self.published_version, len(self.weights), offset, self.weights_crc)
-        self._actions.append(Send(peer.side, peer.route, header, [chunk(self.weights, offset)]))
+        if served is kept:
+            self._kept = kept._replace(asked=now)
+        else:
+            self._asked = now
+        header = STATE(self.run, served.version, len(served.data), offset, served.crc)
+        self._actions.append(Send(peer.side, peer.route, header, [chunk(served.data, offset)]))
         return None
+
+    def _keep(self, now: float) -> None:
+        """Newer weights are here. Those from before are served to the end where a transfer of them is under way: with
+        versions that come faster than a slow link can carry one, none would ever arrive."""
+        if self._kept is not None and now - self._kept.asked < TRANSFER_IDLE:
+            return
+        moving = now - self._asked < TRANSFER_IDLE and len(self.weights) > 0
+        self._kept = _Weights(self.published_version, self.weights, self.weights_crc, now) if moving else None
 
     def _get_config(self, peer: Peer, message: GET_CONFIG, event: Received, now: float) -> None:
         if message.policy != self.policy_ready or not self.policy_blob or message.offset > len(self.policy_blob):

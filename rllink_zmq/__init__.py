@@ -10,13 +10,19 @@ if TYPE_CHECKING:
     from rllink_zmq.client import Client as Client
     from rllink_zmq.client import Episode as Episode
     from rllink_zmq.client import connect as connect
-    from rllink_zmq.drive import drive as drive
-    from rllink_zmq.drive import drive_vector as drive_vector
+    from rllink_zmq.drive_loops import drive as drive
+    from rllink_zmq.drive_loops import drive_vector as drive_vector
 
 __version__ = "0.1.0"
 __all__ = ["Client", "Episode", "__version__", "connect", "drive", "drive_vector"]
 
-_HOME = {"Client": "client", "Episode": "client", "connect": "client", "drive": "drive", "drive_vector": "drive"}
+_HOME = {
+    "Client": "client",
+    "Episode": "client",
+    "connect": "client",
+    "drive": "drive_loops",
+    "drive_vector": "drive_loops",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -79,17 +79,16 @@ class Episode:
         self.check_open("can_act")
         return self._flow.prepare([(self.builder, observation)], "acted", wait=False) is not None
 
-    def log_action(self, observation: Any, action: Any, action_logp: float | None = None) -> None:
+    def log_action(self, observation: Any, action: Any, action_logp: float) -> None:
         """A step whose action the simulator chose itself.
 
         `action`: in the action space as RLlib trains on it (for Box before unsquashing and clipping). `action_logp`:
-        its log-probability; a trainer whose loss needs it drops fragments without. Waits like `get_action`.
+        its log-probability, which the losses of PPO and APPO need. Waits like `get_action`.
         Raises EpisodeError for an observation or action that doesn't fit, and after the end.
         """
-        kind: Kind = "bare" if action_logp is None else "logged"
-        if not self._goes_on(kind):
+        if not self._goes_on("logged"):
             self.check_open("log_action")
-            self._flow.prepare([(self.builder, observation)], kind, wait=True)
+            self._flow.prepare([(self.builder, observation)], "logged", wait=True)
         self.builder.observe(observation)
         self.builder.log(action, action_logp)
         self._flow.credit -= self._cost

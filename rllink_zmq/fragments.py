@@ -26,7 +26,7 @@ FEW = 16
 """Numbers that Python adds faster than NumPy."""
 _ndarray = np.ndarray
 
-Kind: TypeAlias = Literal["acted", "logged", "bare"]
+Kind: TypeAlias = Literal["acted", "logged"]
 """Who chose the actions, which is which columns there are: the policy (`action_logp` and `action_dist_inputs`), the
 simulator with their log-probability (`action_logp`), or the simulator without it (neither)."""
 
@@ -59,8 +59,7 @@ class Layout(NamedTuple):
 
     def step_bytes(self, kind: Kind) -> int:
         """Bytes that each step adds to a fragment."""
-        logp = 0 if kind == "bare" else 4
-        return self.obs.nbytes + self.action.nbytes + 4 + logp + (4 * self.dist_inputs if kind == "acted" else 0)
+        return self.obs.nbytes + self.action.nbytes + 8 + (4 * self.dist_inputs if kind == "acted" else 0)
 
     def most_steps(self, kind: Kind, fragment_bytes: int) -> int:
         """How many steps a fragment of `fragment_bytes` holds; 0 if not even one."""
@@ -120,7 +119,7 @@ class FragmentBuilder:
         self._rows = FIRST_ROWS
         self._reward = 0.0
         self._before = 0.0
-        self.kind: Kind = "bare"
+        self.kind: Kind = "logged"
         self.origin = Origin("", 0)
         self.limit = 0
         self.steps = 0
@@ -143,7 +142,7 @@ class FragmentBuilder:
         self._flat = self._obs.reshape(rows + 1, obs.size)
         self._actions: Array = np.empty((rows, *action.shape), action.dtype)
         self._rewards = np.zeros(rows, np.float32)
-        self._logp = np.empty(0 if kind == "bare" else rows, np.float32)
+        self._logp = np.empty(rows, np.float32)
         self._dist = np.empty((rows if kind == "acted" else 0, layout.dist_inputs), np.float32)
         self._rows = rows
         self.step_bytes = layout.step_bytes(kind)
@@ -196,7 +195,7 @@ class FragmentBuilder:
         self._reward = 0.0
         self.steps = steps + 1
 
-    def log(self, action: Any, logp: float | None) -> None:
+    def log(self, action: Any, logp: float) -> None:
         """A step whose action the simulator chose, as RLlib's action space has it. Raises `EpisodeError` for an action
         that doesn't fit the space and a log-probability that isn't a finite number."""
         layout, steps = self._layout, self.steps
@@ -206,12 +205,10 @@ class FragmentBuilder:
             raise EpisodeError(f"{self._where}: expected an action of 0 to {self._choices - 1}, got {int(action)}")
         if action.dtype.kind == "f" and not np.isfinite(action).all():
             self._not_finite("action", action)
-        if logp is not None:
-            logp = self._number(logp, "action_logp")
+        logp = self._number(logp, "action_logp")
         if steps == self._rows:
             self._grow()
-        if logp is not None:
-            self._logp[steps] = logp
+        self._logp[steps] = logp
         self._actions[steps] = action
         self._reward = 0.0
         self.steps = steps + 1
@@ -263,8 +260,7 @@ class FragmentBuilder:
         cut = self._cut(last, self.episode_return - reward)
         self.begin(layout, self.kind, self.origin, limit)
         self._actions[0], self._rewards[0] = actions[last], rewards[last]
-        if self.kind != "bare":
-            self._logp[0] = logp[last]
+        self._logp[0] = logp[last]
         if self.kind == "acted":
             self._dist[0] = dist[last]
         self._reward = reward
@@ -276,9 +272,8 @@ class FragmentBuilder:
             "obs": self._obs[: steps + 1],
             "actions": self._actions[:steps],
             "rewards": self._rewards[:steps],
+            "action_logp": self._logp[:steps],
         }
-        if self.kind != "bare":
-            arrays["action_logp"] = self._logp[:steps]
         if self.kind == "acted":
             arrays["action_dist_inputs"] = self._dist[:steps]
         last = self._obs[steps].copy()
@@ -310,8 +305,7 @@ class FragmentBuilder:
         self._flat = self._obs.reshape(rows + 1, layout.obs.size)
         self._actions = longer(self._actions, rows, held)
         self._rewards = longer(self._rewards, rows, held)  # type: ignore[assignment]
-        if self.kind != "bare":
-            self._logp = longer(self._logp, rows, held)  # type: ignore[assignment]
+        self._logp = longer(self._logp, rows, held)  # type: ignore[assignment]
         if self.kind == "acted":
             self._dist = longer(self._dist, rows, held)  # type: ignore[assignment]
 

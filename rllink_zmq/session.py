@@ -237,9 +237,10 @@ class Endpoint:
     def _learn(self, run: str, version: int, policy: str) -> None:
         """Where training is: any message may say so, and an older one may come late."""
         if run >= self.run:
-            self.version = version if run > self.run else max(self.version, version)
+            newer = run > self.run
+            self.version = version if newer else max(self.version, version)
             self.run = run
-            self.policy = policy or self.policy
+            self.policy = policy or ("" if newer else self.policy)
 
 
 class Unsettled(NamedTuple):
@@ -295,7 +296,7 @@ class SimulatorSession(Endpoint):
 
     def room(self, steps: int, size: int) -> bool:
         """Whether one more step may be taken with `steps` steps and `size` bytes built and not yet submitted."""
-        if self.unsettled_bytes + size > self.window:
+        if not self.window or self.unsettled_bytes + size > self.window:
             return False
         return not self.steps_limit or self.settled_steps + self.unsettled_steps + steps < self.steps_limit
 

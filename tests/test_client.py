@@ -165,10 +165,10 @@ def test_actions_of_the_simulators_own(world):
             episode.log_returns(i)
         step(episode, 3)  # the policy's: another fragment
         step(episode, 4)
-        episode.log_action(obs(5), 1)
+        episode.log_action(obs(5), 1, -0.7)
         episode.end_episode(obs(6))
         finished(client, fake, 3)
-        assert [(h.t0, h.steps, len(h.columns)) for h, _ in fake.taken] == [(0, 3, 4), (3, 2, 5), (5, 1, 3)]
+        assert [(h.t0, h.steps, len(h.columns)) for h, _ in fake.taken] == [(0, 3, 4), (3, 2, 5), (5, 1, 4)]
         assert {(h.run, h.version) for h, _ in fake.taken} == {(RUNS[0], 0)}
 
 

@@ -1,4 +1,4 @@
-"""`rllink_zmq.drive`: environments that count, so that what arrives can be told from what happened."""
+"""`rllink_zmq.drive_loops`: environments that count, so that what arrives can be told from what happened."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ from fake_training import broker, training, until
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from rllink_zmq import connect
-from rllink_zmq.drive import drive, drive_many, drive_vector
+from rllink_zmq.drive_loops import drive, drive_many, drive_vector
 from rllink_zmq.errors import SettingsError
 
 

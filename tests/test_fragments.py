@@ -104,7 +104,6 @@ def test_a_cut_before_the_last_step_loses_nothing():
     [
         ("acted", ["obs", "actions", "rewards", "action_logp", "action_dist_inputs"]),
         ("logged", ["obs", "actions", "rewards", "action_logp"]),
-        ("bare", ["obs", "actions", "rewards"]),
     ],
 )
 def test_columns_and_bytes_of_each_kind(kind, names):
@@ -114,7 +113,7 @@ def test_columns_and_bytes_of_each_kind(kind, names):
         if kind == "acted":
             made.act(1, -0.5, np.zeros(2, np.float32))
         else:
-            made.log(1, None if kind == "bare" else -0.5)
+            made.log(1, -0.5)
     assert made.nbytes == 12 + 20 * LAYOUT.step_bytes(kind)
     made.observe(obs(20))
     expected = made.nbytes

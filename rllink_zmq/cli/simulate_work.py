@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 
 from rllink_zmq.client import Client, connect, settle
-from rllink_zmq.drive import Tally, drive_many
+from rllink_zmq.drive_loops import Tally, drive_many
 from rllink_zmq.errors import RllinkError, SettingsError
 
 from . import output

@@ -36,8 +36,11 @@ STARTING_POINT: dict[str, dict[str, Any]] = {
         "train_batch_size_per_learner": 2000,
         "minibatch_size": 256,
         "num_epochs": 6,
-        "lr": 3e-4,
+        "lr": 1e-3,
+        "grad_clip": 0.5,
         "vf_loss_coeff": 0.01,
+        "vf_clip_param": 1e6,
+        "use_kl_loss": False,
     },
     "APPO": {
         "train_batch_size_per_learner": 500,
