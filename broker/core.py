@@ -285,7 +285,9 @@ class Broker(Handshake, Artifacts):
                 refused.append(Claim(claim.session, no))
         if not taken:
             del runner.takes[message.k]
-        self._send(runner, TAKEN(message.k, refused, self.version, self.round_steps))
+        self._send(
+            runner, TAKEN(message.k, refused, self.version, self.round_steps, self.taken_steps, self.simulators_live)
+        )
         if not allowed:
             self._expel(runner, "old_run", f"run {runner.run} has ended, the broker serves {self.run or 'none'}", now)
         return None

@@ -214,12 +214,15 @@ class Server:
     def _read(self, side: Side, most: int) -> int:
         """Handle up to `most` messages of a ROUTER; fewer when it was found empty."""
         recv: Callable[..., Any] = self._routers[side].recv
-        handle, carry_out, clock = cast(Broker, self.core).handle, self._carry_out, self._clock
+        handle, clock = cast(Broker, self.core).handle, self._clock
+        # Carried out together: each send may have to wake libzmq's thread, and a busy one needs no waking.
+        actions: list[Action] = []
         for count in range(most):
             try:
                 route = recv(_NOBLOCK)
             except zmq.Again:
-                return count
+                most = count
+                break
             frame = recv(_NOBLOCK, False)
             frames: list[Any] = [frame.bytes]
             while frame.more:
@@ -233,10 +236,9 @@ class Server:
                 event = Received(side, route, message, frames, check_body(message, frames[1:]))
             except ProtocolError as e:
                 event = Malformed(side, route, e, message)
-            now = clock()
-            actions = handle(event, now)
-            if actions:
-                carry_out(actions, now)
+            actions += handle(event, clock())
+        if actions:
+            self._carry_out(actions, clock())
         return most
 
     def _handle(self, event: Event, now: float) -> None:

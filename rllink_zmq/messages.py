@@ -238,12 +238,15 @@ class TAKE(_Message, tag="TAKE", frozen=True):
 
 
 class TAKEN(_Message, tag="TAKEN", frozen=True):
-    """broker -> runner: TAKE `k` is granted but for `refused`. `round_steps`: env steps taken since `version`."""
+    """broker -> runner: TAKE `k` is granted but for `refused`. `round_steps`: env steps that all runners took
+    since `version`, `taken_steps`: in this run. `simulators`: connected now."""
 
     k: Count
     refused: Annotated[list[Claim], Meta(max_length=65_536)] = []
     version: Version = -1
     round_steps: Count = 0
+    taken_steps: Count = 0
+    simulators: Count = 0
 
 
 class RETURNED(_Message, tag="RETURNED", frozen=True):

@@ -159,8 +159,8 @@ def policy_hash(blob: Buffer) -> str:
 class Policy:
     """A policy that acts. Make one with `Policy.load`, give it weights with `apply`, then `act` or `act_one`.
 
-    One thread acts; another may `apply` meanwhile: a call uses one version's weights throughout. Actions depend on
-    `seed`, the weights and the observations in the order they came, not on how they were split into calls.
+    Not for two threads at once: `apply` writes where `act` reads. Actions depend on `seed`, the weights and the
+    observations in the order they came, not on how they were split into calls.
     """
 
     def __init__(self, blob: Buffer, threads: int, seed: int | None) -> None:
@@ -198,6 +198,7 @@ class Policy:
         self._scalar = manifest.action.shape == () and not self._transforms
         self._bound: IOBinding | None = None
         self._weights: dict[str, OrtValue] | None = None
+        self._arrays: dict[str, NDArray[Any]] = {}
 
     @classmethod
     def load(cls, blob: Buffer, threads: int = 1, seed: int | None = None) -> Policy:
@@ -227,17 +228,18 @@ class Policy:
                 f"weights of version {version!r} have {view.nbytes} bytes, policy {self.hash} wants "
                 f"{self.weights_bytes}: they belong to another architecture, or were cut"
             )
-        weights: dict[str, OrtValue] = {}
+        if self._weights is None:
+            # Bound once: making values and bindings anew costs ten times what the copy does.
+            self._arrays = {f"weights/{weight.name}": _aligned(weight) for weight in self.manifest.weights}
+            self._weights = {
+                name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in self._arrays.items()
+            }
+            self._bound = self._bind(self._weights)
         offset = 0
-        for weight in self.manifest.weights:
+        for weight, array in zip(self.manifest.weights, self._arrays.values(), strict=True):
             sent = np.frombuffer(view, np.dtype(weight.dtype).newbyteorder("<"), math.prod(weight.shape), offset)
-            array = _aligned(weight)
             array[...] = sent.reshape(weight.shape)
-            weights[f"weights/{weight.name}"] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
             offset += weight.nbytes
-        bound = self._bind(weights)
-        self._weights = weights
-        self._bound = bound
         self.version = version
 
     def act(self, observations: NDArray[Any], noise: NDArray[Any] | None = None) -> Actions:

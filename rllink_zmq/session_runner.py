@@ -256,7 +256,7 @@ class RunnerSession(Endpoint):
             known[key[1]] = message.k
             granted.append(lease)
         self.committed = message.k
-        self.pool = self.pool._replace(version=message.version, round_steps=message.round_steps)
+        self.pool = Pool(message.version, message.round_steps, message.taken_steps, message.simulators)
         self._pending, self.taken = None, granted
 
     def _pass_base(self, message: FRAGMENT, now: float) -> None:

@@ -339,7 +339,7 @@ def test_refusals_are_logged_once_a_second(bench: Bench) -> None:
 def test_a_fragment_is_leased_taken_returned_and_acked(trained: Bench) -> None:
     sent = fragment("s1", 1)
     assert trained.send("s1", sent) == [("r1", sent)]
-    assert trained.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [], 0, 10))]
+    assert trained.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [], 0, 10, 10, 1))]
     assert trained.ledger() == {"received": 1, "delivered": 0, "in_flight": 1}
     assert trained.returned("r1", 1) == []
     assert trained.tick(0.01) == [("s1", ACK([(1, "delivered")], 2 * MiB, 0, 50, RUN, 0, POLICY))]
@@ -383,10 +383,10 @@ def test_a_take_says_what_was_returned_too(trained: Bench) -> None:
 def test_take_grants_only_what_is_leased_to_that_runner(pair: Bench) -> None:
     pair.send("s1", fragment("s1", 1))
     assert pair.take("r2", 1, claim("s1", 1, 2), claim("s7", 1)) == [
-        ("r2", TAKEN(1, [claim("s1", 1, 2), claim("s7", 1)], 0, 0))
+        ("r2", TAKEN(1, [claim("s1", 1, 2), claim("s7", 1)], 0, 0, 0, 1))
     ]
-    assert pair.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [], 0, 10))]
-    assert pair.take("r1", 2, claim("s1", 1)) == [("r1", TAKEN(2, [claim("s1", 1)], 0, 10))]
+    assert pair.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [], 0, 10, 10, 1))]
+    assert pair.take("r1", 2, claim("s1", 1)) == [("r1", TAKEN(2, [claim("s1", 1)], 0, 10, 10, 1))]
 
 
 def test_acks_wait_ten_milliseconds_and_carry_many(trained: Bench) -> None:
@@ -704,7 +704,7 @@ def test_a_fragment_older_than_the_lag_limit_is_dropped_whole(trained: Bench, ve
 def test_a_fragment_that_becomes_stale_while_leased_is_refused_at_take(trained: Bench) -> None:
     trained.send("s1", fragment("s1", 1))
     trained.weights("r1", 2)
-    assert trained.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [claim("s1", 1)], 2, 0))]
+    assert trained.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [claim("s1", 1)], 2, 0, 0, 1))]
     assert trained.acks() == {"s1": [(1, "stale")]}
 
 
@@ -938,7 +938,7 @@ def test_even_when_it_was_leased_to_another(bench: Bench) -> None:
     bench.wait(5)
     assert leases(bench.send("s1", fragment("s1", 1))) == [("r2", "s1", 1)]
     bench.hello("r1", RunnerHello(RUN, 1, 0, [handed_over("s1", {1: 1})]))
-    assert bench.take("r2", 1, claim("s1", 1)) == [("r2", TAKEN(1, [claim("s1", 1)], -1, 0))]
+    assert bench.take("r2", 1, claim("s1", 1)) == [("r2", TAKEN(1, [claim("s1", 1)], -1, 0, 0, 1))]
     bench.returned("r1", 1)
     assert bench.acks() == {"s1": [(1, "delivered")]}
 

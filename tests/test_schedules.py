@@ -148,7 +148,7 @@ def handed_over(name: str, takes: dict[int, int]) -> Handed:
 def test_f1_lost_a_runner_killed_before_rllib_has_the_answer_was_not_acked(bench: Bench) -> None:
     """Acked at `sample()`, the fragment would be gone: the simulator has freed it, RLlib never got it."""
     bench.send("s", fragment("s", 1))
-    assert bench.take("a", 1, claim("s", 1)) == [("a", TAKEN(1, [], 0, 10))]
+    assert bench.take("a", 1, claim("s", 1)) == [("a", TAKEN(1, [], 0, 10, 10, 1))]
     assert bench.acks() == {}, "handed over, but nobody knows yet whether RLlib has it"
     bench.unreachable("a")
     bench.send("b", PING())
@@ -189,7 +189,7 @@ def test_f1_zombie_a_runner_that_goes_on_after_a_pause_gets_nothing_that_moved(b
 
 def test_f1_zombie_even_on_a_live_connection_take_is_refused(bench: Bench) -> None:
     bench.send("s", fragment("s", 1))
-    assert bench.take("b", 1, claim("s", 1)) == [("b", TAKEN(1, [claim("s", 1)], 0, 0))]
+    assert bench.take("b", 1, claim("s", 1)) == [("b", TAKEN(1, [claim("s", 1)], 0, 0, 0, 1))]
 
 
 # ---- F2: the broker restarts empty
@@ -545,7 +545,7 @@ def test_f8_idle_runners_keep_their_leases_during_a_long_update(bench: Bench) ->
         for name in ("a", "b", "t"):
             bench.send(name, PING())
         assert leases(bench.wait(1.0)) == []
-    assert bench.take("a", 1, claim("s", 1)) == [("a", TAKEN(1, [], 0, 10))]
+    assert bench.take("a", 1, claim("s", 1)) == [("a", TAKEN(1, [], 0, 10, 10, 1))]
 
 
 def test_f8_a_lost_connection_is_not_a_lost_process(bench: Bench) -> None:
@@ -595,6 +595,33 @@ def test_f9_a_puller_goes_on_where_it_stopped(benches: Callable[..., Bench]) -> 
     assert bench.send("s/new", GET_STATE(RUN, 1, CHUNK_BYTES))[0][1].offset == CHUNK_BYTES
 
 
+def test_f9_a_slow_puller_gets_to_the_end_though_versions_come_faster(alone: Bench) -> None:
+    """A version every 0.5 s, a piece a second: the transfer that has begun is served to its end, then the newest."""
+    alone.simulator("s")
+    data = {v: bytes([v]) * (3 * CHUNK_BYTES) for v in range(1, 9)}
+
+    def publish(version: int) -> None:
+        alone.send("a", OFFER(RUN, version, len(data[version])))
+        for offset in range(0, len(data[version]), CHUNK_BYTES):
+            piece = data[version][offset : offset + CHUNK_BYTES]
+            alone.send("a", STATE(RUN, version, len(data[version]), offset, zlib.crc32(data[version])), piece)
+
+    publish(1)
+    got = []
+    for i in range(3):
+        ((_, state),) = alone.send("s", GET_STATE(RUN, 1, i * CHUNK_BYTES))
+        got.append((state.version, state.offset))
+        for version in (2 + 2 * i, 3 + 2 * i):
+            alone.wait(0.5)
+            publish(version)
+    assert got == [(1, 0), (1, CHUNK_BYTES), (1, 2 * CHUNK_BYTES)]
+    assert alone.send("s", GET_STATE(RUN, -1, 0))[0][1].version == 7
+    alone.wait(3)
+    publish(8)
+    ((_, state),) = alone.send("s", GET_STATE(RUN, 1, CHUNK_BYTES))
+    assert (state.version, state.offset) == (8, 0)
+
+
 # ---- F10: two trainers, old runs
 
 
@@ -628,7 +655,7 @@ def test_f10_a_runner_of_a_run_whose_trainer_is_yet_to_come_takes_nothing(bench:
     bench.runner("c", NEXT_RUN)
     bench.send("s", fragment("s", 1))
     said = bench.take("c", 1, claim("s", 1))
-    assert said[0] == ("c", TAKEN(1, [claim("s", 1)], 0, 0))
+    assert said[0] == ("c", TAKEN(1, [claim("s", 1)], 0, 0, 0, 1))
     assert bench.send("c", OFFER(NEXT_RUN, 3, 16)) in ([], [("c", REFUSED("greet", "send HELLO first"))])
     assert bench.broker.version == 0
 
