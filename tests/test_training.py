@@ -210,11 +210,12 @@ def test_checkpoint_and_resume_are_a_new_run(addresses: dict[str, str], built: l
     assert balanced(ledger) and only_staleness(ledger)
 
 
+@pytest.mark.parametrize("runners", [2, 0])
 def test_an_older_checkpoint_in_a_live_algorithm_goes_back(
-    addresses: dict[str, str], built: list[Algorithm], tmp_path: Path
+    addresses: dict[str, str], built: list[Algorithm], tmp_path: Path, runners: int
 ) -> None:
     with simulators(addresses):
-        algorithm = attach(ppo(), addresses["backend"]).build_algo()
+        algorithm = attach(ppo(runners), addresses["backend"]).build_algo()
         built.append(algorithm)
         algorithm.train()
         path = algorithm.save_to_path(str(tmp_path / "checkpoint"))
@@ -224,7 +225,9 @@ def test_an_older_checkpoint_in_a_live_algorithm_goes_back(
         run = algorithm.rllink_trainer.run
         algorithm.restore_from_path(path)
         assert algorithm.rllink_trainer.run > run
-        state = algorithm.env_runner_group.foreach_env_runner(lambda r: r.module.get_state(), local_env_runner=False)
+        state = algorithm.env_runner_group.foreach_env_runner(
+            lambda r: r.module.get_state(), local_env_runner=not runners
+        )
         assert all(np.allclose(saved[k], s[k]) for s in state for k in s)
         assert algorithm.train()["env_runners"]["num_env_steps_sampled"] >= 500
         assert algorithm.train()["rllink"]["version"] >= 2

@@ -93,7 +93,7 @@ It exits with 1 when --stop-return was asked for and not reached."""
 @click.option("--runners", type=click.IntRange(0), default=2, show_default=True, help="ZmqEnvRunner actors.")
 @click.option(
     "--config",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="YAML of AlgorithmConfig settings, `model_config`, and `rllink: {lag_limit, steps_ahead, fragment_steps}`.",
 )
 @click.option("--stop-return", type=float, help="Stop when the mean return is this high.")
@@ -102,7 +102,9 @@ It exits with 1 when --stop-return was asked for and not reached."""
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path, file_okay=False), help="Save here, every minute and last."
 )
-@click.option("--resume", type=click.Path(path_type=Path, file_okay=False), help="Go on from a checkpoint.")
+@click.option(
+    "--resume", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Go on from a checkpoint."
+)
 @click.option("--ray-address", help="Join this Ray cluster ('auto' finds one); without it Ray starts here.")
 @click.option("--seed", type=int)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object as the last line of standard output.")

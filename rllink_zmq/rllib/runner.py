@@ -81,15 +81,25 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self._finished: list[Finished] = []
         self._sampled_at: float | None = None
         self._fragments = 0
-        self.on_weights_back: Any = None
+        self.on_restored: Any = None
         self.on_stop: Any = None
 
     # ---- joining
 
-    def join(self, run: str, manifest: PolicyManifest) -> None:
-        """Connect to the broker as a runner of `run` (a new run ends an older connection), and offer the weights."""
+    def join(self, run: str, manifest: PolicyManifest, state: StateDict | None = None) -> None:
+        """Connect to the broker as a runner of `run` (a new run ends an older connection), and offer the weights.
+
+        `state`: the learner's, to be sure of it after a restore: RLlib's own update is dropped while the one before it
+        is still on its way to this actor.
+        """
         if self._link is not None:
             self._link.stop()
+            self._link = None
+        if state is not None:
+            told, self.on_restored = self.on_restored, None  # this is the answer to it
+            self._weights_seq_no = 0
+            self.set_state(state)
+            self.on_restored = told
         index = f"{self.worker_index or 0}"
         host = socket.gethostname()
         self._manifest = manifest
@@ -210,11 +220,11 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
     def set_state(self, state: StateDict) -> None:
         """RLlib's states; weights are offered to the broker. Unlike RLlib's own runner this one follows a version
         number that goes back: the learner was restored from an older checkpoint, and the trainer begins a new run."""
-        went_back = False
+        restored = False
         if COMPONENT_RL_MODULE in state:
             seq = state.get(WEIGHTS_SEQ_NO, 0)
-            went_back = 0 < seq < self._weights_seq_no
-            if went_back:
+            restored = 0 < seq < self._weights_seq_no or (self._weights_seq_no == 0 and seq > 1)
+            if restored:
                 self._weights_seq_no = 0
             weights = state[COMPONENT_RL_MODULE]
             if isinstance(weights, ray.ObjectRef):
@@ -224,8 +234,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         if COMPONENT_RL_MODULE in state:
             self._state = state[COMPONENT_RL_MODULE]
             self._offer(self._state)
-            if went_back and self.on_weights_back is not None:
-                self.on_weights_back()
+            if restored and self.on_restored is not None:
+                self.on_restored()
 
     def get_ctor_args_and_kwargs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), {"config": self.config}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import math
 import os
@@ -126,11 +127,16 @@ def make_config(options: TrainOptions) -> AlgorithmConfig:
     own = read_config(options.config) if options.config is not None else {}
     link = own.pop("rllink", None) or {}
     model = own.pop("model_config", None)
-    for name in link:
+    for key, value in (("rllink", link), ("model_config", model)):
+        if not isinstance(value or {}, dict):
+            raise SettingsError(f"--config: {key!r} must be a mapping, it is {value!r}")
+    for name, value in link.items():
         if name not in LINK_KEYS:
             raise SettingsError(f"--config: 'rllink' has no setting {name!r}; it has {', '.join(LINK_KEYS)}")
+        if type(value) is not int:
+            raise SettingsError(f"--config: {name!r} of 'rllink' must be a whole number, it is {value!r}")
     for name in own:
-        if not hasattr(config, name):
+        if not hasattr(config, name) or inspect.ismethod(getattr(config, name)):
             close = difflib.get_close_matches(name, list(vars(config)), 3)
             hint = f": did you mean {' or '.join(close)}?" if close else ""
             raise SettingsError(f"--config: {options.algo} has no setting {name!r}{hint}")
@@ -145,6 +151,11 @@ def make_config(options: TrainOptions) -> AlgorithmConfig:
         config.rl_module(model_config=model)
     elif len(config.observation_space.shape or ()) == 1:
         config.rl_module(model_config={"fcnet_hiddens": [64, 64], "fcnet_activation": "tanh"})
+    if own:
+        try:
+            config.copy(copy_frozen=False).validate()
+        except (TypeError, ValueError) as e:
+            raise SettingsError(f"--config {options.config}: RLlib refuses it: {e}") from e
     return config
 
 

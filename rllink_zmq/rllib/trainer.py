@@ -12,6 +12,8 @@ from typing import Any
 
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE
+from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from rllink_zmq import __version__
@@ -43,6 +45,7 @@ class Trainer:
         config = algorithm.config
         self.settings = LinkSettings.of(config)
         self._group: EnvRunnerGroup = algorithm.env_runner_group
+        self._learners: LearnerGroup = algorithm.learner_group
         self._terms = trainer_terms(config)
         check_connectors(config)
         local = algorithm.env_runner
@@ -68,9 +71,9 @@ class Trainer:
         self._thread = ConnectionThread(Connection(self.session, self.settings.broker), _no_step, "rllink-trainer")
         self._thread.start()
         self._await_welcome()
-        self._tell(None)
+        self._tell(None, None)
         if local is not None:
-            local.on_weights_back = self.begin_run
+            local.on_restored = self.begin_run
             local.on_stop = self.stop
 
     def _hello(self) -> TrainerHello:
@@ -104,29 +107,32 @@ class Trainer:
             if not self._thread.is_alive():
                 raise RllinkError(f"the connection to the broker at {self.settings.broker} could not be opened")
 
-    def _tell(self, only: list[int] | None) -> None:
-        """Have the runners that sample join this run."""
+    def _tell(self, only: list[int] | None, state: dict[str, Any] | None) -> None:
+        """Have the runners that sample join this run, with the learner's weights if given."""
         run, manifest = self.run, self.manifest
         remote = self._group.num_remote_workers() > 0
         results = self._group.foreach_env_runner(
-            lambda runner: runner.join(run, manifest), local_env_runner=not remote, remote_worker_ids=only
+            lambda runner: runner.join(run, manifest, state), local_env_runner=not remote, remote_worker_ids=only
         )
         if not results:
             logger.warning("no runner could be told to join run %s", run)
 
     def begin_run(self) -> None:
-        """A new run: the weights' version numbers start anew (a checkpoint was loaded)."""
+        """A new run: a checkpoint was loaded, and the weights' version numbers may have gone back."""
         previous, self.run = self.run, new_run_id()
         if self.run <= previous:  # the clock's milliseconds did not move, or it was set back
             self.run = f"{int(previous[:12], 16) + 1:012x}-{secrets.token_hex(4)}"
         terms = self._hello()
         self._thread.call(lambda now: self.session.change(terms, now)).result(timeout=10)
         self._await_welcome()
-        self._tell(None)
+        learner = self._learners.get_state(
+            components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=True
+        )[COMPONENT_LEARNER]  # fmt: skip
+        self._tell(None, learner)
 
     def runners_recreated(self, indices: list[int]) -> None:
         """Restarted runners are new sessions of the same run."""
-        self._tell(indices)
+        self._tell(indices, None)
 
     def status(self, timeout: float = 2.0) -> dict[str, Any]:
         """`ledger`, `simulators`, `version`, `run_id` as the broker knows them now, or did when it was last heard."""
