@@ -409,7 +409,7 @@ class Broker(Handshake, Artifacts):
                 if r.state is not peers.State.GONE
             ],
             "trainer": None
-            if trainer is None
+            if trainer is None or trainer.state is not peers.State.LIVE
             else {
                 "name": trainer.name,
                 "run_id": trainer.hello.run,

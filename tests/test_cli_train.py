@@ -12,7 +12,7 @@ from processes import PATIENCE_S, broker, rllink, until
 
 from rllink_zmq.cli import main
 from rllink_zmq.errors import SettingsError
-from rllink_zmq.rllib.train import TrainOptions, make_config, newest_checkpoint, read_config
+from rllink_zmq.rllib.train import TrainOptions, make_config, newest_checkpoint, read_config, save
 
 NOWHERE = "tcp://127.0.0.1:9"
 
@@ -26,6 +26,8 @@ NOWHERE = "tcp://127.0.0.1:9"
         (["train", "--stop-time", "0"], "0.0 is not in the range x>0"),
         (["demo", "--simulators", "0"], "0 is not in the range x>=1"),
         (["trian"], "No such command 'trian'"),
+        (["train", "--config", "missing.yaml"], "'missing.yaml' does not exist"),
+        (["train", "--resume", "missing"], "'missing' does not exist"),
     ],
 )
 def test_a_wrong_option_is_named(arguments: list[str], says: str) -> None:
@@ -95,6 +97,23 @@ def test_a_config_file_with_a_typo(tmp_path: Path) -> None:
         read_config(tmp_path / "missing.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rllink: 5", "'rllink' must be a mapping, it is 5"),
+        ("model_config: 5", "'model_config' must be a mapping, it is 5"),
+        ("rllink: {lag_limit: a}", "'lag_limit' of 'rllink' must be a whole number, it is 'a'"),
+        ("training: {lr: 1}", "PPO has no setting 'training'"),
+        ("lr: abc", "RLlib refuses it: Invalid `lr`"),
+    ],
+)
+def test_a_config_file_with_a_wrong_value(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=says):
+        make_config(TrainOptions(broker=NOWHERE, env="CartPole-v1", config=file))
+
+
 def test_a_config_file_is_followed(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(
@@ -109,3 +128,17 @@ def test_a_config_file_is_followed(tmp_path: Path) -> None:
 def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no checkpoint there"):
         newest_checkpoint(tmp_path)
+
+
+def test_checkpoints_of_another_training_in_the_folder_do_not_outlive_new_ones(tmp_path: Path) -> None:
+    class Saved:
+        def __init__(self, iteration: int) -> None:
+            self.iteration = iteration
+
+        def save_to_path(self, path: str) -> None:
+            Path(path).mkdir()
+
+    for iteration in (100, 101, 6):
+        newest = save(Saved(iteration), tmp_path)  # type: ignore[arg-type]
+        assert newest_checkpoint(tmp_path) == newest
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-000101", "checkpoint-000006"}

@@ -266,16 +266,21 @@ def save(algorithm: Algorithm, folder: Path) -> Path:
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    for old in sorted(folder.glob("checkpoint-*"))[:-CHECKPOINTS_KEPT]:
+    for old in _by_age(folder)[:-CHECKPOINTS_KEPT]:
         shutil.rmtree(old)
     return final
+
+
+def _by_age(folder: Path) -> list[Path]:
+    """Its checkpoints, the newest last. By time: another training's may be there, with higher iterations."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
 def newest_checkpoint(folder: Path) -> Path:
     """The newest checkpoint in `folder`, or `folder` itself if it is one. Raises `SettingsError` if there is none."""
     if (folder / "rllib_checkpoint.json").exists() or (folder / "metadata.json").exists():
         return folder.resolve()
-    found = sorted(folder.glob("checkpoint-*"))
+    found = _by_age(folder)
     if not found:
         raise SettingsError(f"--resume {folder}: no checkpoint there (expected {folder}/checkpoint-000123)")
     return found[-1].resolve()
