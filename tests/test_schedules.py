@@ -7,7 +7,7 @@ for those that nobody has thought of yet.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -50,20 +50,6 @@ from rllink_zmq.sampling import LATE, Next, SampleCall, SamplingRules
 from rllink_zmq.session import SimulatorSession, State
 from rllink_zmq.session_runner import RunnerSession
 from rllink_zmq.transfer import CHUNK_BYTES
-
-
-@pytest.fixture
-def benches() -> Iterator[Callable[..., Bench]]:
-    """Makes benches; what always holds must hold at the end."""
-    made: list[Bench] = []
-
-    def make(**settings: Any) -> Bench:
-        made.append(Bench(**settings))
-        return made[-1]
-
-    yield make
-    for bench in made:
-        bench.broker.check_invariants()
 
 
 @pytest.fixture
