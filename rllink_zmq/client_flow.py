@@ -302,7 +302,8 @@ class Flow:
         if not session.window:
             return f"the broker at {address} has no window for this simulator. {session.notice}".rstrip()
         if session.outcomes:
-            return f"{session.unsettled_steps} steps are on their way, the trainer takes no more for now: it is learning, or has ended"
+            steps = session.unsettled_steps
+            return f"{steps} steps are on their way, the trainer takes no more for now: it is learning, or has ended"
         return f"{session.unsettled_steps} steps are on their way and none was taken yet: is a trainer running?"
 
     def _settled(self, message: FRAGMENT, outcome: str) -> None:
