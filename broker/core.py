@@ -350,14 +350,16 @@ class Broker(Handshake, Artifacts):
     def _flush_acks(self) -> None:
         self._ack_due = None
         dirty, self._dirty = self._dirty, {}
+        actions, run, version, policy = self._actions, self.run, self.published_version, self.policy_ready
         for sim in dirty:
-            if sim.state is peers.State.LIVE:
-                limit, length = self.steps_granted(sim)
-                settled, sim.acks = sim.acks, []
-                for i in range(0, len(settled) or 1, ACK_OUTCOMES):
-                    some, run, version = settled[i : i + ACK_OUTCOMES], self.run, self.published_version
-                    ack = ACK(some, sim.window, limit, length, run, version, self.policy_ready)
-                    self._actions.append(Send(Side.FRONT, sim.route, ack))
+            if sim.state is not peers.State.LIVE:
+                continue
+            limit, length = self.steps_granted(sim)
+            settled, sim.acks = sim.acks, []
+            while len(settled) > ACK_OUTCOMES:
+                some, settled = settled[:ACK_OUTCOMES], settled[ACK_OUTCOMES:]
+                actions.append(Send(Side.FRONT, sim.route, ACK(some, sim.window, limit, length, run, version, policy)))
+            actions.append(Send(Side.FRONT, sim.route, ACK(settled, sim.window, limit, length, run, version, policy)))
 
     # ---- time
 
