@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -333,3 +334,13 @@ def test_the_demo_says_what_it_did() -> None:
     assert result["episode_return_mean"] >= 40
     assert balanced(result["ledger"]) and only_staleness(result["ledger"])
     assert "It balances." in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process ends with its parent on Linux alone")
+def test_a_demo_that_is_killed_leaves_nothing_behind() -> None:
+    with rllink("demo", "--simulators", "1", stderr=subprocess.DEVNULL) as demo:
+        children = Path(f"/proc/{demo.pid}/task/{demo.pid}/children")
+        pids = until(lambda: len(found := children.read_text().split()) >= 2 and found, "broker and simulators run")
+        demo.kill()
+        demo.wait()
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "they end with it")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
     from rllink_zmq.rllib.train import Progress
 
 STOP_WITHIN_S = 10.0
+PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the demo is gone, however it went. Linux only; elsewhere a killed demo leaves them."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager
@@ -31,6 +39,7 @@ def _process(
     process = subprocess.Popen(
         [sys.executable, "-m", "rllink_zmq.cli", *arguments],
         stdin=subprocess.DEVNULL, stdout=stdout or subprocess.DEVNULL, stderr=stderr, text=True, start_new_session=True,
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )  # fmt: skip
     try:
         yield process

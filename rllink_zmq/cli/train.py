@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -40,11 +41,6 @@ def progress_line(progress: Progress) -> str:
     )
 
 
-def show(progress: Progress) -> None:
-    """One line an iteration on stderr."""
-    click.secho(progress_line(progress), err=True, bold=output.on_terminal() and progress.iterations % 10 == 0)
-
-
 def await_broker(address: str) -> None:
     """Wait until a broker answers at `address`, and say so. Before Ray is started: that takes longer than this.
 
@@ -65,13 +61,17 @@ def await_broker(address: str) -> None:
 
 
 def watch(work: Callable[[Callable[[Progress], None]], tuple[Progress, bool]], as_json: bool) -> tuple[Progress, bool]:
-    """Run `work(report)` showing its progress. Interrupted, what was reached so far is still the last line of JSON."""
-
+    """Run `work(report)` showing its progress: redrawn on a terminal, a line an iteration elsewhere. Interrupted, what
+    was reached so far is still the last line of JSON."""
     ending: AbstractContextManager[dict[str, Any]] = output.running() if as_json else nullcontext({})
-    with ending as so_far:
+    with ending as so_far, output.Progress() as bar:
 
         def report(progress: Progress) -> None:
-            show(progress)
+            line = progress_line(progress)
+            if output.on_terminal():
+                bar.show(line, time.monotonic())
+            else:
+                click.echo(line, err=True)
             so_far.update(progress.as_json())
 
         return work(report)
