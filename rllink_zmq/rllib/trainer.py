@@ -13,7 +13,6 @@ from typing import Any
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE
-from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from rllink_zmq import __version__
@@ -45,7 +44,7 @@ class Trainer:
         config = algorithm.config
         self.settings = LinkSettings.of(config)
         self._group: EnvRunnerGroup = algorithm.env_runner_group
-        self._learners: LearnerGroup = algorithm.learner_group
+        self._owner = algorithm
         self._terms = trainer_terms(config)
         check_connectors(config)
         local = algorithm.env_runner
@@ -125,7 +124,7 @@ class Trainer:
         terms = self._hello()
         self._thread.call(lambda now: self.session.change(terms, now)).result(timeout=10)
         self._await_welcome()
-        learner = self._learners.get_state(
+        learner = self._owner.learner_group.get_state(
             components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=True
         )[COMPONENT_LEARNER]  # fmt: skip
         self._tell(None, learner)
