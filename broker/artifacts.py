@@ -43,6 +43,7 @@ class Artifacts(BrokerState):
         self._blob: Download | None = None
         self._kept: _Weights | None = None
         self._asked = float("-inf")
+        self._weights_run = ""
 
     # ---- a new run
 
@@ -64,8 +65,6 @@ class Artifacts(BrokerState):
             if runner.offer is not None and runner.offer[0] > self.version:
                 self.version, self.round_steps = runner.offer[0], 0
         self._look(now)
-
-    _weights_run = ""
 
     # ---- weights in
 

@@ -23,7 +23,6 @@ from rllink_zmq.messages import (
     TrainerHello,
 )
 
-from . import peers
 from .events import Received, Side
 from .fragments import State as Life
 from .fragments import Verb as Move
@@ -332,6 +331,3 @@ class Handshake(BrokerState):
             elif runner.state is State.GONE and now - runner.since > s.outcome_keep:
                 del self.runners[runner.session]
         self.reports.expire(now - s.outcome_keep)
-
-
-__all__ = ["Handshake", "peers"]

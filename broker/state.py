@@ -143,6 +143,3 @@ class BrokerState:
 
     def _begin_run(self, trainer: Trainer, now: float) -> None:
         raise NotImplementedError  # the artifacts'
-
-
-__all__ = ["BrokerState", "logging"]

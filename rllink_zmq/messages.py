@@ -48,7 +48,6 @@ Digest: TypeAlias = Annotated[str, Meta(max_length=64)]
 DELIVERED = "delivered"
 
 End: TypeAlias = Literal["no", "terminated", "truncated"]
-Role: TypeAlias = Literal["simulator", "runner", "trainer", "observer"]
 
 
 class _Part(Struct, frozen=True, omit_defaults=True, gc=False):

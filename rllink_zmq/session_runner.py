@@ -105,6 +105,7 @@ class RunnerSession(Endpoint):
         self._looked: float | None = None
         self._stall = (float("-inf"), float("-inf"))
         self._offer: tuple[int, Callable[[], bytes]] | None = None
+        self._offer_size = 0
         self._weights: tuple[int, bytes, int] | None = None
 
     def hello(self) -> RunnerHello:
@@ -185,8 +186,6 @@ class RunnerSession(Endpoint):
         self._offer_size = size
         if self.state is State.LIVE:
             self._say(OFFER(self.my_run, version, size), now)
-
-    _offer_size = 0
 
     @property
     def offered_version(self) -> int:
