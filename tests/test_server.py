@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -303,13 +303,14 @@ def test_100_000_random_messages(server: Server, dealers: int) -> None:
     trainer = Trainer(server)
     simulator = Simulator(server)
     until(lambda: simulator.session.window, simulator.connection, *trainer.connections)
-    with zmq.Context() as context:
+    with zmq.Context() as context, ExitStack() as stack:
         raws = []
         for address in (server.frontend, server.backend):
             for _ in range(dealers):
                 raw = context.socket(zmq.DEALER)
                 raw.linger, raw.sndhwm, raw.rcvhwm = 0, 100, 0
                 raw.connect(address)
+                stack.callback(raw.close, 0)
                 raws.append(raw)
         left = 100_000
         sent_at_all = 0
@@ -333,8 +334,6 @@ def test_100_000_random_messages(server: Server, dealers: int) -> None:
         deliver(simulator, trainer, timeout=60)
         assert simulator.session.outcomes == {"delivered": [sent_at_all, 3 * sent_at_all]}
         assert server.ask(Question.STATUS).result(TIMEOUT)["malformed_messages"] > 50_000
-        for raw in raws:
-            raw.close(0)
 
 
 def test_a_header_that_lies_about_its_body(server: Server) -> None:
