@@ -245,20 +245,23 @@ class Server:
         self._carry_out(cast(Broker, self.core).handle(event, now), now)
 
     def _carry_out(self, actions: Sequence[Action], now: float) -> None:
-        """Do what the core wants. A failed send is an event of its own, handled once these actions are done."""
-        for action in actions:
-            kind = type(action)
-            if kind is Forward:
-                if not self._send(Side.BACK, action.route, action.frames):  # type: ignore[union-attr]
-                    self._unreachable.append(Unreachable(Side.BACK, action.route))  # type: ignore[union-attr]
-            elif kind is Send:
-                self._send_message(cast(Send, action))
-            elif kind is Publish:
-                self._publish(cast(Publish, action))
-            elif kind is Log:
-                log.log(cast(Log, action).level, "%s", cast(Log, action).text)
-        while self._unreachable:
-            self._handle(self._unreachable.popleft(), now)
+        """Do what the core wants. A failed send is an event of its own, handled once these actions are done: one after
+        the other, since each may have actions that fail too (hundreds of peers can go in one moment)."""
+        while True:
+            for action in actions:
+                kind = type(action)
+                if kind is Forward:
+                    if not self._send(Side.BACK, action.route, action.frames):  # type: ignore[union-attr]
+                        self._unreachable.append(Unreachable(Side.BACK, action.route))  # type: ignore[union-attr]
+                elif kind is Send:
+                    self._send_message(cast(Send, action))
+                elif kind is Publish:
+                    self._publish(cast(Publish, action))
+                elif kind is Log:
+                    log.log(cast(Log, action).level, "%s", cast(Log, action).text)
+            if not self._unreachable:
+                return
+            actions = cast(Broker, self.core).handle(self._unreachable.popleft(), now)
 
     def _send_message(self, action: Send) -> None:
         try:

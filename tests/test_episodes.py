@@ -14,7 +14,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from rllink_zmq.arrays import to_buffers
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT
-from rllink_zmq.rllib.episodes import EpisodeBuilder
+from rllink_zmq.rllib.episodes import Built, EpisodeBuilder
 from rllink_zmq.session_runner import Lease
 
 OBS = gym.spaces.Box(-5.0, 5.0, (4,), np.float32)
@@ -50,6 +50,15 @@ def lease(steps: int = 3, t0: int = 0, end: str = "no", **changes: Any) -> Lease
     return Lease(FRAGMENT(t0=t0, steps=steps, end=end, columns=described, **header), body)  # type: ignore[arg-type]
 
 
+def one_chunk(builder: EpisodeBuilder, one: Lease) -> Built:
+    """The chunk of a fragment that comes alone. Raises what it is refused with."""
+    chunks, refused = builder.build([one])
+    for refusal in refused:
+        raise refusal.error
+    (chunk,) = chunks
+    return chunk
+
+
 @pytest.fixture
 def builder() -> EpisodeBuilder:
     return EpisodeBuilder(OBS, ACT, None)
@@ -57,7 +66,7 @@ def builder() -> EpisodeBuilder:
 
 def test_a_fragment_is_a_chunk_with_its_columns(builder: EpisodeBuilder) -> None:
     one = lease()
-    episode, finished, _ = builder.build(one)
+    episode, finished, _ = one_chunk(builder, one)
     assert finished is None and not episode.is_done
     assert len(episode) == 3 and episode.t_started == 0
     assert np.asarray(episode.get_observations()).shape == (4, 4)
@@ -67,38 +76,38 @@ def test_a_fragment_is_a_chunk_with_its_columns(builder: EpisodeBuilder) -> None
 
 
 def test_the_last_fragment_tells_the_whole_episode(builder: EpisodeBuilder) -> None:
-    _, finished, _ = builder.build(lease(steps=2, t0=4, end="terminated", seconds=1.5))
+    _, finished, _ = one_chunk(builder, lease(steps=2, t0=4, end="terminated", seconds=1.5))
     assert finished is not None
     assert (finished.length, finished.total, finished.seconds) == (6, 0 + 1 + 2 + 3 + 4 + 5, 1.5)
-    episode, finished, _ = builder.build(lease(steps=1, end="truncated"))
+    episode, finished, _ = one_chunk(builder, lease(steps=1, end="truncated"))
     assert episode.is_truncated and not episode.is_terminated and finished is not None
 
 
 def test_chunks_that_follow_each_other_share_an_id(builder: EpisodeBuilder) -> None:
-    ids = [builder.build(lease(steps=3, t0=t0))[0].id_ for t0 in (0, 3, 6)]
+    ids = [one_chunk(builder, lease(steps=3, t0=t0))[0].id_ for t0 in (0, 3, 6)]
     assert len(set(ids)) == 1
 
 
 def test_a_gap_begins_a_new_id_that_then_goes_on(builder: EpisodeBuilder) -> None:
-    first, after, next_ = (builder.build(lease(steps=3, t0=t0))[0].id_ for t0 in (0, 6, 9))
+    first, after, next_ = (one_chunk(builder, lease(steps=3, t0=t0))[0].id_ for t0 in (0, 6, 9))
     assert after != first and after.endswith("@6") and next_ == after
 
 
 def test_a_repeat_or_a_swap_never_continues_an_id(builder: EpisodeBuilder) -> None:
-    ids = [builder.build(lease(steps=3, t0=t0))[0].id_ for t0 in (0, 6, 3)]
+    ids = [one_chunk(builder, lease(steps=3, t0=t0))[0].id_ for t0 in (0, 6, 3)]
     assert len(set(ids)) == 3
 
 
 def test_two_simulators_with_one_episode_name_are_two_episodes(builder: EpisodeBuilder) -> None:
-    a = builder.build(lease())[0].id_
-    b = builder.build(lease(session=b"t" * 16))[0].id_
+    a = one_chunk(builder, lease())[0].id_
+    b = one_chunk(builder, lease(session=b"t" * 16))[0].id_
     assert a != b
 
 
 def test_seconds_of_a_step_are_known_where_the_fragment_before_came_here(builder: EpisodeBuilder) -> None:
-    assert builder.build(lease(steps=2, seconds=1.0)).step_seconds == 0.5
-    assert builder.build(lease(steps=2, t0=2, seconds=1.5)).step_seconds == 0.25
-    assert builder.build(lease(steps=2, t0=8, seconds=9.0)).step_seconds is None
+    assert one_chunk(builder, lease(steps=2, seconds=1.0)).step_seconds == 0.5
+    assert one_chunk(builder, lease(steps=2, t0=2, seconds=1.5)).step_seconds == 0.25
+    assert one_chunk(builder, lease(steps=2, t0=8, seconds=9.0)).step_seconds is None
 
 
 def test_missing_distribution_inputs_are_filled_in_by_the_module() -> None:
@@ -108,7 +117,7 @@ def test_missing_distribution_inputs_are_filled_in_by_the_module() -> None:
     )
     builder = EpisodeBuilder(OBS, ACT, spec.build())
     one = lease(action_dist_inputs=None)
-    filled = np.asarray(builder.build(one)[0].get_extra_model_outputs("action_dist_inputs"))
+    filled = np.asarray(one_chunk(builder, one)[0].get_extra_model_outputs("action_dist_inputs"))
     assert filled.shape == (3, 2) and filled.dtype == np.float32 and np.isfinite(filled).all()
 
 
@@ -128,4 +137,42 @@ def test_missing_distribution_inputs_are_filled_in_by_the_module() -> None:
 )
 def test_bad_columns_are_refused_in_words(builder: EpisodeBuilder, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ProtocolError, match=says):
-        builder.build(lease(**changes))
+        one_chunk(builder, lease(**changes))
+
+
+def test_fragments_that_follow_each_other_are_one_chunk(builder: EpisodeBuilder) -> None:
+    pieces = [
+        lease(steps=2, t0=0, seconds=1.0),
+        lease(session=b"t" * 16, steps=2),
+        lease(steps=3, t0=2, version=8, number=2, seconds=2.0),
+        lease(steps=1, t0=5, end="terminated", number=3, seconds=3.0),
+    ]
+    (one, other), refused = builder.build(pieces)
+    assert not refused and other.finished is None and other.episode.id_ != one.episode.id_
+    episode = one.episode
+    assert len(episode) == 6 and episode.is_terminated
+    assert list(episode.get_rewards()) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert list(episode.get_extra_model_outputs("weights_seq_no")) == [7, 7, 8, 8, 8, 7]
+    assert one.finished == (6, 15.0, 3.0) and one.step_seconds == 0.5
+    observations = np.asarray(episode.get_observations())
+    parts = [np.frombuffer(p.body[0], np.float32).reshape(-1, 4) for p in (pieces[0], pieces[2], pieces[3])]
+    assert np.array_equal(observations, np.concatenate([parts[0][:-1], parts[1][:-1], parts[2]]))
+
+
+def test_a_gap_an_end_or_the_limit_begins_a_new_chunk() -> None:
+    builder = EpisodeBuilder(OBS, ACT, None, longest=4)
+
+    def lengths(*leases: Lease) -> list[int]:
+        return [len(chunk.episode) for chunk in builder.build(leases)[0]]
+
+    assert lengths(lease(steps=2), lease(steps=2, t0=3)) == [2, 2]
+    assert lengths(lease(steps=2, end="truncated"), lease(steps=2, t0=2)) == [2, 2]
+    assert lengths(lease(steps=2), lease(steps=2, t0=2), lease(steps=1, t0=4)) == [4, 1]
+    ids = [c.episode.id_ for c in builder.build([lease(steps=2), lease(steps=2, t0=2), lease(steps=1, t0=4)])[0]]
+    assert ids[0] == ids[1], "the rest goes on under the same id"
+
+
+def test_a_bad_fragment_leaves_its_neighbours(builder: EpisodeBuilder) -> None:
+    chunks, refused = builder.build([lease(steps=2), lease(steps=3, t0=2, actions=None, number=5), lease(2, t0=5)])
+    assert [len(c.episode) for c in chunks] == [2, 2] and chunks[1].episode.id_.endswith("@5")
+    assert [r.message.number for r in refused] == [5] and "no 'actions'" in str(refused[0].error)

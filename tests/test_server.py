@@ -19,7 +19,7 @@ import pytest
 import zmq
 
 from broker.admin import Question
-from broker.events import Action, Event, Received, Side, Tick
+from broker.events import Action, Event, Received, Send, Side, Tick
 from broker.server import Server
 from broker.settings import Settings
 from rllink_zmq import arrays
@@ -278,6 +278,24 @@ def test_hundreds_of_simulators_at_once() -> None:
 
         until(settled, *connections, *trainer.connections, timeout=60)
         assert ledger(server)["delivered"]["fragments"] == 200
+
+
+def test_thousands_of_peers_that_are_gone_in_one_moment() -> None:
+    server = Server(frontend=ANY, backend=ANY, weights=ANY, admin=None)
+    server.bind()
+    try:
+        assert server.core is not None
+        routes = [b"gone%d" % i for i in range(3000)]
+        for i, route in enumerate(routes):
+            session = i.to_bytes(16, "big")
+            greeting = decode(hello(session))
+            server.core.handle(Received(Side.FRONT, route, greeting, [], 0), 0.0)
+        assert server.core.simulators_live == len(routes)
+        server._carry_out([Send(Side.FRONT, route, PING()) for route in routes], 0.0)
+        assert server.core.simulators_live == 0
+        server.core.check_invariants()
+    finally:
+        server.close()
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """Fragments -> RLlib's `SingleAgentEpisode`.
 
-A fragment becomes an episode chunk without a loop over steps. Where it does not continue what this runner handed over
-last of the same episode (a drop, a move between runners) the rest gets a new episode id: RLlib's replay buffers take a
-gap for a bug and stop the training.
+Fragments of one answer that follow each other become one chunk, without a loop over steps: with hundreds of simulators
+a fragment has two or three steps, and advantages that are cut there are hardly more than what the critic says. Where a
+fragment does not continue what this runner handed over last of the same episode (a drop, a move between runners) the
+rest gets a new episode id: RLlib's replay buffers take a gap for a bug and stop the training.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -46,19 +48,73 @@ class Built(NamedTuple):
     step_seconds: float | None
 
 
+class Refusal(NamedTuple):
+    """A fragment that RLlib doesn't get, and why."""
+
+    message: FRAGMENT
+    error: ProtocolError
+
+
+class _Piece(NamedTuple):
+    """One fragment, checked. Arrays: `observations` (steps + 1 rows), the rest one row a step."""
+
+    message: FRAGMENT
+    observations: NDArray[Any]
+    actions: NDArray[Any]
+    rewards: NDArray[np.float32]
+    outputs: dict[str, NDArray[Any]]
+
+
 class EpisodeBuilder:
-    """Builds chunks for one runner. `module` fills in what a simulator that acts by itself doesn't know."""
+    """Builds chunks for one runner. `module` fills in what a simulator that acts by itself doesn't know; `longest`:
+    fragments are joined to chunks of at most so many steps (APPO and IMPALA cut their batch into rows of that length).
+    """
 
     def __init__(
-        self, observation_space: gym.Space[Any], action_space: gym.Space[Any], module: RLModule | None
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        module: RLModule | None,
+        longest: float = float("inf"),
     ) -> None:
         self.observation_space = observation_space
         self.action_space = action_space
         self.module = module
+        self.longest = longest
         self._next: OrderedDict[tuple[bytes, str], tuple[int, str, float]] = OrderedDict()
 
-    def build(self, lease: Lease) -> Built:
-        """The chunk of one fragment. Raises `ProtocolError` for columns that are missing or don't fit the spaces."""
+    def build(self, leases: Iterable[Lease]) -> tuple[list[Built], list[Refusal]]:
+        """Chunks in the order of their first fragments, and the fragments whose columns are missing or don't fit the
+        spaces."""
+        refused = []
+        chunks: list[list[_Piece]] = []
+        latest: dict[tuple[bytes, str], list[_Piece]] = {}
+        for lease in leases:
+            try:
+                piece = self._check_columns(lease)
+            except ProtocolError as e:
+                refused.append(Refusal(lease.message, e))
+                continue
+            key = (piece.message.session, piece.message.episode)
+            chunk = latest.get(key)
+            if chunk is not None and self._continues(chunk, piece):
+                chunk.append(piece)
+            else:
+                chunks.append([piece])
+                latest[key] = chunks[-1]
+        return [self._chunk(pieces) for pieces in chunks], refused
+
+    def _continues(self, chunk: Sequence[_Piece], piece: _Piece) -> bool:
+        first, last, message = chunk[0].message, chunk[-1].message, piece.message
+        return (
+            last.end == "no"
+            and message.t0 == last.t0 + last.steps
+            and message.t0 + message.steps - first.t0 <= self.longest
+            and piece.observations.dtype == chunk[0].observations.dtype
+            and piece.actions.dtype == chunk[0].actions.dtype
+        )
+
+    def _check_columns(self, lease: Lease) -> _Piece:
         message = lease.message
         arrays = from_body(message.columns, lease.body)
         for needed in ("obs", "actions", "rewards", "action_logp"):
@@ -80,28 +136,41 @@ class EpisodeBuilder:
             Columns.ACTION_DIST_INPUTS: self._dist_inputs(observations) if inputs is None else inputs,
             WEIGHTS_SEQ_NO: np.full(message.steps, message.version, np.int64),
         }
-        name, began = self._place(message)
+        return _Piece(message, observations, actions, rewards, outputs)
+
+    def _chunk(self, pieces: Sequence[_Piece]) -> Built:
+        first, last = pieces[0].message, pieces[-1].message
+        steps = sum(p.message.steps for p in pieces)
+        # Each piece's last observation is the next one's first.
+        observations = _joined([*(p.observations[:-1] for p in pieces[:-1]), pieces[-1].observations])
+        rewards = _joined([p.rewards for p in pieces])
+        outputs = {name: _joined([p.outputs[name] for p in pieces]) for name in pieces[0].outputs}
+        began: float | None = None
+        for i, piece in enumerate(pieces):
+            name, since = self._place(piece.message)
+            if i == 0:
+                id_, began = name, since
         episode = SingleAgentEpisode(
-            id_=name,
+            id_=id_,
             observation_space=self.observation_space,
             action_space=self.action_space,
             observations=_buffer(observations),
-            actions=_buffer(actions),
+            actions=_buffer(_joined([p.actions for p in pieces])),
             rewards=_buffer(rewards),
-            infos=InfiniteLookbackBuffer(data=[{}] * (message.steps + 1), lookback=0),
+            infos=InfiniteLookbackBuffer(data=[{}] * (steps + 1), lookback=0),
             extra_model_outputs={name: _buffer(values) for name, values in outputs.items()},
-            terminated=message.end == "terminated",
-            truncated=message.end == "truncated",
-            t_started=message.t0,
+            terminated=last.end == "terminated",
+            truncated=last.end == "truncated",
+            t_started=first.t0,
             len_lookback_buffer=0,
         )
         step_seconds = None
-        if began is not None and message.seconds > began:
-            step_seconds = (message.seconds - began) / message.steps
-        if message.end == "no":
+        if began is not None and last.seconds > began:
+            step_seconds = (last.seconds - began) / steps
+        if last.end == "no":
             return Built(episode, None, step_seconds)
-        total = message.return_so_far + float(rewards.sum(dtype=np.float64))
-        return Built(episode, Finished(message.t0 + message.steps, total, message.seconds), step_seconds)
+        total = first.return_so_far + float(rewards.sum(dtype=np.float64))
+        return Built(episode, Finished(last.t0 + last.steps, total, last.seconds), step_seconds)
 
     def _place(self, message: FRAGMENT) -> tuple[str, float | None]:
         """The chunk's episode id, and when it began, in seconds since the episode did, if that is known."""
@@ -141,6 +210,10 @@ class EpisodeBuilder:
             batch = torch.from_numpy(rows.astype(np.float32) if rows.dtype == np.float64 else rows.copy())
             out = self.module.forward_exploration({Columns.OBS: batch})
         return np.asarray(out[Columns.ACTION_DIST_INPUTS].detach().cpu().numpy(), np.float32)
+
+
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _buffer(values: NDArray[Any]) -> InfiniteLookbackBuffer:

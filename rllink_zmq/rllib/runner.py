@@ -29,12 +29,12 @@ from ray.rllib.utils.framework import get_device
 from ray.rllib.utils.metrics import ENV_STEP_TIMER, SAMPLE_TIMER, TIME_BETWEEN_SAMPLING, WEIGHTS_SEQ_NO
 from ray.rllib.utils.typing import ResultDict, StateDict
 
-from rllink_zmq.errors import ProtocolError, RllinkError
+from rllink_zmq.errors import RllinkError
 from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib.episodes import EpisodeBuilder, Finished
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.link import RunnerLink
-from rllink_zmq.rllib.settings import LinkSettings, sampling_rules
+from rllink_zmq.rllib.settings import LinkSettings, longest_chunk, sampling_rules
 
 logger = logging.getLogger("rllink_zmq")
 
@@ -77,7 +77,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self._state: StateDict | None = None
         self._link: RunnerLink | None = None
         self._manifest: PolicyManifest | None = None
-        self._builder = EpisodeBuilder(*spaces, self.module)
+        self._builder = EpisodeBuilder(*spaces, self.module, longest_chunk(self.config))
         self._finished: list[Finished] = []
         self._sampled_at: float | None = None
         self._fragments = 0
@@ -154,24 +154,22 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             self._log(0, 0, ())
             return []
         leases = link.sample(sampling_rules(self.config, self.num_workers))
-        samples, lags, steps = [], [], 0
-        for lease in leases:
-            try:
-                episode, finished, step_seconds = self._builder.build(lease)
-            except ProtocolError as e:
-                link.drop(lease.message, "malformed")
-                logger.warning("a fragment was dropped: %s", e)
-                self.metrics.log_value((RLLINK, "dropped", "malformed"), 1, reduce="lifetime_sum")
-                continue
-            samples.append(episode)
-            steps += lease.message.steps
-            lags.append(self._weights_seq_no - lease.message.version)
-            if finished is not None:
-                self._finished.append(finished)
-            if step_seconds is not None:
-                self.metrics.log_value(ENV_STEP_TIMER, step_seconds, reduce="ema")
+        chunks, refused = self._builder.build(leases)
+        for message, error in refused:
+            link.drop(message, "malformed")
+            logger.warning("a fragment was dropped: %s", error)
+            self.metrics.log_value((RLLINK, "dropped", "malformed"), 1, reduce="lifetime_sum")
+        dropped = {id(message) for message, _ in refused}
+        kept = [lease.message for lease in leases if id(lease.message) not in dropped]
+        samples = [chunk.episode for chunk in chunks]
+        for chunk in chunks:
+            if chunk.finished is not None:
+                self._finished.append(chunk.finished)
+            if chunk.step_seconds is not None:
+                self.metrics.log_value(ENV_STEP_TIMER, chunk.step_seconds, reduce="ema")
         link.returning()
-        self._log(steps, sum(e.is_done for e in samples), lags)
+        lags = [self._weights_seq_no - message.version for message in kept]
+        self._log(sum(m.steps for m in kept), sum(e.is_done for e in samples), lags)
         self.metrics.log_value((RLLINK, "simulators_connected"), link.pool.simulators, window=1)
         return samples
 

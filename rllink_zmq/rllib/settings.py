@@ -101,6 +101,11 @@ def sampling_rules(config: AlgorithmConfig, runners: int) -> SamplingRules:
     return SamplingRules("stream", _stream_share(config), quota, timeout, STREAM_LINGER)
 
 
+def longest_chunk(config: AlgorithmConfig) -> float:
+    """Env steps of the longest piece of an episode that a runner hands over."""
+    return math.inf if is_round(config) else trainer_terms(config).fragment_steps
+
+
 def _stream_share(config: AlgorithmConfig) -> int:
     length = config.rollout_fragment_length
     return (length if isinstance(length, int) else 50) * max(1, int(config.num_envs_per_env_runner))
