@@ -28,6 +28,7 @@ NOWHERE = "tcp://127.0.0.1:9"
         (["trian"], "No such command 'trian'"),
         (["train", "--config", "missing.yaml"], "'missing.yaml' does not exist"),
         (["train", "--resume", "missing"], "'missing' does not exist"),
+        (["train", "--auto-resume"], "give --checkpoint"),
     ],
 )
 def test_a_wrong_option_is_named(arguments: list[str], says: str) -> None:

@@ -84,6 +84,7 @@ Examples:
   rllink-zmq train --broker tcp://10.0.0.5:5556 --runners 8 --ray-address auto --checkpoint runs/first
   rllink-zmq train --algo APPO --config appo.yaml --stop-time 600 --json
   rllink-zmq train --resume runs/first --checkpoint runs/first
+  rllink-zmq train --checkpoint runs/first --auto-resume
 
 It exits with 1 when --stop-return was asked for and not reached."""
 )
@@ -105,6 +106,7 @@ It exits with 1 when --stop-return was asked for and not reached."""
 @click.option(
     "--resume", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Go on from a checkpoint."
 )
+@click.option("--auto-resume", is_flag=True, help="Go on from --checkpoint if there is one already, else begin anew.")
 @click.option("--ray-address", help="Join this Ray cluster ('auto' finds one); without it Ray starts here.")
 @click.option("--seed", type=int)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object as the last line of standard output.")
@@ -119,16 +121,23 @@ def command(
     stop_time: float | None,
     checkpoint: Path | None,
     resume: Path | None,
+    auto_resume: bool,
     ray_address: str | None,
     seed: int | None,
     as_json: bool,
 ) -> None:
     """Train a policy on whatever simulators are connected to a broker."""
+    if auto_resume and (checkpoint is None or resume is not None):
+        raise click.UsageError(
+            "--auto-resume goes on from where --checkpoint saves: give --checkpoint, and no --resume"
+        )
     output.show_logs()
     output.quiet_ray()
     await_broker(broker)
-    from rllink_zmq.rllib.train import TrainOptions, newest_checkpoint, train
+    from rllink_zmq.rllib.train import TrainOptions, has_checkpoint, newest_checkpoint, train
 
+    if auto_resume and checkpoint is not None and has_checkpoint(checkpoint):
+        resume = checkpoint
     if resume is not None:
         newest_checkpoint(resume)
     options = TrainOptions(

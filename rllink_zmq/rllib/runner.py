@@ -26,7 +26,13 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.framework import get_device
-from ray.rllib.utils.metrics import ENV_STEP_TIMER, SAMPLE_TIMER, TIME_BETWEEN_SAMPLING, WEIGHTS_SEQ_NO
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_STATE_SERVER_PULL_TIMER,
+    ENV_STEP_TIMER,
+    SAMPLE_TIMER,
+    TIME_BETWEEN_SAMPLING,
+    WEIGHTS_SEQ_NO,
+)
 from ray.rllib.utils.typing import ResultDict, StateDict
 
 from rllink_zmq.errors import RllinkError
@@ -190,7 +196,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         if self._env_runner_state_server is None:
             return
         try:
-            state = ray.get(self._env_runner_state_server.pull_if_newer.remote(self._weights_seq_no))
+            with self.metrics.log_time(ENV_RUNNER_STATE_SERVER_PULL_TIMER):
+                state = ray.get(self._env_runner_state_server.pull_if_newer.remote(self._weights_seq_no))
         except ray.exceptions.RayError as e:
             logger.warning("the weights could not be pulled (%s), the ones from before stay", type(e).__name__)
             return

@@ -276,6 +276,11 @@ def _by_age(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether `save` has saved one in `folder`."""
+    return bool(_by_age(folder))
+
+
 def newest_checkpoint(folder: Path) -> Path:
     """The newest checkpoint in `folder`, or `folder` itself if it is one. Raises `SettingsError` if there is none."""
     if (folder / "rllib_checkpoint.json").exists() or (folder / "metadata.json").exists():
