@@ -209,7 +209,8 @@ def test_raw_dealer_acts_by_the_policy_and_is_delivered(
     builder = EpisodeBuilder(*spaces, module)
     lengths = []
     for lease in learner.leases:
-        built = builder.build(lease)
+        (built,), refused = builder.build([lease])
+        assert not refused
         episode = built[0]
         lengths.append(len(episode))
         batch = {Columns.OBS: torch.from_numpy(np.array(episode.get_observations()[:-1]))}
