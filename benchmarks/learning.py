@@ -5,7 +5,6 @@ Imports ray and torch: for the processes that are the learner's side, and no oth
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -61,16 +60,25 @@ class Versions:
 
 
 class _Runners:
-    """Stands in for RLlib's `EnvRunnerGroup`: runners of this process."""
+    """Stands in for RLlib's `EnvRunnerGroup`, without actors: the runners are in this process."""
 
-    def __init__(self, runners: list[Any]) -> None:
-        self._runners = runners
+    _worker_manager = None
 
-    def num_remote_workers(self) -> int:
-        return len(self._runners)
+    def num_remote_env_runners(self) -> int:
+        return 0
 
-    def foreach_env_runner(self, function: Callable[[Any], Any], **_: Any) -> list[Any]:
-        return [function(runner) for runner in self._runners]
+    def num_healthy_remote_env_runners(self) -> int:
+        return 0
+
+
+class _Learners:
+    """Stands in for RLlib's `LearnerGroup`: the weights of its first runner."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    def get_state(self, **_: Any) -> dict[str, Any]:
+        return {"learner": {"rl_module": self._runner.module.get_state()}}
 
 
 class _Algorithm:
@@ -78,7 +86,8 @@ class _Algorithm:
 
     def __init__(self, config: Any, runners: list[Any]) -> None:
         self.config = config
-        self.env_runner_group = _Runners(runners)
+        self.env_runner_group = _Runners()
+        self.learner_group = _Learners(runners[0])
         self.env_runner = runners[0]
 
 
@@ -92,6 +101,8 @@ class LearnerSide:
         config = attach(ppo(batch), backend)
         self.runners = [ZmqEnvRunner(config=config, worker_index=i, num_workers=runners) for i in range(runners)]
         self.trainer = Trainer(_Algorithm(config, self.runners))  # type: ignore[arg-type]
+        for runner in self.runners[1:]:
+            runner.join(self.trainer.run, self.trainer.manifest)
         self.versions = Versions(self.runners)
         self.versions.offer()
 

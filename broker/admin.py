@@ -1,4 +1,4 @@
-"""The HTTP admin: is it alive, is it ready, what is going on. It only asks; nothing can be changed here.
+"""The HTTP admin: is it alive, is it ready, what is going on; and one wish, another number of runners.
 
 It lives in a thread of its own and never looks at the core: each request is a question to the broker's loop, with a
 deadline. So an answer also shows that the loop goes round.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
 import socket
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rllink_zmq.errors import SettingsError
 
@@ -27,16 +27,20 @@ log = logging.getLogger("rllink_zmq.broker")
 ANSWER_WITHIN = 2.0
 """Seconds the loop has to answer."""
 
-PATHS = "/healthz, /readyz and /status"
+PATHS = "/healthz, /readyz, /status and /scale"
+
+MOST_RUNNERS = 1000
 
 
 class Question(Enum):
     HEALTH = "health"
     READY = "ready"
     STATUS = "status"
+    SCALE = "scale"
 
 
-Ask = Callable[[Question], "Future[dict[str, Any]]"]
+class Ask(Protocol):
+    def __call__(self, question: Question, number: int = 0) -> Future[dict[str, Any]]: ...
 
 
 class Admin:
@@ -101,10 +105,10 @@ def _app(ask: Ask) -> Any:
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
-    async def answer(question: Question) -> dict[str, Any] | None:
+    async def answer(question: Question, number: int = 0) -> dict[str, Any] | None:
         """None when the loop doesn't answer in time, or can't."""
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(ask(question)), ANSWER_WITHIN)
+            return await asyncio.wait_for(asyncio.wrap_future(ask(question, number)), ANSWER_WITHIN)
         except (TimeoutError, asyncio.CancelledError):
             return None
         except Exception:
@@ -129,11 +133,31 @@ def _app(ask: Ask) -> Any:
         found = await answer(Question.STATUS)
         return JSONResponse(found) if found is not None else busy()
 
+    async def scale(request: Request) -> JSONResponse:
+        # A page in a browser can send forms and plain text to loopback, but no JSON without asking first.
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            return JSONResponse({"error": "expected a JSON body, with Content-Type: application/json"}, 415)
+        try:
+            body = json.loads(await request.body())
+        except ValueError:
+            body = None
+        number = body.get("runners") if isinstance(body, dict) else None
+        if type(number) is not int or not 0 <= number <= MOST_RUNNERS:
+            text = f'expected {{"runners": N}} with N from 0 to {MOST_RUNNERS}'
+            return JSONResponse({"error": text}, 422)
+        found = await answer(Question.SCALE, number)
+        if found is None:
+            return busy()
+        return JSONResponse(found, 409 if "error" in found else 202)
+
     async def not_found(request: Request, _: Exception) -> JSONResponse:
         return JSONResponse({"error": f"there is no {request.url.path} here; there are {PATHS}"}, 404)
 
     async def not_allowed(request: Request, _: Exception) -> JSONResponse:
-        return JSONResponse({"error": f"{request.method} is not possible here: this only answers GET"}, 405)
+        return JSONResponse(
+            {"error": f"{request.method} is not possible here: only /scale takes POST, the others GET"}, 405
+        )
 
     routes = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/status", status)]
+    routes.append(Route("/scale", scale, methods=["POST"]))
     return Starlette(routes=routes, exception_handlers={404: not_found, 405: not_allowed})

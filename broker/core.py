@@ -22,6 +22,7 @@ from rllink_zmq.messages import (
     HELLO,
     OFFER,
     PING,
+    POOL,
     RETURNED,
     STATE,
     TAKE,
@@ -53,6 +54,7 @@ class Broker(Handshake, Artifacts):
             TAKE: self._take,
             RETURNED: self._returned,
             PING: self._ping,
+            POOL: self._on_pool,
             OFFER: self._offer,
             GET_STATE: self._get_state,
             STATE: self._on_state,
@@ -218,9 +220,10 @@ class Broker(Handshake, Artifacts):
             header = fragment.header
             owners = fragment.simulator.owners
             preferred = owners.get(header.episode)
-            if preferred is not None and preferred.state is not peers.State.LIVE:
+            pool = self.pool()
+            if preferred is not None and preferred not in pool:
                 preferred = None
-            runner = choose(self.pool(), fragment.size, limit, preferred)
+            runner = choose(pool, fragment.size, limit, preferred)
             if runner is None:
                 return
             waiting.popleft()
@@ -286,8 +289,12 @@ class Broker(Handshake, Artifacts):
         if not taken:
             del runner.takes[message.k]
         self._send(
-            runner, TAKEN(message.k, refused, self.version, self.round_steps, self.taken_steps, self.simulators_live)
-        )
+            runner,
+            TAKEN(
+                message.k, refused, self.version, self.round_steps, self.taken_steps, self.simulators_live,
+                len(self.pool()),
+            ),
+        )  # fmt: skip
         if not allowed:
             self._expel(runner, "old_run", f"run {runner.run} has ended, the broker serves {self.run or 'none'}", now)
         return None
@@ -374,7 +381,7 @@ class Broker(Handshake, Artifacts):
             self._sweep(now)
 
     def _ping(self, peer: Peer, message: PING, event: Received, now: float) -> None:
-        self._send(peer, self.pong(peer))
+        self._send(peer, self.pong(peer, now))
         if type(peer) is Simulator:
             # It may go by limits of the old connection, whose last messages can come after WELCOME: say them again.
             self._mark(peer, now)
@@ -401,6 +408,7 @@ class Broker(Handshake, Artifacts):
                     "name": r.name,
                     "session": r.session.hex(),
                     "state": r.state.value,
+                    "duty": r.duty,
                     "run_id": r.run,
                     "leased_steps": r.leased_steps,
                     "taken_fragments": sum(map(len, r.takes.values())),
@@ -415,6 +423,8 @@ class Broker(Handshake, Artifacts):
             else {
                 "name": trainer.name,
                 "run_id": trainer.hello.run,
+                "runners": trainer.hello.runners,
+                "runners_wanted": trainer.hello.runners if self.wanted is None else self.wanted,
                 "quota": trainer.hello.quota,
                 "lag_limit": trainer.hello.lag_limit,
                 "steps_ahead": trainer.hello.steps_ahead,
@@ -438,7 +448,8 @@ class Broker(Handshake, Artifacts):
         if not self.trained():
             missing.append("a trainer (rllink-zmq train)")
         elif not self.pool():
-            missing.append("a runner")
+            none = self.trainer is not None and not self.trainer.hello.runners
+            missing.append("a runner: the pool was scaled to 0 (rllink-zmq scale)" if none else "a runner")
         elif not self.policy_ready:
             missing.append("the policy from the trainer")
         elif self.published_version < 0:

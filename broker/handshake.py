@@ -9,21 +9,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TypeVar
 
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import (
     BYE,
     DELIVERED,
+    DUTY,
     HELLO,
+    POOL,
     PROTOCOL_VERSION,
     WELCOME,
+    Assigned,
     RunnerHello,
     SimulatorHello,
     TrainerHello,
 )
 
-from .events import Received, Side
+from .events import Action, Received, Side
 from .fragments import State as Life
 from .fragments import Verb as Move
 from .peers import Observer, Peer, Runner, Simulator, State, Trainer, Verb, mismatch, step_bytes
@@ -187,6 +191,10 @@ class Handshake(BrokerState):
         self.reports.add(runner.session, role, now)
         self._apply_reports(runner, role, now)
         self._welcome(runner)
+        runner.duty = self.duties.get(runner.session, "serve")
+        self._pool = None
+        if runner.duty != "serve":
+            self._send(runner, DUTY(runner.duty))
 
     def _apply_reports(self, runner: Runner, role: RunnerHello, now: float) -> None:
         """Fragments that were resent to this broker before the runner that handed them over could say so."""
@@ -225,7 +233,7 @@ class Handshake(BrokerState):
             if hello.greeting <= old.greeting:
                 return None
         elif old is not None and old.state is State.LIVE:
-            self._send(old, self.pong(old))  # if it is gone this shows it, and the next try is accepted
+            self._send(old, self.pong(old, now))  # if it is gone this shows it, and the next try is accepted
             return no("trainer_present", f"this broker already serves the trainer '{old.name}' (run {old.hello.run}): "
                       f"stop it, or start a broker of its own for each training", fatal=False)  # fmt: skip
         if role.run < self.run:
@@ -237,6 +245,8 @@ class Handshake(BrokerState):
             trainer.hello = role
         else:
             trainer = Trainer(hello.session, now, role)
+        if trainer is not old or role.runners == self.wanted:
+            self.wanted = None
         self.trainer = trainer
         self._enter(trainer, hello, event.route, now)
         if role.run != self.run:
@@ -246,6 +256,7 @@ class Handshake(BrokerState):
                 self._expel(runner, "old_run", f"run {runner.run} has ended, the broker serves {self.run} now", now)
             self._say(logging.INFO, "run", f"trainer '{trainer.name}' began run {self.run}", now)
         self._welcome(trainer)
+        self._assign(role.duties)
         self._begin_run(trainer, now)
         for peer in list(self.routes[Side.FRONT].values()):
             if isinstance(peer, Simulator) and peer.spaces is not None:
@@ -253,6 +264,36 @@ class Handshake(BrokerState):
                 if text:
                     self._expel(peer, "spaces", f"{text}: start it with the trainer's environment", now)
         return self._mark_all(now)
+
+    def scale(self, number: int, now: float) -> tuple[str, list[Action]]:
+        """Ask the trainer for `number` runners. Returns what is wrong ('' if nothing is), and what to do."""
+        self._actions = actions = list[Action]()
+        if not self.trained() or self.trainer is None:
+            text = "no trainer is connected: there is nobody who could start or stop runners (rllink-zmq train)"
+            return text, actions
+        self.wanted = number
+        self._say(logging.INFO, "scale", f"asked trainer '{self.trainer.name}' for {number} runners", now)
+        self._send(self.trainer, self.pong(self.trainer, now))
+        return "", actions
+
+    def _on_pool(self, trainer: Peer, message: POOL, event: Received, now: float) -> None:
+        if trainer is not self.trainer:
+            return self._refuse(event.side, event.route, "unexpected", "only the trainer sends POOL", now)
+        return self._assign(message.duties)
+
+    def _assign(self, duties: Iterable[Assigned]) -> None:
+        """What runners are to do. The rest serves."""
+        self.duties = {a.session: a.duty for a in duties}
+        self._pool = None
+        for runner in self.runners.values():
+            duty = self.duties.get(runner.session, "serve")
+            if duty == runner.duty or runner.state is State.GONE:
+                continue
+            runner.duty = duty
+            if duty != "serve":
+                self._requeue(runner.leased, Move.UNLEASE)
+            if runner.state is State.LIVE:
+                self._send(runner, DUTY(duty))
 
     # ---- ways out
 
@@ -316,10 +357,10 @@ class Handshake(BrokerState):
             if silent > s.runner_silence:
                 self._lose(peer, now)
             elif silent > s.probe_interval:
-                self._send(peer, self.pong(peer))
+                self._send(peer, self.pong(peer, now))
         for peer in self.routes[Side.FRONT].values():
             if now - peer.heard > s.simulator_silence:
-                self._send(peer, self.pong(peer))
+                self._send(peer, self.pong(peer, now))
         for sim in list(self.simulators.values()):
             if sim.state is State.LOST and now - sim.since > s.simulator_grace:
                 self._forget(sim, Verb.EXPIRE, now)

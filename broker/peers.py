@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import Enum
 
-from rllink_zmq.messages import DELIVERED, BoxSpace, Column, RunnerHello, SimulatorHello, Space, Spaces, TrainerHello
+from rllink_zmq.messages import (
+    DELIVERED,
+    BoxSpace,
+    Column,
+    Duty,
+    RunnerHello,
+    SimulatorHello,
+    Space,
+    Spaces,
+    TrainerHello,
+)
 from rllink_zmq.wire import column_bytes
 
 from .events import Side
@@ -109,13 +119,16 @@ class Simulator(Peer):
 
 
 class Runner(Peer):
-    """`leased`: sent to it, in order, not taken. `takes`: k -> fragments taken with it, until RETURNED."""
+    """`leased`: sent to it, in order, not taken. `takes`: k -> fragments taken with it, until RETURNED.
+    `duty`: what the trainer wants of it."""
 
-    __slots__ = ("assigned_steps", "leased", "leased_bytes", "leased_steps", "offer", "returned", "run", "takes")
+    __slots__ = ("assigned_steps", "duty", "leased", "leased_bytes", "leased_steps", "offer", "returned", "run",
+                 "takes")  # fmt: skip
 
     def __init__(self, session: bytes, now: float) -> None:
         super().__init__(session, now)
         self.run = ""
+        self.duty: Duty = "serve"
         self.returned = 0
         self.leased: dict[Fragment, None] = {}
         self.leased_steps = 0

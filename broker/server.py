@@ -95,7 +95,7 @@ class Server:
         self._admin: Admin | None = None
         self._stopping = False
         self._wakes: tuple[socket.socket, ...] = ()
-        self._questions: deque[tuple[Question, Future[dict[str, Any]]]] = deque()
+        self._questions: deque[tuple[Question, int, Future[dict[str, Any]]]] = deque()
         self._sends: tuple[Callable[..., Any], ...] = ()
         self._unreachable: deque[Unreachable] = deque()
 
@@ -181,7 +181,7 @@ class Server:
             self._admin.close()
             self._admin = None
         while self._questions:
-            self._questions.popleft()[1].cancel()
+            self._questions.popleft()[2].cancel()
         for router in self._routers:
             router.close(1000)
         self._routers = ()
@@ -194,13 +194,13 @@ class Server:
         for end in self._wakes:
             end.close()
 
-    def ask(self, question: Question) -> Future[dict[str, Any]]:
+    def ask(self, question: Question, number: int = 0) -> Future[dict[str, Any]]:
         """The answer of the loop's own thread, soon. Cancelled when too many questions wait or the broker stops."""
         future: Future[dict[str, Any]] = Future()
         if self._stopping or len(self._questions) >= QUESTIONS:
             future.cancel()
         else:
-            self._questions.append((question, future))
+            self._questions.append((question, number, future))
             self._wake()
         return future
 
@@ -312,20 +312,25 @@ class Server:
         except OSError:
             return
         while self._questions:
-            question, future = self._questions.popleft()
+            question, number, future = self._questions.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(self._say(question))
+                future.set_result(self._say(question, number))
             except Exception as e:  # the question fails, the broker goes on
                 future.set_exception(e)
 
-    def _say(self, question: Question) -> dict[str, Any]:
+    def _say(self, question: Question, number: int) -> dict[str, Any]:
         core = cast(Broker, self.core)
         if question is Question.HEALTH:
             return {"status": "ok"}
         if question is Question.READY:
             return {"waiting_for": core.waiting_for()}
+        if question is Question.SCALE:
+            now = self._clock()
+            wrong, actions = core.scale(number, now)
+            self._carry_out(actions, now)
+            return {"error": wrong} if wrong else {"runners": number}
         return core.status(self._clock()) | {
             "package": __version__,
             "addresses": {

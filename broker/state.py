@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rllink_zmq.messages import PONG, REFUSED, Message
+from rllink_zmq.messages import MAX_RUNNERS, PONG, REFUSED, Duty, Message, Present
 from rllink_zmq.wire import Buffer
 
 from . import peers
@@ -30,6 +30,8 @@ class BrokerState:
         self.simulators: dict[bytes, Simulator] = {}
         self.runners: dict[bytes, Runner] = {}
         self.trainer: Trainer | None = None
+        self.duties: dict[bytes, Duty] = {}
+        self.wanted: int | None = None
         self.reports = peers.Reports()
         self.simulators_live = 0
         self.episodes = 0
@@ -75,12 +77,20 @@ class BrokerState:
             self._told[kind] = now
             self._actions.append(Log(level, text))
 
-    def pong(self, peer: Peer) -> PONG:
+    def pong(self, peer: Peer, now: float) -> PONG:
         """The answer to a PING of `peer`, or a probe of it."""
-        wanted = self.trainer.hello.runners if self.trainer is not None else 0
+        wanted, roster, ledger = 0, list[Present](), dict[str, tuple[int, int]]()
+        if isinstance(peer, Trainer):
+            wanted = peer.hello.runners if self.wanted is None else self.wanted
+            ledger = self.ledger.totals()
+            roster = [
+                Present(r.session, r.name, max(0.0, now - r.heard), r.duty, r.state is peers.State.LIVE)
+                for r in self.runners.values()
+                if r.run == self.run and r.state is not peers.State.GONE
+            ][:MAX_RUNNERS]
         return PONG(
             self.epoch, self.run, self.published_version, self.policy_ready, self.taken_steps, self.round_steps,
-            wanted, self.simulators_live, self.ledger.totals() if isinstance(peer, Trainer) else {},
+            wanted, self.simulators_live, len(self.pool()), roster, ledger,
         )  # fmt: skip
 
     # ---- what every room needs
@@ -92,7 +102,10 @@ class BrokerState:
     def pool(self) -> list[Runner]:
         """The runners that may be leased to."""
         if self._pool is None:
-            self._pool = [r for r in self.runners.values() if r.state is peers.State.LIVE and r.run == self.run]
+            self._pool = [
+                r for r in self.runners.values()
+                if r.state is peers.State.LIVE and r.run == self.run and r.duty == "serve"
+            ]  # fmt: skip
         return self._pool
 
     def steps_granted(self, sim: Simulator) -> tuple[int, int]:

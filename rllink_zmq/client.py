@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 
 from rllink_zmq import __version__
+from rllink_zmq.audit import Log
 from rllink_zmq.client_episode import Episode as Episode
 from rllink_zmq.client_flow import WAIT_SLICE, Flow
 from rllink_zmq.client_policy import PolicyReader
@@ -37,14 +38,17 @@ def connect(
     threads: int = 1,
     seed: int | None = None,
     timeout: float | None = 5.0,
+    audit: str | os.PathLike[str] | None = None,
 ) -> Client:
     """A simulator's connection to the broker at `address` (its frontend), once the broker has said WELCOME.
 
     `observation_space`, `action_space`: both of the environment's, or neither; the broker refuses what the trainer
     can't use. `name`: for people. `episodes`: how many may be open at once. `threads`, `seed`: of the policy; clients
     of one process that give the same ones share it. `timeout`: seconds; None waits for as long as it takes, and says
-    so in the log.
-    Raises ConnectionTimeout, RefusedError, SettingsError (an address), SpaceError (a space that doesn't travel).
+    so in the log. `audit`: a directory for this process's audit log, which `rllink-zmq audit` compares with the
+    learner's.
+    Raises ConnectionTimeout, RefusedError, SettingsError (an address or `audit`), SpaceError (a space that doesn't
+    travel).
     """
     parse_address(address)
     if not 1 <= episodes <= 1_000_000:
@@ -55,6 +59,9 @@ def connect(
         layout = layout_of_spaces(observation_space, action_space)
     elif observation_space is not None or action_space is not None:
         raise SpaceError("expected both observation_space and action_space or neither, got one of them")
+    log_of_audit = None if audit is None else Log.shared(audit, "simulator")
+    if log_of_audit is not None:
+        log_of_audit.open()
     session = SimulatorSession(
         os.urandom(16),
         name=name if name is not None else f"{socket.gethostname()}/{os.getpid()}",
@@ -62,7 +69,8 @@ def connect(
         spaces=spaces,
         episodes=episodes,
     )
-    client = Client(Flow(Connection(session, address), session, PolicyReader.join(address, threads, seed), layout))
+    reader = PolicyReader.join(address, threads, seed)
+    client = Client(Flow(Connection(session, address), session, reader, layout, log_of_audit))
     try:
         client.flow.open(timeout)
     except BaseException:
@@ -197,6 +205,8 @@ class Client:
         flow.closed, flow.look_at = True, 0.0
         flow.reader.leave(session)
         flow.connection.close()
+        if flow.audit is not None:
+            flow.audit.closed(session.session, len(session.unsettled))
         if session.unsettled:
             log.warning(
                 "closed while %d fragments (%d steps) were on their way",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rllink_zmq.arrays import to_buffers
+from rllink_zmq.audit import Log
 from rllink_zmq.client_policy import SWITCH_INTERVAL, PolicyReader
 from rllink_zmq.errors import ConnectionTimeout, EpisodeError
 from rllink_zmq.fragments import Cut, End, FragmentBuilder, Kind, Layout, Origin, layout_of_spaces
@@ -54,11 +55,17 @@ class Flow:
     """One client's. `credit`: steps that may be taken until the next look; `look_at`: when that is due."""
 
     def __init__(
-        self, connection: Connection, session: SimulatorSession, reader: PolicyReader, layout: Layout | None
+        self,
+        connection: Connection,
+        session: SimulatorSession,
+        reader: PolicyReader,
+        layout: Layout | None,
+        audit: Log | None = None,
     ) -> None:
         self.connection = connection
         self.session = session
         self.reader = reader
+        self.audit = audit
         self.builders: dict[str, FragmentBuilder] = {}
         self.credit = 0
         self.look_at = 0.0
@@ -227,7 +234,7 @@ class Flow:
             return
         columns, body = to_buffers(cut.arrays)
         now = self.connection.clock()
-        self.session.submit(
+        number = self.session.submit(
             episode=builder.episode,
             t0=cut.t0,
             steps=cut.steps,
@@ -240,6 +247,8 @@ class Flow:
             now=now,
             seconds=now - builder.began,
         )
+        if self.audit is not None:
+            self.audit.sent(self.session.session, number, cut.steps, cut.origin.run, cut.origin.version)
         if now >= self._sent_at + LOOK_INTERVAL:
             # Else the next look sends it, with others: waking libzmq's thread costs more than the message.
             self._sent_at = now
@@ -307,6 +316,8 @@ class Flow:
         return f"{session.unsettled_steps} steps are on their way and none was taken yet: is a trainer running?"
 
     def _settled(self, message: FRAGMENT, outcome: str) -> None:
+        if self.audit is not None:
+            self.audit.settled(message.session, message.number, outcome)
         if outcome != DELIVERED and outcome not in self._reasons:
             self._reasons.add(outcome)
             log.warning("a fragment was dropped (%s); more of this reason are only counted", outcome)

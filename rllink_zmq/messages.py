@@ -22,6 +22,7 @@ MAX_FRAMES = 4096
 MAX_BODY_BYTES = 1 << 30
 MAX_COLUMNS = 64
 MAX_NUMBERS = 65_536
+MAX_RUNNERS = 1024
 MAX_DIMENSIONS = 8
 """Of one value of a space. A column has one more: its rows."""
 MAX_BOUNDS = 8192
@@ -48,6 +49,9 @@ Digest: TypeAlias = Annotated[str, Meta(max_length=64)]
 DELIVERED = "delivered"
 
 End: TypeAlias = Literal["no", "terminated", "truncated"]
+Duty: TypeAlias = Literal["serve", "park", "leave", "end"]
+"""What the trainer wants of a runner: to take fragments; to wait; to say BYE when RLlib has all that it returned; to
+return from every call at once, since training is over."""
 
 
 class _Part(Struct, frozen=True, omit_defaults=True, gc=False):
@@ -115,6 +119,26 @@ class Dropped(_Part, array_like=True, frozen=True):
     reason: Reason
 
 
+class Assigned(_Part, array_like=True, frozen=True):
+    """The duty of one runner."""
+
+    session: Session
+    duty: Duty
+
+
+class Present(_Part, array_like=True, frozen=True):
+    """A runner that the broker knows. `silent`: seconds since it was last heard."""
+
+    session: Session
+    name: Name
+    silent: Annotated[float, Meta(ge=0, le=sys.float_info.max)]
+    duty: Duty
+    connected: bool
+
+
+Duties: TypeAlias = Annotated[list[Assigned], Meta(max_length=MAX_RUNNERS)]
+
+
 class SimulatorHello(_Part, tag="simulator", tag_field="role", frozen=True):
     """`base`: every number below it is settled. `steps`: env steps of all settled fragments of this session.
     `episodes`: how many episodes it runs at once. `policy`: hash of the policy it has, '' = none."""
@@ -140,7 +164,8 @@ class RunnerHello(_Part, tag="runner", tag_field="role", frozen=True):
 class TrainerHello(_Part, tag="trainer", tag_field="role", frozen=True):
     """`quota`: env steps one learner update consumes. `lag_limit`: the most learner updates a fragment's weights may
     be old. `steps_ahead`: env steps all simulators together may have on their way (0 = no limit). `runners`: how
-    many it has now. `fragment_steps`: the longest fragment wanted. `policy`, `policy_bytes`: the policy it offers."""
+    many it means to have. `fragment_steps`: the longest fragment wanted. `policy`, `policy_bytes`: the policy it
+    offers. `duties`: as in POOL."""
 
     run: RunId
     quota: Count
@@ -151,6 +176,7 @@ class TrainerHello(_Part, tag="trainer", tag_field="role", frozen=True):
     spaces: Spaces
     policy: Digest
     policy_bytes: Annotated[int, Meta(ge=1, lt=1 << 53)]
+    duties: Duties = []
 
 
 class ObserverHello(_Part, tag="observer", tag_field="role", frozen=True):
@@ -238,7 +264,7 @@ class TAKE(_Message, tag="TAKE", frozen=True):
 
 class TAKEN(_Message, tag="TAKEN", frozen=True):
     """broker -> runner: TAKE `k` is granted but for `refused`. `round_steps`: env steps that all runners took
-    since `version`, `taken_steps`: in this run. `simulators`: connected now."""
+    since `version`, `taken_steps`: in this run. `simulators`, `runners`: that take part now."""
 
     k: Count
     refused: Annotated[list[Claim], Meta(max_length=65_536)] = []
@@ -246,6 +272,7 @@ class TAKEN(_Message, tag="TAKEN", frozen=True):
     round_steps: Count = 0
     taken_steps: Count = 0
     simulators: Count = 0
+    runners: Count = 0
 
 
 class RETURNED(_Message, tag="RETURNED", frozen=True):
@@ -272,8 +299,9 @@ class PING(_Message, tag="PING", frozen=True):
 
 
 class PONG(_Message, tag="PONG", frozen=True):
-    """broker -> any: the answer to PING, or a probe. `runners_wanted`: what the trainer asked for.
-    `ledger`: to a trainer alone: "received", "delivered", "in_flight", each reason -> (fragments, steps)."""
+    """broker -> any: the answer to PING, or a probe. `runners`: that serve. To a trainer
+    alone: `runners_wanted`: how many it is to have, `roster`: the runners of its run, and
+    `ledger`: "received", "delivered", "in_flight", each reason -> (fragments, steps)."""
 
     epoch: Annotated[bytes, Meta(min_length=8, max_length=8)]
     run: RunId = ""
@@ -283,7 +311,21 @@ class PONG(_Message, tag="PONG", frozen=True):
     round_steps: Count = 0
     runners_wanted: Count = 0
     simulators: Count = 0
+    runners: Count = 0
+    roster: Annotated[list[Present], Meta(max_length=MAX_RUNNERS)] = []
     ledger: Annotated[dict[Name, tuple[Count, Count]], Meta(max_length=64)] = {}
+
+
+class POOL(_Message, tag="POOL", frozen=True):
+    """trainer -> broker: the duty of each of its runners that is not to `serve`. Replaces what it said before."""
+
+    duties: Duties
+
+
+class DUTY(_Message, tag="DUTY", frozen=True):
+    """broker -> runner: its duty from now on. Unless it is `serve`, what was leased to it and not taken is gone."""
+
+    duty: Duty
 
 
 class OFFER(_Message, tag="OFFER", frozen=True):
@@ -347,6 +389,8 @@ Message: TypeAlias = (
     | ACK
     | PING
     | PONG
+    | POOL
+    | DUTY
     | OFFER
     | GET_STATE
     | STATE

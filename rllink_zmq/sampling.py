@@ -10,10 +10,15 @@ RLlib's algorithms want different things of a runner, and none says so (`docs/rl
   wait in the actor: behind a call that RLlib has given up, or while the process is stopped.
 - **stream** (APPO, IMPALA): calls are asynchronous and *counted*: each is taken for a full fragment, and a package of
   empty ones ends the training. So: wait for `share` steps, never return an empty list.
+
+A runner that is not to serve returns what it has and takes nothing. With nothing to give: one that leaves is out of a
+round soon, since others go on with it; one that is parked (nobody goes on) is silent past the timeout, so that
+`train()` comes back; in a stream both stay silent until RLlib forgets the call or the runner serves again.
 """
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import Literal, NamedTuple
 
@@ -30,8 +35,8 @@ TOO_LATE = 0.9
 
 
 class SamplingRules(NamedTuple):
-    """`share`: env steps wanted of one call. `quota`: env steps that all runners together give for one weights version.
-    Times in seconds."""
+    """`share`: env steps wanted of one call; in a round it is a part of the quota, for as many runners as the broker
+    counts. `quota`: env steps that all runners together give for one weights version. Times in seconds."""
 
     style: Literal["round", "stream"]
     share: int
@@ -95,7 +100,23 @@ class SampleCall:
             return Next.WAIT
         if self._cancelled:
             return Next.RETURN
+        if session.duty != "serve":
+            return self._off_duty(now)
         return self._round(now) if self.rules.style == "round" else self._stream(now)
+
+    def _off_duty(self, now: float) -> Next:
+        """The trainer wants nothing more of this runner, or nothing for now."""
+        rules, duty = self.rules, self.session.duty
+        if self.steps or duty == "end":
+            return Next.RETURN
+        if rules.style == "stream":  # RLlib drops the call with the runner; an empty list would count as data
+            self.wake = now + rules.timeout
+            return Next.WAIT
+        until = self._started + PROGRESS_WAIT if duty == "leave" else self._submitted + rules.timeout + LATE
+        if now >= until:
+            return Next.RETURN
+        self.wake = until
+        return Next.WAIT
 
     def _stream(self, now: float) -> Next:
         rules = self.rules
@@ -106,10 +127,10 @@ class SampleCall:
         return Next.WAIT
 
     def _round(self, now: float) -> Next:
-        rules = self.rules
-        want = min(rules.share, self._open()) if not self._repeated else rules.share
+        rules, share = self.rules, self._share()
+        want = min(share, self._open()) if not self._repeated else share
         if self.steps >= want:
-            self.round_was_full = want < rules.share or self._open() <= 0
+            self.round_was_full = want < share or self._open() <= 0
             return Next.RETURN
         if self._first is not None and now >= self._first + rules.linger:
             return Next.RETURN
@@ -133,6 +154,11 @@ class SampleCall:
             return Next.RETURN
         self.wake = min(t for t in (patience, half, late, now + PROGRESS_WAIT) if t > now)
         return Next.WAIT
+
+    def _share(self) -> int:
+        """Of the quota, for as many runners as there are now."""
+        runners = self.session.pool.runners
+        return math.ceil(self.rules.quota / runners) if runners else self.rules.share
 
     def _open(self) -> int:
         """Env steps that this round still wants of the pool, beyond what this call has taken. The broker counts what

@@ -12,29 +12,36 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
+
+import msgspec
 
 from rllink_zmq.arrays import Buffer
 from rllink_zmq.messages import (
     BYE,
     CONFIG,
+    DUTY,
     FRAGMENT,
     GET_CONFIG,
     GET_STATE,
     OFFER,
     PING,
     PONG,
+    POOL,
     RETURNED,
     STATE,
     TAKE,
     TAKEN,
     WELCOME,
+    Assigned,
     Claim,
     Dropped,
+    Duty,
     Handed,
     Message,
     ObserverHello,
+    Present,
     RunnerHello,
     Spaces,
     TrainerHello,
@@ -77,17 +84,20 @@ class Pool(NamedTuple):
     round_steps: int = 0
     taken_steps: int = 0
     simulators: int = 0
+    runners: int = 0
 
 
 class RunnerSession(Endpoint):
-    """A runner's end, for one run. `deadline`: an answer that reaches RLlib later is thrown away unseen. `last_call`:
-    of the last call of `sample()`, a time no later than when RLlib sent it, and when its answer was ready."""
+    """A runner's end, for one run. `duty`: what the trainer wants of it. `deadline`: an answer that reaches RLlib later
+    is thrown away unseen. `last_call`: of the last call of `sample()`, a time no later than when RLlib sent it, and
+    when its answer was ready."""
 
     def __init__(
         self, session: bytes, run: str, *, name: str = "", package: str = "", rng: random.Random | None = None
     ) -> None:
         super().__init__(session, name, package, SERVICE_TIMING, rng or random.Random(session))
         self.my_run = run
+        self.duty: Duty = "serve"
         self.leased: dict[Key, Lease] = {}
         self.leased_steps = 0
         self.k = 0
@@ -126,7 +136,7 @@ class RunnerSession(Endpoint):
     def take(self, steps: int, now: float) -> int:
         """Claim leased fragments, oldest first, until they have `steps` env steps. Returns the steps claimed (0 = there
         is nothing to claim now). The answer appears in `taken`."""
-        if self.state is not State.LIVE or self._pending is not None or not self.leased:
+        if self.state is not State.LIVE or self._pending is not None or not self.leased or self.duty != "serve":
             return 0
         keys: list[Key] = []
         claims: dict[bytes, list[int]] = {}
@@ -147,16 +157,18 @@ class RunnerSession(Endpoint):
         """RLlib did not get this taken fragment. Told with the next `give_back`."""
         self._dropped[message.session, message.number] = reason
 
-    def give_back(self, now: float) -> None:
-        """RLlib has all hand-overs so far: unless it is past the `deadline`, then nobody knows."""
-        if self.returned == self.committed:
+    def give_back(self, now: float, upto: int | None = None) -> None:
+        """RLlib has all hand-overs so far, or those `upto` this k: unless it is past the `deadline`, then nobody
+        knows."""
+        upto = self.committed if upto is None else upto
+        if upto <= self.returned:
             return
         if now > self.deadline:
             for session, known in self._handed.items():
                 for number, k in known.items():
                     if k > self.returned:
                         self._dropped.setdefault((session, number), HANDOVER_CUT)
-        self.returned = self.committed
+        self.returned = upto
         if self.state is State.LIVE:
             self._say_returned(now)
 
@@ -226,9 +238,20 @@ class RunnerSession(Endpoint):
         elif isinstance(message, TAKEN):
             self._on_taken(message, now)
         elif isinstance(message, PONG):
-            self.pool = Pool(message.version, message.round_steps, message.taken_steps, message.simulators)
+            self.pool = _pool(message)
         elif isinstance(message, GET_STATE):
             self._serve(message, now)
+        elif isinstance(message, DUTY):
+            self._assigned(message.duty)
+
+    def _assigned(self, duty: Duty) -> None:
+        self.duty = duty
+        if duty == "serve":
+            return
+        # The broker has given it to others, but for what is being claimed: TAKEN will tell.
+        claimed = set(self._pending[1]) if self._pending is not None else set()
+        self.leased = {key: lease for key, lease in self.leased.items() if key in claimed}
+        self.leased_steps = sum(lease.message.steps for lease in self.leased.values())
 
     def send_failed(self, now: float) -> None:
         super().send_failed(now)
@@ -255,7 +278,7 @@ class RunnerSession(Endpoint):
             known[key[1]] = message.k
             granted.append(lease)
         self.committed = message.k
-        self.pool = Pool(message.version, message.round_steps, message.taken_steps, message.simulators)
+        self.pool = _pool(message)
         self._pending, self.taken = None, granted
 
     def _pass_base(self, message: FRAGMENT, now: float) -> None:
@@ -284,8 +307,15 @@ class RunnerSession(Endpoint):
         return [Dropped(s, n, reason) for (s, n), reason in self._dropped.items()]
 
 
+def _pool(message: TAKEN | PONG) -> Pool:
+    return Pool(message.version, message.round_steps, message.taken_steps, message.simulators, message.runners)
+
+
 class TrainerSession(Endpoint):
-    """The trainer's end: says what it wants of the broker, serves the exported policy, and shows that it is there."""
+    """The trainer's end: says what it wants of the broker, serves the exported policy, and shows that it is there.
+
+    `runners_wanted`: how many runners somebody asked the broker for. `roster`: the runners of this run that the broker
+    knew at `roster_at`. `live_since`: the last WELCOME."""
 
     def __init__(
         self,
@@ -303,9 +333,29 @@ class TrainerSession(Endpoint):
         self.pool = Pool()
         self.ledger: dict[str, tuple[int, int]] = {}
         self.pongs = 0
+        self.runners_wanted: int | None = None
+        self.roster: list[Present] = []
+        self.roster_at = float("-inf")
+        self.live_since = float("-inf")
+        self._duties: list[Assigned] = list(terms.duties)
+        self._told: list[Assigned] = []
 
     def hello(self) -> TrainerHello:
-        return self.terms
+        self._told = self._duties
+        return msgspec.structs.replace(self.terms, duties=self._duties)
+
+    def assign(self, duties: Mapping[bytes, Duty], now: float) -> None:
+        """Tell the broker the duties of runners, by session: all that are not to serve."""
+        self._duties = [Assigned(session, duty) for session, duty in duties.items()]
+        if self.state is State.LIVE:
+            self._told = self._duties
+            self._say(POOL(self._duties), now)
+
+    def welcomed(self, message: WELCOME, now: float) -> None:
+        self.live_since = now
+        if self._told != self._duties:  # they changed after the HELLO
+            self.assign({a.session: a.duty for a in self._duties}, now)
+        self.ask(now)
 
     def change(self, terms: TrainerHello, now: float) -> None:
         """New terms (a new run, another number of runners): greet with them."""
@@ -319,8 +369,10 @@ class TrainerSession(Endpoint):
             header = CONFIG(message.policy, len(self.blob), message.offset)
             self._say(header, now, [chunk(self.blob, message.offset)])
         elif isinstance(message, PONG):
-            self.pool = Pool(message.version, message.round_steps, message.taken_steps, message.simulators)
+            self.pool = _pool(message)
             self.ledger = dict(message.ledger)
+            self.runners_wanted = message.runners_wanted
+            self.roster, self.roster_at = message.roster, now
             self.pongs += 1
 
     def ask(self, now: float) -> None:

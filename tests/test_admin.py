@@ -122,9 +122,9 @@ def test_a_loop_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, path: str)
         on = threading.Event()
         say = server._say
 
-        def stuck(question: Question) -> dict[str, Any]:
+        def stuck(question: Question, number: int) -> dict[str, Any]:
             on.wait(TIMEOUT)
-            return say(question)
+            return say(question, number)
 
         monkeypatch.setattr(server, "_say", stuck)
         try:
@@ -172,3 +172,37 @@ def test_the_port_is_given_back() -> None:
         first.close()
         again = Admin("127.0.0.1", port, ask)
         again.close()
+
+
+def post(url: str, body: bytes, kind: str = "application/json") -> tuple[int, dict[str, Any]]:
+    request = Request(url, data=body, headers={"Content-Type": kind})
+    try:
+        with build_opener(ProxyHandler({})).open(request, timeout=TIMEOUT) as response:
+            return response.status, json.load(response)
+    except HTTPError as e:
+        with e:
+            return e.code, json.load(e)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "code", "says"),
+    [
+        (b'{"runners": 2}', "text/plain", 415, "expected a JSON body"),
+        (b"2", "application/json", 422, 'expected {"runners": N}'),
+        (b'{"runners": -1}', "application/json", 422, "N from 0 to 1000"),
+        (b'{"runners": true}', "application/json", 422, "N from 0 to 1000"),
+        (b'{"runners": 1001}', "application/json", 422, "N from 0 to 1000"),
+        (b"{", "application/json; charset=utf-8", 422, 'expected {"runners": N}'),
+        (b'{"runners": 2}', "application/json", 409, "no trainer is connected"),
+    ],
+)
+def test_scale_wants_a_number_and_a_trainer(body: bytes, kind: str, code: int, says: str) -> None:
+    with serving() as server:
+        answered, said = post(f"{server.admin}/scale", body, kind)
+    assert answered == code and says in said["error"]
+
+
+def test_scale_takes_no_get() -> None:
+    with serving() as server:
+        code, said = get(f"{server.admin}/scale")
+    assert code == 405 and "only /scale takes POST" in said["error"]

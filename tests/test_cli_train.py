@@ -29,6 +29,8 @@ NOWHERE = "tcp://127.0.0.1:9"
         (["train", "--config", "missing.yaml"], "'missing.yaml' does not exist"),
         (["train", "--resume", "missing"], "'missing' does not exist"),
         (["train", "--auto-resume"], "give --checkpoint"),
+        (["train", "--audit", "README.md"], "'README.md' is a file"),
+        (["audit"], "Missing argument 'DIR...'"),
     ],
 )
 def test_a_wrong_option_is_named(arguments: list[str], says: str) -> None:
@@ -37,7 +39,7 @@ def test_a_wrong_option_is_named(arguments: list[str], says: str) -> None:
     assert says in result.output
 
 
-@pytest.mark.parametrize("name", ["broker", "train", "simulate", "status", "demo"])
+@pytest.mark.parametrize("name", ["broker", "train", "simulate", "status", "audit", "demo"])
 def test_every_command_has_examples(name: str) -> None:
     result = CliRunner().invoke(main, [name, "--help"])
     assert result.exit_code == 0

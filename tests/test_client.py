@@ -1,5 +1,6 @@
 """`rllink_zmq.client`: against a real broker, with a learner's side made by hand."""
 
+import json
 import logging
 import socket
 import subprocess
@@ -698,3 +699,53 @@ def test_a_body_of_one_version_is_never_acted_on_by_two(world):
         weights = np.frombuffer(BODY[:24], np.float32).reshape(3, 2)
         np.testing.assert_allclose(arrays["action_dist_inputs"], arrays["obs"][:-1] @ weights + bias, atol=1e-4)
     assert len(versions) > 3
+
+
+# ---- the audit
+
+
+def told(directory):
+    """The lines of the one log in `directory`, as (event, number or unsettled, steps or outcome)."""
+    (path,) = directory.glob("simulator-*")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        (line["event"], line.get("number", line.get("unsettled")), line.get("steps", line.get("outcome")))
+        for line in lines[1:]
+    ]
+
+
+def test_an_audit_tells_what_was_sent_and_what_became_of_it(world, tmp_path):
+    server, fake = world
+    with connect(server.frontend, seed=1, audit=tmp_path, **SPACES) as client:
+        episode = client.start_episode()
+        for i in range(20):
+            step(episode, i)
+        episode.end_episode(obs(20))
+        unseen = client.start_episode(training_enabled=False)
+        step(unseen, 0)
+        unseen.end_episode(obs(1))
+        finished(client, fake, 3)
+    lines = told(tmp_path)
+    assert [line for line in lines if line[0] == "sent"] == [("sent", 1, 8), ("sent", 2, 8), ("sent", 3, 4)]
+    assert sorted(line for line in lines if line[0] == "settled") == [("settled", n, "delivered") for n in (1, 2, 3)]
+    assert lines[-1] == ("closed", 0, None) and len(lines) == 7
+    for n in (1, 2, 3):
+        assert lines.index(("sent", n, 4 if n == 3 else 8)) < lines.index(("settled", n, "delivered"))
+
+
+def test_an_audit_tells_what_was_not_settled_at_the_end(world, tmp_path):
+    server, fake = world
+    fake.paused = True
+    with connect(server.frontend, audit=tmp_path, **SPACES) as client:
+        episode = client.start_episode()
+        for i in range(8):
+            step(episode, i)
+        episode.end_episode(obs(8))
+        assert client.close(0.2) == 1
+    assert told(tmp_path) == [("sent", 1, 8), ("closed", 1, None)]
+
+
+def test_an_audit_directory_that_cannot_be_is_refused(served, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match=r"the audit directory .* can't be made"):
+        connect(served.frontend, audit=tmp_path / "file" / "logs")

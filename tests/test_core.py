@@ -27,7 +27,7 @@ from core_bench import (
 )
 
 from broker import fragments, peers
-from broker.events import Forward, Received, Side
+from broker.events import Forward, Received, Send, Side
 from broker.fragments import Fragment, Ledger
 from broker.peers import Simulator
 from broker.settings import MiB, Settings
@@ -35,6 +35,7 @@ from rllink_zmq.messages import (
     ACK,
     BYE,
     CONFIG,
+    DUTY,
     FRAGMENT,
     GET_CONFIG,
     GET_STATE,
@@ -42,12 +43,14 @@ from rllink_zmq.messages import (
     OFFER,
     PING,
     PONG,
+    POOL,
     REFUSED,
     RETURNED,
     STATE,
     TAKE,
     TAKEN,
     WELCOME,
+    Assigned,
     BoxSpace,
     Column,
     DiscreteSpace,
@@ -325,7 +328,7 @@ def test_refusals_are_logged_once_a_second(bench: Bench) -> None:
 def test_a_fragment_is_leased_taken_returned_and_acked(trained: Bench) -> None:
     sent = fragment("s1", 1)
     assert trained.send("s1", sent) == [("r1", sent)]
-    assert trained.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [], 0, 10, 10, 1))]
+    assert trained.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [], 0, 10, 10, 1, 1))]
     assert trained.ledger() == {"received": 1, "delivered": 0, "in_flight": 1}
     assert trained.returned("r1", 1) == []
     assert trained.tick(0.01) == [("s1", ACK([(1, "delivered")], 2 * MiB, 0, 50, RUN, 0, POLICY))]
@@ -369,10 +372,10 @@ def test_a_take_says_what_was_returned_too(trained: Bench) -> None:
 def test_take_grants_only_what_is_leased_to_that_runner(pair: Bench) -> None:
     pair.send("s1", fragment("s1", 1))
     assert pair.take("r2", 1, claim("s1", 1, 2), claim("s7", 1)) == [
-        ("r2", TAKEN(1, [claim("s1", 1, 2), claim("s7", 1)], 0, 0, 0, 1))
+        ("r2", TAKEN(1, [claim("s1", 1, 2), claim("s7", 1)], 0, 0, 0, 1, 2))
     ]
-    assert pair.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [], 0, 10, 10, 1))]
-    assert pair.take("r1", 2, claim("s1", 1)) == [("r1", TAKEN(2, [claim("s1", 1)], 0, 10, 10, 1))]
+    assert pair.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [], 0, 10, 10, 1, 2))]
+    assert pair.take("r1", 2, claim("s1", 1)) == [("r1", TAKEN(2, [claim("s1", 1)], 0, 10, 10, 1, 2))]
 
 
 def test_acks_wait_ten_milliseconds_and_carry_many(trained: Bench) -> None:
@@ -690,7 +693,7 @@ def test_a_fragment_older_than_the_lag_limit_is_dropped_whole(trained: Bench, ve
 def test_a_fragment_that_becomes_stale_while_leased_is_refused_at_take(trained: Bench) -> None:
     trained.send("s1", fragment("s1", 1))
     trained.weights("r1", 2)
-    assert trained.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [claim("s1", 1)], 2, 0, 0, 1))]
+    assert trained.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [claim("s1", 1)], 2, 0, 0, 1, 1))]
     assert trained.acks() == {"s1": [(1, "stale")]}
 
 
@@ -749,11 +752,80 @@ def test_an_older_run_is_refused_for_good(trained: Bench) -> None:
 
 def test_a_trainer_may_change_its_terms(trained: Bench) -> None:
     trained.hello("t", terms(runners=7, lag_limit=9))
-    assert messages(trained.send("r1", PING()), PONG)[0].runners_wanted == 7
+    assert messages(trained.send("t", PING()), PONG)[0].runners_wanted == 7
+    assert messages(trained.send("r1", PING()), PONG)[0].runners_wanted == 0, "that is the trainer's business"
     assert trained.broker.published_version == 0
     trained.weights("r1", 8)
     trained.send("s1", fragment("s1", 1, version=0))
     assert trained.acks() == {}
+
+
+# ---- the pool's size and duties
+
+
+def test_scale_tells_the_trainer_until_it_has_taken_it_up(trained: Bench) -> None:
+    wrong, actions = trained.broker.scale(3, trained.now)
+    assert wrong == ""
+    (pong,) = [a.message for a in actions if isinstance(a, Send)]
+    assert (pong.runners_wanted, [p.session for p in pong.roster]) == (3, [session("r1")])
+    assert trained.broker.status(trained.now)["trainer"]["runners_wanted"] == 3
+    trained.hello("t", terms(runners=3))
+    assert trained.broker.wanted is None
+    assert messages(trained.send("t", PING()), PONG)[0].runners_wanted == 3
+
+
+def test_scale_without_a_trainer_says_so(bench: Bench) -> None:
+    wrong, actions = bench.broker.scale(3, bench.now)
+    assert "no trainer is connected" in wrong and not actions
+
+
+def test_another_trainer_does_not_inherit_the_wish(trained: Bench) -> None:
+    trained.broker.scale(8, trained.now)
+    trained.bye("t")
+    trained.trainer("t2", NEXT_RUN)
+    assert messages(trained.send("t2", PING()), PONG)[0].runners_wanted == 1
+
+
+@pytest.mark.parametrize("duty", ["park", "leave", "end"])
+def test_a_runner_off_duty_is_leased_nothing_and_its_leases_go_to_others(pair: Bench, duty: Any) -> None:
+    said = pair.send("s1", fragment("s1", 1))
+    ((one, _, _),) = leases(said)
+    other = {"r1": "r2", "r2": "r1"}[one]
+    said = pair.send("t", POOL([Assigned(session(one), duty)]))
+    assert messages(said, DUTY, one) == [DUTY(duty)]
+    assert leases(said) == [(other, "s1", 1)]
+    assert messages(pair.take(one, 1, claim("s1", 1)), TAKEN)[0].refused == [claim("s1", 1)]
+    assert messages(pair.send("r1", PING()), PONG)[0].runners == 1
+    again = pair.send("t", POOL([]))
+    assert messages(again, DUTY, one) == [DUTY("serve")]
+    assert messages(pair.send("r1", PING()), PONG)[0].runners == 2
+
+
+def test_what_a_leaving_runner_has_taken_stays_its_own(pair: Bench) -> None:
+    ((one, _, _),) = leases(pair.send("s1", fragment("s1", 1)))
+    pair.take(one, 1, claim("s1", 1))
+    pair.send("t", POOL([Assigned(session(one), "leave")]))
+    pair.bye(one, returned=1)
+    assert pair.ledger()["delivered"] == 1
+    assert session(one) not in {p.session for p in messages(pair.send("t", PING()), PONG)[0].roster}
+
+
+def test_a_duty_outlives_connections_and_comes_with_the_trainers_greeting(trained: Bench) -> None:
+    trained.send("t", POOL([Assigned(session("r1"), "leave"), Assigned(session("r5"), "park")]))
+    assert messages(trained.hello("r1/2", RunnerHello(RUN)), DUTY) == [DUTY("leave")]
+    assert messages(trained.hello("r5", RunnerHello(RUN)), DUTY) == [DUTY("park")]
+    said = trained.hello("t", terms(duties=[Assigned(session("r5"), "park")]))
+    assert messages(said, DUTY, "r1/2") == [DUTY("serve")] and not messages(said, DUTY, "r5")
+
+
+def test_only_the_trainer_says_duties(trained: Bench) -> None:
+    ((_, refusal),) = trained.send("r1", POOL([Assigned(session("r1"), "leave")]))
+    assert refusal == REFUSED("unexpected", "only the trainer sends POOL")
+
+
+def test_at_zero_runners_it_says_what_is_missing(trained: Bench) -> None:
+    trained.hello("t", terms(runners=0, duties=[Assigned(session("r1"), "park")]))
+    assert any("scaled to 0" in text for text in trained.broker.waiting_for())
 
 
 # ---- liveness
@@ -762,7 +834,7 @@ def test_a_trainer_may_change_its_terms(trained: Bench) -> None:
 def test_pong_says_where_training_is(trained: Bench) -> None:
     trained.send("s1", fragment("s1", 1))
     trained.take("r1", 1, claim("s1", 1))
-    assert trained.send("r1", PING()) == [("r1", PONG(EPOCH, RUN, 0, POLICY, 10, 10, 1, 1))]
+    assert trained.send("r1", PING()) == [("r1", PONG(EPOCH, RUN, 0, POLICY, 10, 10, simulators=1, runners=1))]
     (pong,) = messages(trained.send("t", PING()), PONG)
     assert pong.ledger == {"received": (1, 10), "delivered": (0, 0), "in_flight": (1, 10)}
 
@@ -924,7 +996,7 @@ def test_even_when_it_was_leased_to_another(bench: Bench) -> None:
     bench.wait(5)
     assert leases(bench.send("s1", fragment("s1", 1))) == [("r2", "s1", 1)]
     bench.hello("r1", RunnerHello(RUN, 1, 0, [handed_over("s1", {1: 1})]))
-    assert bench.take("r2", 1, claim("s1", 1)) == [("r2", TAKEN(1, [claim("s1", 1)], -1, 0, 0, 1))]
+    assert bench.take("r2", 1, claim("s1", 1)) == [("r2", TAKEN(1, [claim("s1", 1)], -1, 0, 0, 1, 2))]
     bench.returned("r1", 1)
     assert bench.acks() == {"s1": [(1, "delivered")]}
 

@@ -22,6 +22,7 @@ from rllink_zmq.messages import (
     ACK,
     BYE,
     CONFIG,
+    DUTY,
     FRAGMENT,
     GET_CONFIG,
     GET_STATE,
@@ -30,12 +31,14 @@ from rllink_zmq.messages import (
     OFFER,
     PING,
     PONG,
+    POOL,
     REFUSED,
     RETURNED,
     STATE,
     TAKE,
     TAKEN,
     WELCOME,
+    Assigned,
     BoxSpace,
     Claim,
     DiscreteSpace,
@@ -43,12 +46,14 @@ from rllink_zmq.messages import (
     Handed,
     Message,
     ObserverHello,
+    Present,
     RunnerHello,
     SimulatorHello,
     Spaces,
     TrainerHello,
 )
 
+RUNNER = bytes.fromhex("52" * 16)
 FILE = Path(__file__).parent / "golden" / "frames.json"
 
 SIM, RUNNER, TRAINER, OBSERVER = (bytes([n]) * 16 for n in (0x51, 0x52, 0x54, 0x4F))
@@ -201,17 +206,19 @@ EXAMPLES = (
     Example(
         "PONG",
         "broker -> any",
-        "12,000 env steps were taken in this run, 400 of them since version 8; 2 runners wanted, 3 simulators here.",
-        PONG(EPOCH, RUN, 8, POLICY, 12_000, 400, 2, 3),
+        "12,000 env steps were taken in this run, 400 of them since version 8; 2 runners and 3 simulators are here.",
+        PONG(EPOCH, RUN, 8, POLICY, 12_000, 400, simulators=3, runners=2),
     ),
     Example(
         "PONG to the trainer",
         "broker -> trainer",
-        "With the ledger: name or reason of a drop -> fragments and env steps.",
-        PONG(EPOCH, RUN, 8, POLICY, 12_000, 400, 2, 3, {
+        "Somebody wants 4 runners; one was heard 0.5 s ago. The ledger: name or reason -> fragments and env steps.",
+        PONG(EPOCH, RUN, 8, POLICY, 12_000, 400, 4, 3, 1, [Present(RUNNER, "runner-1@host", 0.5, "serve", True)], {
             "received": (70, 14_000), "delivered": (60, 12_000), "in_flight": (9, 1_800), "stale": (1, 200),
         }),
     ),
+    Example("POOL", "trainer -> broker", "This runner is to leave.", POOL([Assigned(RUNNER, "leave")])),
+    Example("DUTY", "broker -> runner", "Leave, when the learner has what you took.", DUTY("leave")),
     Example("OFFER", "runner -> broker", "This runner has version 8, 16 bytes.", OFFER(RUN, 8, len(WEIGHTS))),
     Example(
         "GET_STATE", "broker -> runner", "Send version 8 from byte 524,288 on.", GET_STATE(RUN, 8, 524_288)

@@ -22,7 +22,7 @@ CLI = ("rllink_zmq/cli.py", "rllink_zmq/cli_*.py", "rllink_zmq/cli/*.py")
 
 LAYERS = (
     "errors", "messages", "arrays", "wire", "transfer", "spaces", "fragments", "weights", "policy", "session",
-    "sampling", "transport", "client", "drive", "cli",
+    "sampling", "audit", "transport", "client", "drive", "cli",
 )  # fmt: skip
 """Inside rllink_zmq a module imports only its own layer and those before it. `session_runner` counts as `session`."""
 
@@ -255,6 +255,7 @@ def test_what_is_allowed_is_no_breach(file: str, source: str) -> None:
     [
         ("rllink_zmq", ("ray", "torch", "onnxruntime", "zmq", "broker")),
         ("rllink_zmq.cli", ("ray", "torch", "broker", "starlette", "uvicorn")),
+        ("rllink_zmq.cli.audit", ("ray", "torch", "onnxruntime", "zmq", "broker")),
         ("broker.core", ("ray", "torch", "onnxruntime", "zmq", "starlette", "uvicorn")),
     ],
 )

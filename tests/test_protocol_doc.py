@@ -36,9 +36,14 @@ PARTS: dict[str, type] = {
     "Column": messages.Column,
     "Claim": messages.Claim,
     "Handed": messages.Handed,
+    "Assigned": messages.Assigned,
+    "Present": messages.Present,
     "Dropped": messages.Dropped,
 }
 """Heading -> struct, beside the messages, which have headings of their own names."""
+
+LITERALS = ("no", "terminated", "truncated", "serve", "park", "leave", "end")
+"""All values of literals, in their order in the document."""
 
 STRUCTS = {c.__name__: c for c in MESSAGES} | PARTS
 NAMES = {cls: name for name, cls in STRUCTS.items()}
@@ -106,7 +111,7 @@ def described(kind: inspect.Type) -> str:
             assert kind.min_length == kind.max_length
             return f"bytes {kind.max_length}"
         case inspect.LiteralType():
-            return ", ".join(json.dumps(v) for v in ("no", "terminated", "truncated") if v in kind.values)
+            return ", ".join(json.dumps(v) for v in LITERALS if v in kind.values)
         case inspect.ListType() | inspect.VarTupleType():
             length = f"{kind.min_length} .. {kind.max_length}" if kind.min_length else f"<= {kind.max_length}"
             return f"list {length} of {described(kind.item_type)}"

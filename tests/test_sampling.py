@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from core_bench import EPOCH, RUN, claim, fragment, session
 
-from rllink_zmq.messages import PING, PONG, RETURNED, TAKE, TAKEN, WELCOME
+from rllink_zmq.messages import DUTY, PING, PONG, RETURNED, TAKE, TAKEN, WELCOME
 from rllink_zmq.sampling import AWAKE, LATE, PROGRESS_WAIT, TOO_LATE, Next, SampleCall, SamplingRules
 from rllink_zmq.session_runner import RunnerSession
 
@@ -408,3 +408,66 @@ def test_a_call_long_after_a_stall_is_fresh() -> None:
     call = desk.begin()
     call.step(desk.now)
     assert desk.takes()
+
+
+# ---- off duty
+
+
+@pytest.mark.parametrize("duty", ["park", "leave", "end"])
+@pytest.mark.parametrize("rules", [ROUND, STREAM])
+def test_off_duty_it_returns_what_it_has_and_takes_nothing(rules: SamplingRules, duty: Any) -> None:
+    desk = Desk(rules)
+    desk.lease(20, 20)
+    desk.receive(DUTY("serve"))
+    call = desk.begin()
+    desk.session.take(20, desk.now)
+    desk.grant(round_steps=20)
+    desk.receive(DUTY(duty))
+    assert call.step(desk.now) is Next.RETURN
+    assert call.steps == 20 and desk.takes() == []
+
+
+def test_one_that_leaves_is_soon_out_of_a_round() -> None:
+    desk = Desk(ROUND)
+    call = desk.begin()
+    desk.receive(DUTY("leave"))
+    assert call.step(desk.now) is Next.WAIT
+    desk.now = call.wake
+    assert call.step(desk.now) is Next.RETURN
+    assert desk.now <= 1000.0 + PROGRESS_WAIT
+
+
+def test_one_that_is_parked_is_silent_past_the_timeout_or_serves_again() -> None:
+    desk = Desk(ROUND)
+    call = desk.begin()
+    desk.receive(DUTY("park"))
+    assert call.step(desk.now) is Next.WAIT
+    assert call.wake == desk.now + 60.0 + LATE
+    desk.now += 10
+    desk.look()
+    desk.receive(DUTY("serve"))
+    desk.lease(50)
+    assert call.step(desk.now) is Next.WAIT
+    desk.grant(round_steps=50)
+    assert call.step(desk.now) is Next.RETURN and call.steps == 50
+
+
+@pytest.mark.parametrize("duty", ["park", "leave"])
+def test_in_a_stream_it_never_returns_an_empty_list_before_the_end(duty: Any) -> None:
+    desk = Desk(STREAM)
+    call = desk.begin()
+    desk.receive(DUTY(duty))
+    for _ in range(5):
+        assert call.step(desk.now) is Next.WAIT
+        desk.now = call.wake
+    desk.receive(DUTY("end"))
+    assert call.step(desk.now) is Next.RETURN
+
+
+def test_the_share_follows_the_number_of_runners() -> None:
+    desk = Desk(ROUND)
+    desk.receive(PONG(EPOCH, RUN, 0, runners=4))
+    desk.lease(20, 20, 20, 20)
+    call = desk.begin()
+    call.step(desk.now)
+    assert sum(len(c.numbers) for t in desk.takes() for c in t.claims) == 2, "25 of 100 steps"

@@ -134,7 +134,7 @@ def handed_over(name: str, takes: dict[int, int]) -> Handed:
 def test_f1_lost_a_runner_killed_before_rllib_has_the_answer_was_not_acked(bench: Bench) -> None:
     """Acked at `sample()`, the fragment would be gone: the simulator has freed it, RLlib never got it."""
     bench.send("s", fragment("s", 1))
-    assert bench.take("a", 1, claim("s", 1)) == [("a", TAKEN(1, [], 0, 10, 10, 1))]
+    assert bench.take("a", 1, claim("s", 1)) == [("a", TAKEN(1, [], 0, 10, 10, 1, 2))]
     assert bench.acks() == {}, "handed over, but nobody knows yet whether RLlib has it"
     bench.unreachable("a")
     bench.send("b", PING())
@@ -175,7 +175,7 @@ def test_f1_zombie_a_runner_that_goes_on_after_a_pause_gets_nothing_that_moved(b
 
 def test_f1_zombie_even_on_a_live_connection_take_is_refused(bench: Bench) -> None:
     bench.send("s", fragment("s", 1))
-    assert bench.take("b", 1, claim("s", 1)) == [("b", TAKEN(1, [claim("s", 1)], 0, 0, 0, 1))]
+    assert bench.take("b", 1, claim("s", 1)) == [("b", TAKEN(1, [claim("s", 1)], 0, 0, 0, 1, 2))]
 
 
 # ---- F2: the broker restarts empty
@@ -531,7 +531,7 @@ def test_f8_idle_runners_keep_their_leases_during_a_long_update(bench: Bench) ->
         for name in ("a", "b", "t"):
             bench.send(name, PING())
         assert leases(bench.wait(1.0)) == []
-    assert bench.take("a", 1, claim("s", 1)) == [("a", TAKEN(1, [], 0, 10, 10, 1))]
+    assert bench.take("a", 1, claim("s", 1)) == [("a", TAKEN(1, [], 0, 10, 10, 1, 2))]
 
 
 def test_f8_a_lost_connection_is_not_a_lost_process(bench: Bench) -> None:
@@ -641,7 +641,7 @@ def test_f10_a_runner_of_a_run_whose_trainer_is_yet_to_come_takes_nothing(bench:
     bench.runner("c", NEXT_RUN)
     bench.send("s", fragment("s", 1))
     said = bench.take("c", 1, claim("s", 1))
-    assert said[0] == ("c", TAKEN(1, [claim("s", 1)], 0, 0, 0, 1))
+    assert said[0] == ("c", TAKEN(1, [claim("s", 1)], 0, 0, 0, 1, 2))
     assert bench.send("c", OFFER(NEXT_RUN, 3, 16)) in ([], [("c", REFUSED("greet", "send HELLO first"))])
     assert bench.broker.version == 0
 

@@ -526,7 +526,7 @@ def test_after_a_pause_it_reads_before_it_judges() -> None:
                 return {}
 
             say = server._say
-            server._say = lambda question: pause()  # type: ignore[method-assign]
+            server._say = lambda question, number: pause()  # type: ignore[method-assign]
             future = server.ask(Question.HEALTH)
             assert stopped.wait(TIMEOUT)
             server._say = say  # type: ignore[method-assign]

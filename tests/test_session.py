@@ -14,6 +14,7 @@ from rllink_zmq.messages import (
     ACK,
     BYE,
     CONFIG,
+    DUTY,
     FRAGMENT,
     GET_CONFIG,
     GET_STATE,
@@ -21,15 +22,18 @@ from rllink_zmq.messages import (
     OFFER,
     PING,
     PONG,
+    POOL,
     REFUSED,
     RETURNED,
     STATE,
     TAKE,
     TAKEN,
     WELCOME,
+    Assigned,
     Column,
     Handed,
     ObserverHello,
+    Present,
     RunnerHello,
     SimulatorHello,
 )
@@ -615,6 +619,37 @@ def test_an_answer_past_the_deadline_is_cut() -> None:
     assert said(r) == [RETURNED(1, [dropped("s", 1, "handover_cut")])]
 
 
+@pytest.mark.parametrize("duty", ["park", "leave", "end"])
+def test_off_duty_it_forgets_leases_but_for_what_it_claims(duty: Any) -> None:
+    r = runner()
+    for number in (1, 2):
+        lease(r, number)
+    r.take(1, T0)
+    said(r)
+    r.receive(DUTY(duty), [], T0)
+    assert [key[1] for key in r.leased] == [1]
+    r.receive(TAKEN(1), [], T0)
+    assert r.taken is not None and [t.message.number for t in r.taken] == [1]
+    assert r.take(10, T0) == 0
+    r.receive(DUTY("serve"), [], T0)
+    lease(r, 3)
+    assert r.take(10, T0) > 0
+
+
+def test_it_gives_back_up_to_a_hand_over() -> None:
+    r = runner()
+    for k in (1, 2):
+        lease(r, k)
+        r.take(10, T0)
+        r.receive(TAKEN(k), [], T0)
+    said(r)
+    r.give_back(T0, 1)
+    r.give_back(T0, 1)
+    assert said(r) == [RETURNED(1, [])] and (r.returned, r.committed) == (1, 2)
+    r.give_back(T0)
+    assert said(r) == [RETURNED(2, [])]
+
+
 def test_running_since_tells_a_stall() -> None:
     r = runner()
     for seconds in (1, 2, 3):
@@ -691,11 +726,33 @@ def test_weights_of_another_run_are_not_served() -> None:
 
 def test_a_runner_knows_of_the_pool() -> None:
     r = runner()
-    r.receive(PONG(EPOCH, RUN, 4, taken_steps=90, round_steps=30, simulators=5), [], T0)
-    assert tuple(r.pool) == (4, 30, 90, 5)
+    r.receive(PONG(EPOCH, RUN, 4, taken_steps=90, round_steps=30, simulators=5, runners=2), [], T0)
+    assert tuple(r.pool) == (4, 30, 90, 5, 2)
 
 
 # ---- a trainer, an observer
+
+
+def test_duties_that_change_during_a_greeting_are_told_after_it() -> None:
+    t = TrainerSession(session("t"), terms(), BLOB)
+    t.open(T0)
+    said(t)
+    t.assign({session("r"): "leave"}, T0)
+    assert said(t) == []
+    t.receive(welcome(), [], T0)
+    assert POOL([Assigned(session("r"), "leave")]) in said(t)
+    t.change(terms(runners=2), T0)
+    assert said(t)[0].peer.duties == [Assigned(session("r"), "leave")]
+
+
+def test_a_trainer_knows_the_roster_and_what_is_wanted() -> None:
+    t = TrainerSession(session("t"), terms(), BLOB)
+    t.open(T0)
+    t.receive(welcome(), [], T0)
+    assert t.runners_wanted is None
+    one = Present(session("r"), "r", 0.5, "serve", True)
+    t.receive(PONG(EPOCH, RUN, runners_wanted=4, roster=[one]), [], T0 + 1)
+    assert (t.runners_wanted, t.roster, t.roster_at, t.live_since) == (4, [one], T0 + 1, T0)
 
 
 def test_a_trainer_serves_its_policy() -> None:
@@ -703,6 +760,8 @@ def test_a_trainer_serves_its_policy() -> None:
     t.open(T0)
     assert said(t)[0].peer == terms()
     t.receive(welcome(), [], T0)
+    assert [o.message for o in t.output] == [PING()], "it asks for the roster"
+    t.output.clear()
     t.receive(GET_CONFIG("another"), [], T0)
     assert t.output == []
     t.receive(GET_CONFIG(POLICY, 4), [], T0)

@@ -28,7 +28,9 @@ COMMANDS = {
     "broker": Entry("rllink_zmq.cli.broker", "Run the broker that simulators and training meet at."),
     "train": Entry("rllink_zmq.cli.train", "Train a policy on whatever simulators are connected."),
     "simulate": Entry("rllink_zmq.cli.simulate", "Run Gymnasium environments as simulators."),
+    "scale": Entry("rllink_zmq.cli.scale", "Ask for another number of runners."),
     "status": Entry("rllink_zmq.cli.status", "Show what a broker is doing."),
+    "audit": Entry("rllink_zmq.cli.audit", "Compare the logs of simulators and training: was each fragment used once?"),
     "demo": Entry("rllink_zmq.cli.demo", "Broker, training and simulators on this machine, in one go."),
 }
 

@@ -10,10 +10,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from rllink_zmq.audit import check_directory, read
+from rllink_zmq.audit_judge import as_json as verdict_as_json
+from rllink_zmq.audit_judge import in_words, judge
 from rllink_zmq.errors import RllinkError
 
 from . import output
@@ -114,6 +118,11 @@ It exits with 1 when the return was not reached in time."""
     help="Give up after so many seconds.",
 )
 @click.option("--seed", type=int)
+@click.option(
+    "--audit",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Every process logs each fragment here; at the end the logs are compared, as by `rllink-zmq audit`.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object as the last line of standard output.")
 def command(
     env: str,
@@ -123,6 +132,7 @@ def command(
     stop_return: float,
     stop_time: float,
     seed: int | None,
+    audit: Path | None,
     as_json: bool,
 ) -> None:
     """Watch a policy learn: broker, training and simulators on this machine, in one go.
@@ -133,7 +143,10 @@ def command(
     output.quiet_ray()
     from rllink_zmq.rllib.train import TrainOptions, train
 
-    seeded = ["--seed", str(seed)] if seed is not None else []
+    more = ["--seed", str(seed)] if seed is not None else []
+    if audit is not None:
+        check_directory(audit)
+        more += ["--audit", str(audit)]
     anywhere = "tcp://127.0.0.1:*"
     with _process(
         "broker", "--frontend", anywhere, "--backend", anywhere, "--weights", anywhere, "--admin", "127.0.0.1:0",
@@ -149,13 +162,14 @@ def command(
         with (
             tempfile.TemporaryFile("w+") as said,
             _process(
-                "simulate", "--env", env, "--broker", addresses["frontend"], "--num", str(simulators), *seeded,
+                "simulate", "--env", env, "--broker", addresses["frontend"], "--num", str(simulators), *more,
                 stderr=said,
             ) as others,
         ):  # fmt: skip
             options = TrainOptions(
-                addresses["backend"], env, algo, runners, stop_return=stop_return, stop_time=stop_time, seed=seed
-            )
+                addresses["backend"], env, algo, runners, stop_return=stop_return, stop_time=stop_time, seed=seed,
+                audit=audit,
+            )  # fmt: skip
 
             def work(report: Callable[[Progress], None]) -> tuple[Progress, bool]:
                 def checked(progress: Progress) -> None:
@@ -167,7 +181,13 @@ def command(
             progress, reached = watch(work, as_json)
     result = progress.as_json()
     click.echo(_summary(result, reached, stop_return), err=True)
+    verdict = None if audit is None else judge(read([audit]))
+    if verdict is not None:
+        click.echo(f"The audit: {in_words(verdict)}", err=True)
+        result["audit"] = verdict_as_json(verdict)
     if as_json:
         output.last_line(result)
+    if verdict is not None and not verdict.holds:
+        raise click.ClickException("the audit found promises that were broken")
     if not reached:
         raise click.ClickException(f"the return was not reached: {progress_line(progress).strip()}")

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any
 
 import click
 
+from rllink_zmq.audit import check_directory
 from rllink_zmq.errors import RllinkError
 from rllink_zmq.transport import parse_address
 
@@ -187,19 +189,31 @@ training to begin, and say what they wait for."""
 @click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="Spread over so many.")
 @click.option("--episodes", type=click.IntRange(1), help="Of each simulator; without it they run until Ctrl-C.")
 @click.option("--seed", type=int, help="Of the environments and of the policy's draws.")
+@click.option(
+    "--audit", type=click.Path(file_okay=False), help="Write a log of every fragment here, for `rllink-zmq audit`."
+)
 @click.option("--json", "json_wanted", is_flag=True, help="One JSON object as the last line of standard output.")
 def command(
-    env: str, broker: str, num: int, processes: int, episodes: int | None, seed: int | None, json_wanted: bool
+    env: str,
+    broker: str,
+    num: int,
+    processes: int,
+    episodes: int | None,
+    seed: int | None,
+    audit: str | None,
+    json_wanted: bool,
 ) -> None:
     """Run Gymnasium environments as simulators."""
     output.show_logs()
     parse_address(broker)
     check_env(env)
+    if audit is not None:
+        check_directory(Path(audit))
     processes = min(processes, num)
     plans, first = [], 0
     for i in range(processes):
         count = num // processes + (i < num % processes)
-        plans.append(Plan(env, broker, first, count, episodes, seed))
+        plans.append(Plan(env, broker, first, count, episodes, seed, audit))
         first += count
     started = time.monotonic()
     ending: AbstractContextManager[dict[str, Any]] = output.running() if json_wanted else nullcontext({})

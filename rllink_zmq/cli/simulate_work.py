@@ -37,6 +37,7 @@ class Plan(NamedTuple):
     number: int
     episodes: int | None
     seed: int | None
+    audit: str | None = None
 
 
 class Report(NamedTuple):
@@ -117,6 +118,7 @@ class Work:
                     name=f"{host}/{os.getpid()}/{i}",
                     seed=None if plan.seed is None else plan.seed + plan.first,
                     timeout=None,
+                    audit=plan.audit,
                 )
             )
 

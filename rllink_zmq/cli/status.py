@@ -2,64 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import ProxyHandler, build_opener
 
 import click
 
-from rllink_zmq.errors import ConnectionTimeout, RllinkError, SettingsError
+from rllink_zmq.errors import ConnectionTimeout
 
+from . import admin as broker_admin
 from . import output
-
-TIMEOUT = 5.0
-"""Seconds the admin has to answer."""
-
-LARGEST = 64 * 1024 * 1024
-"""Bytes: a longer answer is not from a broker."""
-
-
-class AdminError(RllinkError):
-    """What answers at the admin's address is not a broker that is well."""
-
-
-def fetch(admin: str) -> dict[str, Any]:
-    """The broker's status. `admin`: "http://host:port" or "host:port".
-
-    Raises `SettingsError` for an address that is none, `ConnectionTimeout` when nobody answers, `AdminError` when
-    something else than a healthy broker does.
-    """
-    base = admin.rstrip("/") if "://" in admin else f"http://{admin.rstrip('/')}"
-    if re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s:/]+)(:\d{1,5})?", base) is None:
-        raise SettingsError(f"--admin: expected an address like http://127.0.0.1:5580, got {admin!r}")
-    # Without a proxy: the admin is on this machine or on its own network.
-    opener = build_opener(ProxyHandler({}))
-    try:
-        with opener.open(f"{base}/status", timeout=TIMEOUT) as response:
-            status = json.loads(response.read(LARGEST))
-    except HTTPError as e:
-        raise AdminError(f"the admin at {base} answers {e.code}: {_said(e)}") from None
-    except (URLError, OSError) as e:
-        reason = e.reason if isinstance(e, URLError) else e
-        raise ConnectionTimeout(
-            f"no broker admin answers at {base}: is `rllink-zmq broker` running there, with this --admin? ({reason})"
-        ) from None
-    except ValueError:
-        status = None
-    if not isinstance(status, dict) or "ledger" not in status:
-        raise AdminError(f"what answers at {base} is not a broker: is this the address of its --admin?")
-    return status
-
-
-def _said(error: HTTPError) -> str:
-    try:
-        with error:
-            return str(json.loads(error.read(65_536))["error"])
-    except (ValueError, KeyError, TypeError, OSError):
-        return "is this the address of a broker's --admin?"
+from .admin import fetch
 
 
 def rows(status: dict[str, Any]) -> list[tuple[str, str]]:
@@ -72,7 +24,7 @@ def rows(status: dict[str, Any]) -> list[tuple[str, str]]:
                    f"{process['cpu_s']:.1f} s of CPU"),
         ("simulators", f"{status['simulators']} connected"),
         ("trainer", f"{trainer['name'] or 'unnamed'}, run {trainer['run_id']}" if trainer else "none"),
-        ("runners", ", ".join(f"{r['name'] or r['session'][:8]} ({r['state']})" for r in status["runners"]) or "none"),
+        ("runners", ", ".join(map(_runner, status["runners"])) or "none"),
         ("weights", f"version {weights['version']}" if weights["version"] >= 0 else "none yet"),
         ("received", _both(ledger["received"])),
         ("delivered", _both(ledger["delivered"])),
@@ -82,6 +34,11 @@ def rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     if status["waiting_for"]:
         found.append(("waiting for", ", ".join(status["waiting_for"])))
     return found
+
+
+def _runner(runner: dict[str, Any]) -> str:
+    doing = {"serve": "", "park": ", parked", "leave": ", leaving", "end": ", ending"}[runner["duty"]]
+    return f"{runner['name'] or runner['session'][:8]} ({runner['state']}{doing})"
 
 
 def _both(pair: dict[str, int]) -> str:
@@ -96,9 +53,7 @@ Examples:
   rllink-zmq status --json | tail -1
   rllink-zmq status --admin http://10.0.0.1:5580""",
 )
-@click.option(
-    "--admin", default="http://127.0.0.1:5580", show_default=True, metavar="URL", help="The broker's --admin address."
-)
+@broker_admin.option
 @click.option("--watch", is_flag=True, help="Look again every second, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object on the last line of stdout.")
 def command(admin: str, watch: bool, as_json: bool) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rllink_zmq import __version__
+from rllink_zmq.audit import check_directory
 from rllink_zmq.session_runner import ObserverSession
 from rllink_zmq.transport import Connection
 
@@ -109,6 +110,11 @@ It exits with 1 when --stop-return was asked for and not reached."""
 @click.option("--auto-resume", is_flag=True, help="Go on from --checkpoint if there is one already, else begin anew.")
 @click.option("--ray-address", help="Join this Ray cluster ('auto' finds one); without it Ray starts here.")
 @click.option("--seed", type=int)
+@click.option(
+    "--audit",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Runners and learners log every fragment here, each on its host, for `rllink-zmq audit`.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object as the last line of standard output.")
 def command(
     broker: str,
@@ -124,6 +130,7 @@ def command(
     auto_resume: bool,
     ray_address: str | None,
     seed: int | None,
+    audit: Path | None,
     as_json: bool,
 ) -> None:
     """Train a policy on whatever simulators are connected to a broker."""
@@ -133,6 +140,8 @@ def command(
         )
     output.show_logs()
     output.quiet_ray()
+    if audit is not None:
+        check_directory(audit)
     await_broker(broker)
     from rllink_zmq.rllib.train import TrainOptions, has_checkpoint, newest_checkpoint, train
 
@@ -141,8 +150,9 @@ def command(
     if resume is not None:
         newest_checkpoint(resume)
     options = TrainOptions(
-        broker, env, algo, runners, config, stop_return, stop_steps, stop_time, checkpoint, resume, ray_address, seed
-    )
+        broker, env, algo, runners, config, stop_return, stop_steps, stop_time, checkpoint, resume, ray_address, seed,
+        audit,
+    )  # fmt: skip
     progress, reached = watch(lambda report: train(options, report), as_json)
     if as_json:
         output.last_line(progress.as_json())

@@ -1,7 +1,7 @@
 """`attach(config, broker)`: the one line that turns an AlgorithmConfig to simulators behind a broker.
 
 What it sets, and why; all of it the user's to override, before (values that differ from RLlib's default are kept) or
-after (but `callbacks(...)` must come before, since it replaces):
+after (but `callbacks(...)` and `learners(learner_connector=...)` must come before, since they replace):
 
 =====================================  ==========================================================================
 `env_runner_cls`                       `ZmqEnvRunner`
@@ -12,6 +12,7 @@ after (but `callbacks(...)` must come before, since it replaces):
 `env_runner_health_probe_timeout_s`    1 instead of 30: all training waits for it after a runner was lost
 `max_requests_in_flight_per_learner`   raised (APPO, IMPALA): past it RLlib drops batches that simulators were told
                                        are delivered
+`learner_connector`                    with `audit`: a piece that logs what enters train batches, then the user's
 =====================================  ==========================================================================
 """
 
@@ -19,14 +20,18 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import secrets
+from pathlib import Path
 from typing import Any, TypeVar
 
 import gymnasium as gym
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
 from rllink_zmq import __version__
+from rllink_zmq.audit import check_directory
 from rllink_zmq.errors import ConnectionTimeout, SettingsError
+from rllink_zmq.rllib.audit import audited
 from rllink_zmq.rllib.runner import ZmqEnvRunner
 from rllink_zmq.rllib.settings import KEY, LinkSettings, is_round, trainer_terms
 from rllink_zmq.rllib.trainer import TrainerCallback
@@ -49,13 +54,16 @@ def attach(
     lag_limit: int = 0,
     steps_ahead: int = 0,
     fragment_steps: int = 0,
+    runner_timeout_s: float = 0.0,
     spaces_timeout: float | None = None,
+    audit: str | os.PathLike[str] | None = None,
 ) -> C:
     """Have `config`'s samples come from the simulators behind the broker whose backend is at `broker`.
 
-    Changes and returns `config`. `lag_limit` (learner updates), `steps_ahead`, `fragment_steps` (env steps): see
-    `LinkSettings`; 0 = the algorithm's default. A config without an env and without spaces takes the spaces of the
-    first simulator: that waits up to `spaces_timeout` seconds (None = for ever, saying so every 5 s).
+    Changes and returns `config`. `lag_limit` (learner updates), `steps_ahead`, `fragment_steps` (env steps),
+    `runner_timeout_s`: see `LinkSettings`; 0 = the default. A config without an env and without spaces takes the
+    spaces of the first simulator: that waits up to `spaces_timeout` seconds (None = for ever, saying so every 5 s).
+    `audit`: a directory in which runners and learners log each fragment, on their own hosts, for `rllink-zmq audit`.
 
     Raises `SettingsError` for an algorithm, a setting or an address that can't be used, `SpaceError` for spaces that
     can't travel, `ConnectionTimeout` when no simulator came in time.
@@ -63,13 +71,24 @@ def attach(
     parse_address(broker)
     rounds = is_round(config)
     _refuse_unsupported(config)
-    settings = LinkSettings(broker, lag_limit, steps_ahead, fragment_steps)
+    folder = "" if audit is None else str(Path(audit).expanduser().absolute())
+    if folder:
+        check_directory(Path(folder))
+    settings = LinkSettings(
+        broker,
+        lag_limit=lag_limit,
+        steps_ahead=steps_ahead,
+        fragment_steps=fragment_steps,
+        runner_timeout_s=runner_timeout_s,
+        audit=folder,
+    )
     config.environment(env_config={KEY: settings.as_dict()})
     trainer_terms(config)
     observation_space, action_space = _spaces(config, broker, spaces_timeout)
     to_wire(observation_space), to_wire(action_space)
     config.environment(observation_space=observation_space, action_space=action_space)
     config.env_runners(env_runner_cls=ZmqEnvRunner)
+    config.learners(learner_connector=audited(config._learner_connector, folder))
     callbacks = config.callbacks_class
     mine = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
     if TrainerCallback not in mine:

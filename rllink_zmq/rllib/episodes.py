@@ -23,8 +23,10 @@ from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from rllink_zmq.arrays import from_body
+from rllink_zmq.audit import Log
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT
+from rllink_zmq.rllib.audit import COLUMN, names
 from rllink_zmq.session_runner import Lease
 
 REMEMBERED = 10_000
@@ -68,6 +70,7 @@ class _Piece(NamedTuple):
 class EpisodeBuilder:
     """Builds chunks for one runner. `module` fills in what a simulator that acts by itself doesn't know; `longest`:
     fragments are joined to chunks of at most so many steps (APPO and IMPALA cut their batch into rows of that length).
+    `audit`: tells what is handed over, and has each step say which fragment's it is (`rllink_zmq.rllib.audit`).
     """
 
     def __init__(
@@ -76,11 +79,13 @@ class EpisodeBuilder:
         action_space: gym.Space[Any],
         module: RLModule | None,
         longest: float = float("inf"),
+        audit: Log | None = None,
     ) -> None:
         self.observation_space = observation_space
         self.action_space = action_space
         self.module = module
         self.longest = longest
+        self.audit = audit
         self._next: OrderedDict[tuple[bytes, str], tuple[int, str, float]] = OrderedDict()
 
     def build(self, leases: Iterable[Lease]) -> tuple[list[Built], list[Refusal]]:
@@ -102,7 +107,11 @@ class EpisodeBuilder:
             else:
                 chunks.append([piece])
                 latest[key] = chunks[-1]
-        return [self._chunk(pieces) for pieces in chunks], refused
+        built = [self._chunk(pieces) for pieces in chunks]
+        if self.audit is not None:
+            messages = [piece.message for pieces in chunks for piece in pieces]
+            self.audit.handed((m.session, m.number, m.steps) for m in messages)
+        return built, refused
 
     def _continues(self, chunk: Sequence[_Piece], piece: _Piece) -> bool:
         first, last, message = chunk[0].message, chunk[-1].message, piece.message
@@ -136,6 +145,8 @@ class EpisodeBuilder:
             Columns.ACTION_DIST_INPUTS: self._dist_inputs(observations) if inputs is None else inputs,
             WEIGHTS_SEQ_NO: np.full(message.steps, message.version, np.int64),
         }
+        if self.audit is not None:
+            outputs[COLUMN] = names(message.session, message.number, message.steps)
         return _Piece(message, observations, actions, rewards, outputs)
 
     def _chunk(self, pieces: Sequence[_Piece]) -> Built:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
+import ray
+from ray import ObjectRef
+
 from rllink_zmq import __version__
 from rllink_zmq.errors import RllinkError
 from rllink_zmq.messages import FRAGMENT
-from rllink_zmq.sampling import Next, SampleCall, SamplingRules
+from rllink_zmq.sampling import PROGRESS_WAIT, Next, SampleCall, SamplingRules
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import Lease, Pool, RunnerSession
 from rllink_zmq.transport import Connection
 from rllink_zmq.transport_thread import ConnectionThread
 
 logger = logging.getLogger("rllink_zmq")
+
+LOOK_AT_REFERENCES = 0.1
+"""Seconds between two looks at whether RLlib still holds what this process owns."""
 
 RETURN_DELAY = 1.0
 """Seconds after which an answer of `sample()` has left the actor, if no further call shows it."""
@@ -37,7 +45,9 @@ class RunnerLink:
         self._call: SampleCall | None = None
         self._result: Future[list[Lease]] | None = None
         self._returned_at: float | None = None
+        self._held: deque[tuple[int, bytes]] = deque()
         self._full_at = -2
+        self._stopped = threading.Event()
         self._thread.start()
 
     @property
@@ -54,8 +64,14 @@ class RunnerLink:
 
         self._thread.call(do)
 
+    def left(self) -> bool:
+        """It was told to leave, and has said BYE: RLlib has all that it returned."""
+        return self.session.duty in ("leave", "end") and not self._thread.is_alive()
+
     def sample(self, rules: SamplingRules) -> list[Lease]:
         """What this call of `sample()` hands over. Says every 10 s what it waits for."""
+        if self.left():
+            return self._after_leaving(rules)
         result: Future[list[Lease]] = Future()
 
         def begin(now: float) -> None:
@@ -64,7 +80,12 @@ class RunnerLink:
             self._call = SampleCall(self.session, rules, now, repeated=repeated)
             self._result = result
 
-        self._thread.call(begin).result(timeout=30)
+        try:
+            self._thread.call(begin).result(timeout=30)
+        except RllinkError:
+            if self.left():
+                return self._after_leaving(rules)
+            raise
         started = time.monotonic()
         while True:
             try:
@@ -74,15 +95,28 @@ class RunnerLink:
                     raise
                 if self.session.refusal is not None:
                     raise self.session.refusal from None
+                if self.left():
+                    return self._after_leaving(rules)
                 if not self._thread.is_alive():
                     raise RllinkError(f"the connection to the broker at {self.address} has ended") from None
                 logger.warning("%s", self.waiting(time.monotonic() - started))
+
+    def _after_leaving(self, rules: SamplingRules) -> list[Lease]:
+        """RLlib calls until it has removed this runner. In a stream an empty list would count as data: no answer then,
+        until `stop()` or the end of the process."""
+        if rules.style == "stream" and self.session.duty == "leave":
+            self._stopped.wait()
+        else:
+            self._stopped.wait(PROGRESS_WAIT)
+        return []
 
     def waiting(self, seconds: float) -> str:
         """What a call that waits is waiting for."""
         session = self.session
         if session.state is not State.LIVE:
             why = f"no connection to the broker at {self.address} (is `rllink-zmq broker` running there?)"
+        elif session.duty == "park":
+            why = "the pool was scaled to 0 runners; rllink-zmq scale N goes on"
         elif not session.pool.simulators:
             why = f"0 simulators are connected to the broker at {self.address} (rllink-zmq simulate)"
         else:
@@ -101,40 +135,86 @@ class RunnerLink:
 
         self._thread.call(do)
 
+    def returning_ref(self, ref: ObjectRef) -> None:
+        """The answer is on its way as an object that this process owns and that dies with it: RLlib has it when
+        nobody refers to it any longer."""
+        key = ref.hex().encode()
+
+        def do(now: float) -> None:
+            if self.session.committed > self.session.returned and self._returned_at is not None:
+                self._held.append((self.session.committed, key))
+                self._returned_at = None
+
+        self._thread.call(do)
+
     def stop(self) -> None:
         """Say BYE: what was handed over has reached RLlib, what was not taken goes to others."""
 
         def do(now: float) -> None:
+            self._held.clear()
             self._give_back(now)
             if self._call is not None:
                 self._call.cancel()
 
+        self._stopped.set()
         self._thread.call(do)
         self._thread.stop()
 
     # ---- in the thread
 
     def _give_back(self, now: float) -> None:
+        if self._held:
+            return  # what RLlib has is told by the references
         self._returned_at = None
         if self._result is None:
             self.session.give_back(now)
 
+    def _released(self, now: float) -> None:
+        """Give back what RLlib holds no references to any longer, in order."""
+        known = reference_counts()
+        upto = 0
+        while self._held and self._held[0][1] not in known:
+            upto = self._held.popleft()[0]
+        if upto:
+            self.session.give_back(now, upto)
+
     def _step(self, now: float) -> float:
         due = float("inf")
+        if self._held:
+            self._released(now)
+            due = now + LOOK_AT_REFERENCES
         if self._returned_at is not None:
-            due = self._returned_at + RETURN_DELAY
-            if now >= due:
+            due = min(due, self._returned_at + RETURN_DELAY)
+            if now >= self._returned_at + RETURN_DELAY:
                 self._give_back(now)
-                due = float("inf")
-        if self._call is None or self._result is None:
-            return due
+        if self._call is not None and self._result is not None:
+            due = min(due, self._go_on(self._call, self._result, now))
+        if self._done():
+            self._thread.stop()
+        return due
+
+    def _done(self) -> bool:
+        """Told to leave, and RLlib has everything."""
+        session = self.session
+        busy = session.claiming or session.returned < session.committed or (self._call is not None and self._call.steps)
+        return session.duty in ("leave", "end") and session.state is State.LIVE and not busy
+
+    def _go_on(self, call: SampleCall, result: Future[list[Lease]], now: float) -> float:
+        """The call's next step. Returns when the one after that is due."""
         if self.session.refusal is not None:
-            result, self._call, self._result = self._result, None, None
+            self._call, self._result = None, None
             result.set_exception(self.session.refusal)
-            return due
-        if self._call.step(now) is Next.RETURN:
-            call, result, self._call, self._result = self._call, self._result, None, None
+            return float("inf")
+        if call.step(now) is Next.RETURN:
+            self._call, self._result = None, None
             self._full_at = self.session.offered_version if call.round_was_full else -2
             result.set_result(call.leases)
-            return due
-        return min(due, self._call.wake)
+            return float("inf")
+        return call.wake
+
+
+def reference_counts() -> dict[bytes, object]:
+    """The objects that this process knows references to, its own or others', by hex id. Ray has no public name for it:
+    `ray memory` shows the same table."""
+    found: dict[bytes, object] = ray._private.worker.global_worker.core_worker.get_all_reference_counts()
+    return found

@@ -6,7 +6,7 @@ import logging
 import socket
 import time
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import ray
@@ -37,6 +37,7 @@ from ray.rllib.utils.typing import ResultDict, StateDict
 
 from rllink_zmq.errors import RllinkError
 from rllink_zmq.policy import PolicyManifest
+from rllink_zmq.rllib.audit import runner_log
 from rllink_zmq.rllib.episodes import EpisodeBuilder, Finished
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.link import RunnerLink
@@ -46,6 +47,13 @@ logger = logging.getLogger("rllink_zmq")
 
 RLLINK = "rllink"
 """The key of this package's own metrics beneath RLlib's `env_runners`."""
+
+
+class Held(NamedTuple):
+    """The newest weights that a runner has: parameter name -> array."""
+
+    version: int
+    weights: StateDict
 
 
 class ZmqEnvRunner(EnvRunner, Checkpointable):
@@ -80,27 +88,30 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         # RLlib sets this one from outside, on new and on restarted runners alike (APPO, IMPALA).
         self._env_runner_state_server: Any = None
         self._weights_seq_no = 0
-        self._state: StateDict | None = None
+        self.held: Held | None = None
         self._link: RunnerLink | None = None
         self._manifest: PolicyManifest | None = None
-        self._builder = EpisodeBuilder(*spaces, self.module, longest_chunk(self.config))
+        self._builder = EpisodeBuilder(
+            *spaces, self.module, longest_chunk(self.config), runner_log(self.settings.audit)
+        )
         self._finished: list[Finished] = []
         self._sampled_at: float | None = None
         self._fragments = 0
         self.on_restored: Any = None
         self.on_stop: Any = None
+        self.on_needed: Any = None
+        self.on_sample: Any = None
 
     # ---- joining
 
-    def join(self, run: str, manifest: PolicyManifest, state: StateDict | None = None) -> None:
+    def join(self, run: str, manifest: PolicyManifest, state: StateDict | None = None) -> bytes:
         """Connect to the broker as a runner of `run` (a new run ends an older connection), and offer the weights.
+        Returns the 16 bytes of the new session.
 
         `state`: the learner's, to be sure of it after a restore: RLlib's own update is dropped while the one before it
         is still on its way to this actor.
         """
-        if self._link is not None:
-            self._link.stop()
-            self._link = None
+        self.leave()
         if state is not None:
             told, self.on_restored = self.on_restored, None  # this is the answer to it
             self._weights_seq_no = 0
@@ -110,14 +121,26 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         host = socket.gethostname()
         self._manifest = manifest
         self._link = RunnerLink(self.settings.broker, run, f"runner-{index}@{host}")
-        if self._state is not None:
-            self._offer(self._state)
+        if self.held is not None:
+            self._offer(self.held)
+        return self._link.session.session
 
-    def _offer(self, state: StateDict) -> None:
+    def leave(self) -> None:
+        """Leave the broker. Untaken fragments go to other runners at once."""
+        if self._link is not None:
+            self._link.stop()
+            self._link = None
+
+    @property
+    def joined(self) -> bool:
+        """Whether it is a runner at the broker."""
+        return self._link is not None
+
+    def _offer(self, held: Held) -> None:
         manifest = self._manifest
         if self._link is None or manifest is None:
             return
-        self._link.offer(self._weights_seq_no, manifest.weights_bytes, lambda: weights_body(manifest, state))
+        self._link.offer(held.version, manifest.weights_bytes, lambda: weights_body(manifest, held.weights))
 
     # ---- sampling
 
@@ -140,7 +163,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             )
         if self._sampled_at is not None:
             self.metrics.log_value(TIME_BETWEEN_SAMPLING, time.perf_counter() - self._sampled_at)
-        self._pull()
+        self.pull()
         self.metrics.log_value(WEIGHTS_SEQ_NO, self._weights_seq_no, window=1)
         with self.metrics.log_time(SAMPLE_TIMER):
             samples = self._take()
@@ -154,6 +177,10 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         return samples
 
     def _take(self) -> list[SingleAgentEpisode]:
+        if self.on_sample is not None:
+            self.on_sample()
+        if self._link is None and self.on_needed is not None:
+            self.on_needed()  # the local runner, when all others are gone
         link = self._link
         if link is None:
             logger.warning("runner %s was asked for samples before the trainer told it its run", self.worker_index)
@@ -191,7 +218,14 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         if lags:
             self.metrics.log_value((RLLINK, "lag_max"), max(0, *lags), reduce="max", window=100)
 
-    def _pull(self) -> None:
+    def sample_get_state_and_metrics(self) -> tuple[ray.ObjectRef, StateDict, StateDict]:
+        """APPO's and IMPALA's `sample()`: the episodes go by reference, to the learners and not through the driver."""
+        answer: tuple[ray.ObjectRef, StateDict, StateDict] = super().sample_get_state_and_metrics()
+        if self._link is not None:
+            self._link.returning_ref(answer[0])
+        return answer
+
+    def pull(self) -> None:
         """APPO and IMPALA: the weights are fetched from a server, by each runner, at the top of `sample()`."""
         if self._env_runner_state_server is None:
             return
@@ -237,8 +271,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             state = {**state, COMPONENT_RL_MODULE: weights}
         SingleAgentEnvRunner.set_state(self, state)
         if COMPONENT_RL_MODULE in state:
-            self._state = state[COMPONENT_RL_MODULE]
-            self._offer(self._state)
+            self.held = Held(self._weights_seq_no, state[COMPONENT_RL_MODULE])
+            self._offer(self.held)
             if restored and self.on_restored is not None:
                 self.on_restored()
 
@@ -267,10 +301,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         assert self.module is not None
 
     def stop(self) -> None:
-        """Leave the broker: untaken fragments go to other runners at once."""
-        if self._link is not None:
-            self._link.stop()
-            self._link = None
+        """Leave the broker, for good."""
+        self.leave()
         if self.on_stop is not None:
             self.on_stop()
 

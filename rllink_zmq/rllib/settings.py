@@ -40,9 +40,15 @@ class LinkSettings:
     """Env steps that all simulators together may have on their way. Default `(lag_limit - 1)` learner updates' worth
     for PPO, 2 for APPO and IMPALA."""
 
+    runner_timeout_s: float = 0.0
+    """A runner that the broker has not heard for so many seconds is killed, and started again. Default 10."""
+
     fragment_steps: int = 0
     """The longest fragment in env steps; the broker tells shorter ones when there are many simulators. Default 200 for
     PPO; `rollout_fragment_length * num_envs_per_env_runner` for APPO and IMPALA, which count calls."""
+
+    audit: str = ""
+    """A directory for the audit logs of runners and learners, each on its own host; "" = none."""
 
     @classmethod
     def of(cls, config: AlgorithmConfig) -> LinkSettings:
@@ -80,6 +86,8 @@ class Terms:
 def trainer_terms(config: AlgorithmConfig) -> Terms:
     """The terms of `config`, defaults filled in. Raises `SettingsError` for a setting out of its range."""
     settings = LinkSettings.of(config)
+    if not 0 <= settings.runner_timeout_s < math.inf:
+        raise SettingsError(f"runner_timeout_s must be positive (0 = the default), it is {settings.runner_timeout_s}")
     for name in ("lag_limit", "steps_ahead", "fragment_steps"):
         if getattr(settings, name) < 0:
             raise SettingsError(f"{name} must be at least 1 (0 = the default), it is {getattr(settings, name)}")

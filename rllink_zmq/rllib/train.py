@@ -75,6 +75,7 @@ class TrainOptions:
     resume: Path | None = None
     ray_address: str | None = None
     seed: int | None = None
+    audit: Path | None = None
 
 
 class Progress(NamedTuple):
@@ -146,7 +147,7 @@ def make_config(options: TrainOptions) -> AlgorithmConfig:
     config.debugging(seed=options.seed, log_level="ERROR")
     if options.env is not None:
         config.environment(options.env)
-    attach(config, options.broker, **link)
+    attach(config, options.broker, audit=options.audit, **link)
     if model is not None:
         config.rl_module(model_config=model)
     elif len(config.observation_space.shape or ()) == 1:

@@ -8,18 +8,23 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from typing import Any
 
+import ray
+from ray.exceptions import RayError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from rllink_zmq import __version__
 from rllink_zmq.errors import RllinkError
-from rllink_zmq.messages import TrainerHello
+from rllink_zmq.messages import Duty, TrainerHello
 from rllink_zmq.policy import policy_hash, unpack_policy
 from rllink_zmq.rllib.export import check_connectors, export_policy
+from rllink_zmq.rllib.pool import Pool
 from rllink_zmq.rllib.settings import LinkSettings, trainer_terms
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import TrainerSession
@@ -30,6 +35,8 @@ from rllink_zmq.transport_thread import ConnectionThread
 logger = logging.getLogger("rllink_zmq")
 
 SAY_EVERY = 5.0
+RUNNER_TIMEOUT = 10.0
+JOIN_WITHIN = 60.0
 
 
 def new_run_id() -> str:
@@ -47,7 +54,7 @@ class Trainer:
         self._owner = algorithm
         self._terms = trainer_terms(config)
         check_connectors(config)
-        local = algorithm.env_runner
+        local = self._local = algorithm.env_runner
         module = local.module if local is not None else config.get_rl_module_spec(
             env=None, spaces=algorithm.spaces, inference_only=True
         ).build()  # fmt: skip
@@ -61,6 +68,7 @@ class Trainer:
         )
         self.manifest = unpack_policy(blob)[0]
         self.run = new_run_id()
+        self.pool = Pool(self, self._group, self.settings.runner_timeout_s or RUNNER_TIMEOUT)
         self._spaces = spaces_to_wire(observation_space, action_space)
         self._policy, self._policy_bytes = policy_hash(blob), len(blob)
         self._algorithm = type(algorithm).__name__
@@ -68,12 +76,17 @@ class Trainer:
             secrets.token_bytes(16), self._hello(), blob, name=self._algorithm, package=__version__
         )
         self._thread = ConnectionThread(Connection(self.session, self.settings.broker), _no_step, "rllink-trainer")
+        self.clock = time.monotonic
         self._thread.start()
         self._await_welcome()
+        self._first = self._learned()
         self._tell(None, None)
+        self.pool.start()
         if local is not None:
             local.on_restored = self.begin_run
             local.on_stop = self.stop
+            local.on_sample = self.pool.sweep
+            local.on_needed = self._join_local
 
     def _hello(self) -> TrainerHello:
         terms = self._terms
@@ -82,7 +95,7 @@ class Trainer:
             quota=terms.quota,
             lag_limit=terms.lag_limit,
             steps_ahead=terms.steps_ahead,
-            runners=max(1, self._group.num_remote_workers()),
+            runners=self.pool.target,
             fragment_steps=terms.fragment_steps,
             spaces=self._spaces,
             policy=self._policy,
@@ -106,15 +119,76 @@ class Trainer:
             if not self._thread.is_alive():
                 raise RllinkError(f"the connection to the broker at {self.settings.broker} could not be opened")
 
+    def _learned(self) -> dict[str, Any]:
+        """The learner's weights, as a state of runners. Of RLlib's main thread alone: learners may be learning."""
+        state: dict[str, Any] = self._owner.learner_group.get_state(
+            components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=True
+        )[COMPONENT_LEARNER]  # fmt: skip
+        return state
+
     def _tell(self, only: list[int] | None, state: dict[str, Any] | None) -> None:
         """Have the runners that sample join this run, with the learner's weights if given."""
+        if not self._group.num_remote_env_runners():
+            self._join_local(state)
+            return
         run, manifest = self.run, self.manifest
-        remote = self._group.num_remote_workers() > 0
-        results = self._group.foreach_env_runner(
-            lambda runner: runner.join(run, manifest, state), local_env_runner=not remote, remote_worker_ids=only
+        results = self._group._worker_manager.foreach_actor(
+            lambda runner: runner.join(run, manifest, state), remote_actor_ids=only, timeout_seconds=JOIN_WITHIN
         )
-        if not results:
+        sessions = {r.actor_id: r.get() for r in results if r.ok}
+        self.pool.adopt(sessions)
+        if not sessions:
             logger.warning("no runner could be told to join run %s", run)
+
+    def _join_local(self, state: dict[str, Any] | None = None) -> None:
+        """The local runner samples: there is no other one."""
+        if self._local is not None:
+            self._local.join(self.run, self.manifest, state)
+
+    def joining(self) -> Callable[[Any], bytes]:
+        """What a new runner has to do before RLlib sees it: what RLlib did with its first ones, and `join`."""
+        run, manifest, first = self.run, self.manifest, self._first
+        server = getattr(self._owner, "_env_runner_state_server", None)
+        held = self._local.held if self._local is not None else None
+
+        def join(runner: Any) -> bytes:
+            runner.set_state(first)
+            if held is not None:
+                runner.set_state({COMPONENT_RL_MODULE: held.weights, WEIGHTS_SEQ_NO: held.version})
+            if server is not None:
+                runner._env_runner_state_server = server
+                runner.pull()
+            session: bytes = runner.join(run, manifest)
+            return session
+
+        return join
+
+    def assign(self, duties: dict[bytes, Duty]) -> None:
+        """Tell the broker what runners are to do, by session."""
+        self._thread.call(lambda now: self.session.assign(duties, now))
+
+    def change_runners(self, number: int) -> None:
+        """Tell the broker how many runners there are to be."""
+        self._thread.call(lambda now: self.session.change(self._hello(), now))
+        if not number:
+            logger.warning("scaled to 0 runners: training waits until there are more (rllink-zmq scale N)")
+
+    def take_over(self) -> None:
+        """Let APPO's and IMPALA's next batch, as far as it has been collected, belong to this process and not to the
+        runners that made it: they may be leaving, and with 0 runners the batch will not be full."""
+        packs = getattr(self._owner, "_episode_packs_being_built", [])
+        for i, ref in enumerate(packs):
+            try:
+                packs[i] = ray.put(ray.get(ref))
+            except RayError as e:
+                logger.debug("episodes of a runner that is gone: %s", e)
+
+    def sweep(self) -> None:
+        """Between two training steps, in RLlib's main thread: the pool takes shape."""
+        self.pool.sweep()
+        local = self._local
+        if local is not None and local.joined and self._group.num_healthy_remote_env_runners():
+            local.leave()
 
     def begin_run(self) -> None:
         """A new run: a checkpoint was loaded, and the weights' version numbers may have gone back."""
@@ -124,10 +198,8 @@ class Trainer:
         terms = self._hello()
         self._thread.call(lambda now: self.session.change(terms, now)).result(timeout=10)
         self._await_welcome()
-        learner = self._owner.learner_group.get_state(
-            components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=True
-        )[COMPONENT_LEARNER]  # fmt: skip
-        self._tell(None, learner)
+        self._first = self._learned()
+        self._tell(None, self._first)
 
     def runners_recreated(self, indices: list[int]) -> None:
         """Restarted runners are new sessions of the same run."""
@@ -153,7 +225,8 @@ class Trainer:
         return {"ledger": ledger, "simulators": pool.simulators, "version": pool.version, "run_id": self.run}
 
     def stop(self) -> None:
-        """Say BYE."""
+        """Release the runners from what they wait for, and say BYE."""
+        self.pool.end()
         self._thread.stop()
 
 
@@ -182,4 +255,5 @@ class TrainerCallback(RLlibCallback):
 
     def on_train_result(self, *, algorithm: Algorithm, result: dict[str, Any], **kwargs: Any) -> None:
         if self.trainer is not None:
+            self.trainer.sweep()
             result["rllink"] = self.trainer.status()

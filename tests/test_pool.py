@@ -1,0 +1,212 @@
+"""The pool of runners in a real Ray: it grows and shrinks while training goes on, and what hangs is replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from processes import balanced, broker, rllink, status, until
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.algorithms.appo import APPOConfig
+from ray.rllib.algorithms.ppo import PPOConfig
+
+from rllink_zmq.rllib import attach
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:.*invalid value encountered:RuntimeWarning"),
+]
+
+PATIENCE_S = 120.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def addresses() -> Iterator[dict[str, str]]:
+    with broker() as bound:
+        yield bound
+
+
+@pytest.fixture
+def built() -> Iterator[list[Algorithm]]:
+    algorithms: list[Algorithm] = []
+    yield algorithms
+    for algorithm in algorithms:
+        algorithm.stop()
+
+
+def ppo(runners: int) -> AlgorithmConfig:
+    config = PPOConfig().env_runners(num_env_runners=runners, sample_timeout_s=4)
+    return config.training(train_batch_size_per_learner=500, minibatch_size=125, num_epochs=2)
+
+
+def appo(runners: int) -> AlgorithmConfig:
+    config = APPOConfig().env_runners(num_env_runners=runners).training(train_batch_size_per_learner=250)
+    config.learners(num_learners=0)
+    config.min_time_s_per_iteration = 0.5
+    return config
+
+
+def build(config: AlgorithmConfig, addresses: dict[str, str], built: list[Algorithm], **link: Any) -> Algorithm:
+    config.environment("CartPole-v1").rl_module(model_config={"fcnet_hiddens": [16]})
+    built.append(attach(config, addresses["backend"], **link).build_algo())
+    return built[-1]
+
+
+def simulators(addresses: dict[str, str], number: int = 4) -> Any:
+    return rllink(
+        "simulate", "--env", "CartPole-v1", "--broker", addresses["frontend"], "--num", str(number),
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def scale(addresses: dict[str, str], number: int) -> None:
+    body = json.dumps({"runners": number}).encode()
+    request = urllib.request.Request(f"{addresses['admin']}/scale", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert answer.status == 202
+
+
+def steps_of(algorithm: Algorithm) -> int:
+    """Env steps of one `train()`."""
+    found = algorithm.train().get("env_runners", {}).get("num_env_steps_sampled", 0)
+    return 0 if found != found else int(found)
+
+
+def train_until_served_by(algorithm: Algorithm, addresses: dict[str, str], number: int) -> None:
+    def reached() -> bool:
+        algorithm.train()
+        runners = status(addresses)["runners"]
+        return [r["duty"] for r in runners if r["duty"] != "park"] == ["serve"] * number
+
+    until(reached, f"{number} runners serve", PATIENCE_S)
+
+
+@pytest.mark.parametrize("config", [ppo, appo])
+def test_it_grows_shrinks_to_nothing_and_goes_on(
+    config: Any, addresses: dict[str, str], built: list[Algorithm], caplog: pytest.LogCaptureFixture
+) -> None:
+    with simulators(addresses):
+        algorithm = build(config(1), addresses, built)
+        until(lambda: steps_of(algorithm), "it trains")
+        for number in (3, 1, 0):
+            scale(addresses, number)
+            train_until_served_by(algorithm, addresses, number)
+        until(lambda: not steps_of(algorithm), "nothing is on its way any longer")
+        version = status(addresses)["weights"]["version"]
+        assert steps_of(algorithm) == 0, "at 0 training waits, and train() comes back"
+        assert "training waits until there are more" in caplog.text
+        assert any("scaled to 0" in text for text in status(addresses)["waiting_for"])
+        scale(addresses, 2)
+        train_until_served_by(algorithm, addresses, 2)
+        until(lambda: algorithm.train() and status(addresses)["weights"]["version"] > version + 2, "it goes on")
+        assert algorithm.env_runner_group.num_remote_env_runners() == 2
+    ledger = status(addresses)["ledger"]
+    assert balanced(ledger) and not ledger["dropped"]
+
+
+def test_from_the_local_runner_to_actors(addresses: dict[str, str], built: list[Algorithm]) -> None:
+    with simulators(addresses):
+        algorithm = build(ppo(0), addresses, built)
+        until(lambda: steps_of(algorithm), "it trains")
+        scale(addresses, 1)
+        until(
+            lambda: steps_of(algorithm) and not algorithm.env_runner.joined, "the local runner has left", PATIENCE_S
+        )  # fmt: skip
+        assert algorithm.env_runner_group.num_remote_env_runners() == 1
+
+
+def pids(algorithm: Algorithm) -> list[int]:
+    found: list[int] = algorithm.env_runner_group.foreach_env_runner(lambda _: os.getpid(), local_env_runner=False)
+    return found
+
+
+@pytest.mark.parametrize("config", [ppo, appo])
+def test_a_stopped_runner_is_killed_and_training_goes_on(
+    config: Any, addresses: dict[str, str], built: list[Algorithm]
+) -> None:
+    with simulators(addresses):
+        algorithm = build(config(2), addresses, built, runner_timeout_s=3)
+        until(lambda: steps_of(algorithm), "it trains")
+        stopped = pids(algorithm)[0]
+        before = {r["session"] for r in status(addresses)["runners"]}
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            version = status(addresses)["weights"]["version"]
+            until(lambda: algorithm.train() and status(addresses)["weights"]["version"] > version + 3, "it goes on")
+            until(lambda: algorithm.train() and not alive(stopped), "it is gone")
+        finally:
+            if alive(stopped):
+                os.kill(stopped, signal.SIGCONT)
+        until(
+            lambda: algorithm.train() and len({r["session"] for r in serving(addresses)} - before) == 1,
+            "another one is in its place", PATIENCE_S,
+        )  # fmt: skip
+    ledger = status(addresses)["ledger"]
+    assert balanced(ledger) and set(ledger["dropped"]) <= {"stale", "handover_cut"}
+
+
+def serving(addresses: dict[str, str]) -> list[dict[str, Any]]:
+    return [r for r in status(addresses)["runners"] if r["duty"] == "serve" and r["state"] == "live"]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_end_does_not_wait_for_a_stopped_runner(addresses: dict[str, str], built: list[Algorithm]) -> None:
+    algorithm = build(appo(2), addresses, built)
+    stopped = pids(algorithm)[0]
+    algorithm.train()  # both are in a call of sample() that has nothing to give
+    os.kill(stopped, signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        built.pop().stop()
+    finally:
+        if alive(stopped):
+            os.kill(stopped, signal.SIGKILL)
+    assert time.monotonic() - began < PATIENCE_S
+    until(lambda: status(addresses)["trainer"] is None, "the trainer has left")
+
+
+def test_training_survives_the_broker(built: list[Algorithm]) -> None:
+    """SIGKILL, and another one at the same addresses that knows nothing."""
+    with broker() as addresses, simulators(addresses) as simulating:
+        algorithm = build(ppo(2), addresses, built)
+        until(lambda: steps_of(algorithm), "it trains")
+        run = status(addresses)["weights"]["run_id"]
+        os.kill(status(addresses)["process"]["pid"], signal.SIGKILL)
+        time.sleep(0.5)
+        again = [f"--{name}={addresses[name].removeprefix('http://')}" for name in ("frontend", "backend", "weights")]
+        with broker(*again, f"--admin={addresses['admin'].removeprefix('http://')}") as second:
+            until(lambda: len(serving(second)) == 2 and status(second)["simulators"] == 4, "all are back")
+            until(lambda: steps_of(algorithm), "it goes on")
+            seen = status(second)
+            assert seen["weights"]["run_id"] == run and seen["weights"]["version"] > 0
+            assert simulating.poll() is None
+            assert balanced(seen["ledger"]) and set(seen["ledger"]["dropped"]) <= {"stale"}
+            built.pop().stop()
