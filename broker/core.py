@@ -381,10 +381,12 @@ class Broker(Handshake, Artifacts):
             self._sweep(now)
 
     def _ping(self, peer: Peer, message: PING, event: Received, now: float) -> None:
-        self._send(peer, self.pong(peer, now))
         if type(peer) is Simulator:
-            # It may go by limits of the old connection, whose last messages can come after WELCOME: say them again.
+            # An ACK says more than a PONG, and hundreds of waiting ones are answered together. It may go by limits
+            # of the old connection, too, whose last messages can come after WELCOME.
             self._mark(peer, now)
+        else:
+            self._send(peer, self.pong(peer, now))
 
     # ---- for people
 

@@ -53,7 +53,7 @@ QUESTIONS = 64
 DESCRIPTORS = 1024
 """With fewer file descriptors than this, hundreds of peers don't fit, and libzmq's accept loop spins silently."""
 
-HEARTBEAT_MS, HEARTBEAT_TTL_MS, HEARTBEAT_TIMEOUT_MS = 2_000, 15_000, 10_000
+HEARTBEAT_MS, HEARTBEAT_TTL_MS, HEARTBEAT_TIMEOUT_MS = 7_500, 20_000, 7_500
 
 # Plain ints: every operation on the flags of `zmq` builds an enum, which costs more than a send.
 _NOBLOCK = int(zmq.NOBLOCK)

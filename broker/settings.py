@@ -38,7 +38,7 @@ class Settings:
     probe_interval: float = 1.0
     """Silent peers are probed this often; a dead connection shows at the probe."""
 
-    simulator_silence: float = 5.0
+    simulator_silence: float = 20.0
     """Simulators that said nothing for this long are probed."""
 
     hold: float = 4.0

@@ -73,7 +73,7 @@ class Timing(NamedTuple):
     connection. `retry`, `retry_most`: between greetings, doubling, with jitter. `answer`: how long a HELLO that could
     be sent may go unanswered before the connection is replaced."""
 
-    ping: float = 5.0
+    ping: float = 15.0
     silence: float = 30.0
     retry: float = 0.1
     retry_most: float = 1.0
@@ -166,6 +166,13 @@ class Endpoint:
         if self.state is State.GREETING:
             self._hello_sent = None
             self._later(now)
+
+    def reconnected(self, now: float) -> None:
+        """The connection was gone and is back: perhaps to another broker, and what was on its way may be lost."""
+        if self.state is State.LIVE:
+            self._move(Verb.REGREET)
+        if self.state is State.GREETING:
+            self._greet(now)
 
     def tick(self, now: float) -> None:
         """The time, after a look that found nothing to read."""

@@ -112,6 +112,7 @@ class RunnerSession(Endpoint):
         self._handed_at: dict[bytes, float] = {}
         self._dropped: dict[Key, str] = {}
         self._told_returned = 0
+        self._granted = 0
         self._looked: float | None = None
         self._stall = (float("-inf"), float("-inf"))
         self._offer: tuple[int, Callable[[], bytes]] | None = None
@@ -160,7 +161,8 @@ class RunnerSession(Endpoint):
     def give_back(self, now: float, upto: int | None = None) -> None:
         """RLlib has all hand-overs so far, or those `upto` this k: unless it is past the `deadline`, then nobody
         knows."""
-        upto = self.committed if upto is None else upto
+        if upto is None or upto >= self._granted:
+            upto = self.committed  # what was claimed after it and refused is no hand-over
         if upto <= self.returned:
             return
         if now > self.deadline:
@@ -277,9 +279,21 @@ class RunnerSession(Endpoint):
                 continue
             known[key[1]] = message.k
             granted.append(lease)
+        nothing_owed = self.returned >= self._granted
+        if len(refused) < len(self._pending[1]):
+            self._granted = message.k
         self.committed = message.k
         self.pool = _pool(message)
         self._pending, self.taken = None, granted
+        if nothing_owed and not granted:
+            self._granted_nothing(now)
+
+    def _granted_nothing(self, now: float) -> None:
+        """No answer will show that RLlib has this hand-over: it has it already. A runner that leaves waits for that."""
+        if self._granted == self.committed:  # all that was granted are duplicates
+            self.give_back(now)
+        else:
+            self.returned = self.committed
 
     def _pass_base(self, message: FRAGMENT, now: float) -> None:
         known = self._handed.get(message.session)

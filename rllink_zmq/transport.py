@@ -19,8 +19,8 @@ from rllink_zmq.errors import ConnectionTimeout, ProtocolError, SettingsError
 from rllink_zmq.messages import MAX_FRAME_BYTES, Message
 from rllink_zmq.session import Endpoint, State
 
-HEARTBEAT_MS, HEARTBEAT_TTL_MS, HEARTBEAT_TIMEOUT_MS = 2_000, 15_000, 10_000
-"""libzmq's own heartbeats: its I/O thread answers them, whatever the application does. A hung host shows after 11 s."""
+HEARTBEAT_MS, HEARTBEAT_TTL_MS, HEARTBEAT_TIMEOUT_MS = 7_500, 20_000, 7_500
+"""libzmq's own heartbeats: its I/O thread answers them, whatever the application does. A hung host shows after 15 s."""
 
 FIRST_CONNECT_MS = 50
 """How long opening a connection waits for the other side before it goes on in the background."""
@@ -90,6 +90,7 @@ class Connection:
         self.clock = clock
         self.socket: zmq.Socket[Any] | None = None
         self.bad_messages = 0
+        self._away = False
 
     def open(self) -> None:
         """Connect (in the background) and begin to greet. Raises `SettingsError` for an address that can't be used."""
@@ -105,9 +106,16 @@ class Connection:
         socket = self.socket
         if socket is None:
             return False
-        while int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        events = int(socket.get(zmq.EVENTS))
+        if not events & zmq.POLLOUT:
+            self._away = True  # ZMQ_IMMEDIATE: there is no connection now
+        elif self._away:
+            self._away = False
+            self.endpoint.reconnected(self.clock())
+        while events & zmq.POLLIN:
             came = True
             frames = socket.recv_multipart(zmq.NOBLOCK)
+            events = int(socket.get(zmq.EVENTS))
             try:
                 message, body = wire.unpack(frames)
             except ProtocolError:
@@ -126,7 +134,7 @@ class Connection:
             endpoint.reconnect = False
             if self.socket is not None:
                 self.socket.close(0)
-            self.socket = _dealer(self.address)
+            self.socket, self._away = _dealer(self.address), False
         if not endpoint.output:
             return
         output, endpoint.output = endpoint.output, []

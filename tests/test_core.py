@@ -183,7 +183,8 @@ def test_a_newer_greeting_on_another_connection_ends_the_old_one(trained: Bench)
     trained.simulator("s1/b")
     (refusal,) = trained.send("s1", PING())
     assert refusal == ("s1", REFUSED("greet", "send HELLO first"))
-    assert messages(trained.send("s1/b", PING()), PONG)
+    assert trained.send("s1/b", PING()) == []
+    assert messages(trained.tick(0.01), ACK, "s1/b")
     assert trained.broker.simulators_live == 1
 
 
@@ -676,7 +677,7 @@ def test_the_limits_are_said_again_when_a_simulator_pings(benches: Callable[...,
     """An ACK of the old connection that came after WELCOME may have told it others."""
     bench = training(benches(), steps_ahead=100)
     bench.simulator("s1")
-    assert [type(m) for _, m in bench.send("s1", PING())] == [PONG]
+    assert bench.send("s1", PING()) == [], "hundreds that wait are answered together"
     assert [(m.settled, m.steps_limit) for m in messages(bench.tick(0.01), ACK)] == [([], 100)]
 
 
@@ -844,7 +845,7 @@ def test_the_silent_are_probed(trained: Bench) -> None:
     trained.wait(0.9)
     probed = {to for to, m in trained.wait(2.0) if isinstance(m, PONG)}
     assert probed == {"r1", "t"}
-    probed = {to for to, m in trained.wait(5.0) if isinstance(m, PONG)}
+    probed = {to for to, m in trained.wait(12.0) if isinstance(m, PONG)}
     assert probed == {"r1", "t", "s1"}
 
 

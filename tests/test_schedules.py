@@ -349,7 +349,8 @@ def test_f5_whichever_runner_has_weights_publishes_them_so_nobody_waits_at_the_s
     b.endpoint.offer(0, len(WEIGHTS), lambda: WEIGHTS, bench.now)
     assert [type(m).__name__ for m in b.exchange()] == ["OFFER", "STATE"]
     assert bench.broker.weights == WEIGHTS
-    s.read(bench.send("s", PING()))
+    bench.send("s", PING())
+    s.read(bench.tick(0.01))
     assert s.endpoint.version == 0
 
 

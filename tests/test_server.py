@@ -400,7 +400,7 @@ def test_too_many_frames(server: Server) -> None:
         assert isinstance(refused, REFUSED)
         assert "frames" in refused.text
         raw.send(encode(PING()))
-        assert type(answer(raw)).__name__ == "PONG"
+        assert type(answer(raw)).__name__ == "ACK"
 
 
 def test_an_oversize_frame_ends_its_connection_alone(server: Server) -> None:

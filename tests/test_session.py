@@ -199,35 +199,47 @@ def test_ping_only_when_nothing_else_was_sent() -> None:
     assert s.next_deadline() == T0 + TIMING.ping
     submit(s, T0 + 3)
     said(s)
-    s.tick(T0 + 5)
+    s.tick(T0 + TIMING.ping)
     assert said(s) == []
-    s.tick(T0 + 8)
+    s.tick(T0 + 3 + TIMING.ping)
     assert said(s) == [PING()]
 
 
 def test_a_ping_unanswered_for_long_means_a_new_connection() -> None:
     s = simulator()
-    s.tick(T0 + 5)
-    for seconds in (10, 15, 20, 25, 30):
-        s.tick(T0 + seconds)
+    s.tick(T0 + TIMING.ping)
+    s.tick(T0 + 2 * TIMING.ping)
+    s.tick(T0 + TIMING.ping + TIMING.silence - 0.1)
     assert (s.state, s.reconnect) == (State.LIVE, False)
     said(s)
-    s.tick(T0 + 5 + TIMING.silence)
+    s.tick(T0 + TIMING.ping + TIMING.silence)
     assert (s.state, s.reconnect) == (State.GREETING, True)
     assert [type(m) for m in said(s)] == [HELLO]
 
 
 def test_anything_that_comes_answers_a_ping() -> None:
     s = simulator()
-    s.tick(T0 + 5)
-    s.receive(ack(), [], T0 + 34)
-    s.tick(T0 + 36)
+    s.tick(T0 + TIMING.ping)
+    s.receive(ack(), [], T0 + TIMING.ping + TIMING.silence - 1)
+    s.tick(T0 + TIMING.ping + TIMING.silence + 1)
     assert (s.state, s.reconnect) == (State.LIVE, False)
+
+
+def test_a_connection_that_was_gone_and_is_back_is_greeted_on() -> None:
+    s = simulator()
+    submit(s, T0)
+    said(s)
+    s.reconnected(T0 + 1)
+    assert (s.state, [type(m) for m in said(s)]) == (State.GREETING, [HELLO])
+    s.reconnected(T0 + 2)
+    assert [m.greeting for m in said(s)] == [3], "the one before may be lost with the connection"
+    s.receive(welcome(3), [], T0 + 2)
+    assert [type(m) for m in said(s)] == [FRAGMENT]
 
 
 def test_after_a_pause_of_this_process_what_came_counts_before_silence_is_judged() -> None:
     s = simulator()
-    s.tick(T0 + 5)
+    s.tick(T0 + TIMING.ping)
     s.receive(PONG(EPOCH), [], T0 + 500)
     s.tick(T0 + 500)
     assert (s.state, s.reconnect) == (State.LIVE, False)
