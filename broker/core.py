@@ -39,6 +39,13 @@ from .handshake import Handshake
 from .peers import Peer, Runner, Simulator
 from .settings import Settings
 
+STRAGGLERS = 5
+STRAGGLER_S, STRAGGLER_TIMES = 1.0, 4.0
+"""A simulator that may go on and has sent nothing for this long, and so many times the median, holds a round back."""
+
+MOST_OWNERS = 16
+"""Unfinished episodes that are remembered of a simulator, for each that it says it runs at once."""
+
 ACK_OUTCOMES = 8192
 """Outcomes that one ACK carries at most: its header has to fit a frame."""
 
@@ -155,6 +162,7 @@ class Broker(Handshake, Artifacts):
                 self._ack(sim, number, sim.outcomes.get(number, "unknown"), now)
             return None
         sim.high = number
+        sim.heard_of_steps = now
         fragment = Fragment(sim, message, event.frames, event.size)
         self.ledger.receive(message.steps)
         sim.open[number] = fragment
@@ -229,6 +237,8 @@ class Broker(Handshake, Artifacts):
             waiting.popleft()
             if header.end == "no":
                 owners[header.episode] = runner
+                if len(owners) > MOST_OWNERS * fragment.simulator.episodes:
+                    del owners[next(iter(owners))]  # its end never came: the simulator dropped it
             else:
                 owners.pop(header.episode, None)
             fragment.move(Verb.LEASE)
@@ -440,9 +450,29 @@ class Broker(Handshake, Artifacts):
                 "granted_bytes": self.windows,
                 "limit_bytes": self.settings.memory,
             },
+            "unfinished_episodes": dict(self.unfinished),
+            "round": self._round(sims, now),
             "malformed_messages": self.malformed,
             "waiting_for": self.waiting_for(),
         }
+
+    def _round(self, sims: list[Simulator], now: float) -> dict[str, Any]:
+        """How far the steps for the next weights are, and which simulators are waited for."""
+        quota = self.trainer.hello.quota if self.trainer is not None else 0
+        idle = sorted(now - s.heard_of_steps for s in sims)
+        found: list[dict[str, Any]] = []
+        if idle and self.pool() and self.round_steps < quota and not self.waiting:
+            late = max(STRAGGLER_S, STRAGGLER_TIMES * idle[len(idle) // 2])
+            slow = [s for s in sims if now - s.heard_of_steps > late and self._may_go_on(s)]
+            slow.sort(key=lambda s: s.heard_of_steps)
+            found = [{"name": s.name, "silent_s": round(now - s.heard_of_steps, 1)} for s in slow[:STRAGGLERS]]
+        return {"version": self.version, "steps": self.round_steps, "quota": quota, "held_back_by": found}
+
+    def _may_go_on(self, sim: Simulator) -> bool:
+        """It has room for more steps than are on their way."""
+        limit = self.steps_granted(sim)[0]
+        under_way = sum(f.header.steps for f in sim.open.values() if not f.credited)
+        return sim.window > 0 and (not limit or sim.taken_steps + under_way < limit)
 
     def waiting_for(self) -> list[str]:
         """What is missing for training to go on, in words; [] when nothing is."""

@@ -336,6 +336,7 @@ class Handshake(BrokerState):
         if isinstance(peer, Simulator):
             self._dirty.pop(peer, None)
             self.episodes -= peer.episodes
+            self.unfinished["abandoned" if verb is Verb.LEAVE else "lost"] += min(len(peer.owners), peer.episodes)
             peer.owners.clear()
             self._release_window(peer, now)
         elif isinstance(peer, Runner):

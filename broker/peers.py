@@ -77,9 +77,11 @@ class Peer:
 
 class Simulator(Peer):
     """`high`: the highest number seen. `base`: all below are settled. `taken_steps`: env steps of this session that
-    were taken or dropped, counted from its first step on. `outcomes`: number -> outcome, from `base` on."""
+    were taken or dropped, counted from its first step on. `heard_of_steps`: when its last new fragment came. `owners`:
+    unfinished episode -> the runner that was leased its last fragment. `outcomes`: number -> outcome, from `base`
+    on."""
 
-    __slots__ = ("acks", "base", "dropped", "episodes", "high", "limit_told", "open", "open_bytes", "outcomes",
+    __slots__ = ("acks", "base", "dropped", "episodes", "heard_of_steps", "high", "open", "open_bytes", "outcomes",
                  "owners", "spaces", "taken_steps", "window")  # fmt: skip
     side = Side.FRONT
 
@@ -88,13 +90,13 @@ class Simulator(Peer):
         self.high = 0
         self.base = 1
         self.taken_steps = 0
+        self.heard_of_steps = now
         self.episodes = 1
         self.window = 0
         self.open: dict[int, Fragment] = {}
         self.open_bytes = 0
         self.outcomes: dict[int, str] = {}
         self.acks: list[tuple[int, str]] = []
-        self.limit_told = 0
         self.owners: dict[str, Runner] = {}
         self.spaces: Spaces | None = None
         self.dropped: dict[str, tuple[int, int]] = {}

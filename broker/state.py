@@ -42,6 +42,7 @@ class BrokerState:
         self.held_bytes = 0
         self.holding = True
         self.malformed = 0
+        self.unfinished = {"lost": 0, "abandoned": 0}
         # the run, and the newest weights version that any runner has offered
         self.run = ""
         self.version = -1

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import gymnasium as gym
 import numpy as np
@@ -27,6 +27,9 @@ from rllink_zmq.transport import Connection, parse_address, poll
 
 log = logging.getLogger("rllink_zmq")
 
+Backpressure: TypeAlias = Literal["pause", "drop"]
+"""What a simulator does while the trainer takes no more of its steps."""
+
 
 def connect(
     address: str = "tcp://127.0.0.1:5555",
@@ -37,6 +40,7 @@ def connect(
     episodes: int = 1,
     threads: int = 1,
     seed: int | None = None,
+    on_backpressure: Backpressure = "pause",
     timeout: float | None = 5.0,
     audit: str | os.PathLike[str] | None = None,
 ) -> Client:
@@ -44,13 +48,17 @@ def connect(
 
     `observation_space`, `action_space`: both of the environment's, or neither; the broker refuses what the trainer
     can't use. `name`: for people. `episodes`: how many may be open at once. `threads`, `seed`: of the policy; clients
-    of one process that give the same ones share it. `timeout`: seconds; None waits for as long as it takes, and says
+    of one process that give the same ones share it. `on_backpressure`: what to do while the trainer takes no more:
+    "pause" in the next call for an action, or "drop" whole fragments, which are counted (`stats.dropped`), for those
+    that can't pause. `timeout`: seconds; None waits for as long as it takes, and says
     so in the log. `audit`: a directory for this process's audit log, which `rllink-zmq audit` compares with the
     learner's.
     Raises ConnectionTimeout, RefusedError, SettingsError (an address or `audit`), SpaceError (a space that doesn't
     travel).
     """
     parse_address(address)
+    if on_backpressure not in ("pause", "drop"):
+        raise SettingsError(f"expected on_backpressure 'pause' or 'drop', got {on_backpressure!r}")
     if not 1 <= episodes <= 1_000_000:
         raise SettingsError(f"expected episodes of 1 to 1,000,000, got {episodes}")
     spaces = layout = None
@@ -71,6 +79,7 @@ def connect(
     )
     reader = PolicyReader.join(address, threads, seed)
     client = Client(Flow(Connection(session, address), session, reader, layout, log_of_audit))
+    client.flow.drops = on_backpressure == "drop"
     try:
         client.flow.open(timeout)
     except BaseException:

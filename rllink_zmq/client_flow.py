@@ -52,7 +52,8 @@ class Waiting:
 
 
 class Flow:
-    """One client's. `credit`: steps that may be taken until the next look; `look_at`: when that is due."""
+    """One client's. `credit`: steps that may be taken until the next look; `look_at`: when that is due. `drops`: where
+    there is no room a fragment is built and dropped, rather than waited for."""
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class Flow:
         self.reader = reader
         self.audit = audit
         self.builders: dict[str, FragmentBuilder] = {}
+        self.drops = False
         self.credit = 0
         self.look_at = 0.0
         self.closed = False
@@ -98,7 +100,7 @@ class Flow:
         """See to it that each of these episodes has a fragment that takes one more step of `kind`: cut what is full or
         of other weights, wait for policy and room. Returns the fragments' origin; None if it would have to wait and
         `wait` is false. Raises EpisodeError for an observation that doesn't fit, RefusedError."""
-        needed = sum(builder.sent for builder, _ in pairs)
+        needed = sum(builder.sent and not builder.dropping for builder, _ in pairs)
         looked = self.look_if_due()
         while True:
             origin = self.origin(kind)
@@ -108,7 +110,7 @@ class Flow:
                 ):
                     builder.observe(observation)
                     self.cut(builder, "no")
-            if origin is not None and self._room(needed):
+            if origin is not None and (self._drop_or_send(pairs) if self.drops else self._room(needed)):
                 break
             self._submit_all(pairs)
             if not looked:
@@ -130,6 +132,23 @@ class Flow:
                     self._step_bytes = builder.step_bytes
                     self.measure()
         return origin
+
+    def _drop_or_send(self, pairs: Pairs) -> bool:
+        """Never waits: a fragment that begins without room for all of it is one to be dropped, and one that is being
+        built and may not grow is sent as it is. True when all may go on."""
+        fresh = [builder for builder, _ in pairs if builder.sent and not builder.steps]
+        growing = sum(builder.sent and not builder.dropping and bool(builder.steps) for builder, _ in pairs)
+        if growing and not self._room(growing):
+            for builder, observation in pairs:
+                if builder.steps and not builder.dropping:
+                    builder.observe(observation)
+                    self.cut(builder, "no")
+                    fresh.append(builder)
+        whole = len(fresh) * max(1, self.session.fragment_steps)
+        room = bool(self.session.window) and (self._room(whole) or (not self.session.unsettled and self.credit > 0))
+        for builder in fresh:
+            builder.dropping = not room
+        return True
 
     def origin(self, kind: Kind) -> Origin | None:
         """Which weights the next fragment is of; None while there are none, or no layout."""
@@ -179,7 +198,7 @@ class Flow:
             return
         steps = size = 0
         for builder in self.builders.values():
-            if builder.sent:
+            if builder.sent and not builder.dropping:
                 steps += builder.steps
                 size += builder.nbytes
         credit = (session.window - session.unsettled_bytes - size) // self._step_bytes + 1
@@ -203,7 +222,7 @@ class Flow:
         session = self.session
         if not needed or not session.window or session.unsettled:
             return
-        held = sum(builder.nbytes for builder in self.builders.values() if builder.sent)
+        held = sum(builder.nbytes for builder in self.builders.values() if builder.sent and not builder.dropping)
         if (session.window - held) // self._step_bytes + 1 < needed:
             raise EpisodeError(
                 f"{len(self.builders)} episodes need {held + needed * self._step_bytes} bytes for a step each, this "
@@ -232,6 +251,9 @@ class Flow:
     def _submit(self, builder: FragmentBuilder, cut: Cut, end: End) -> None:
         if not builder.sent:
             return
+        if builder.dropping:
+            self._count_dropped("backpressure", cut.steps)
+            return
         columns, body = to_buffers(cut.arrays)
         now = self.connection.clock()
         number = self.session.submit(
@@ -257,9 +279,14 @@ class Flow:
     def abandon(self, builder: FragmentBuilder) -> None:
         """Forget a fragment. The totals of what is never sent travel with the fragments that are."""
         if builder.sent and builder.steps:
-            fragments, steps = self.session.dropped.get("abandoned", (0, 0))
-            self.session.dropped = {**self.session.dropped, "abandoned": (fragments + 1, steps + builder.steps)}
+            self._count_dropped("backpressure" if builder.dropping else "abandoned", builder.steps)
         builder.steps = 0
+
+    def _count_dropped(self, reason: str, steps: int) -> None:
+        fragments, before = self.session.dropped.get(reason, (0, 0))
+        self.session.dropped = {**self.session.dropped, reason: (fragments + 1, before + steps)}
+        if reason == "backpressure" and not fragments:
+            log.warning("there is no room for more steps, fragments are dropped; more are only counted")
 
     # ---- looking and waiting
 

@@ -107,13 +107,14 @@ class FragmentBuilder:
 
     For each step: `observe`, then `act` (the policy chose) or `log` (the simulator did), then `reward` any number of
     times. `begin` comes before the first step of a fragment. `steps`: of the fragment being built; `limit`: how many it
-    may have; `episode_return`: of all steps so far, in float64. `sent` = False: what is built is thrown away. `began`:
-    when the first step was taken, for whoever keeps the time.
+    may have; `episode_return`: of all steps so far, in float64. `sent` = False: what is built is thrown away;
+    `dropping`: this fragment is. `began`: when the first step was taken, for whoever keeps the time.
     """
 
     def __init__(self, episode: str, *, sent: bool = True) -> None:
         self.episode = episode
         self.sent = sent
+        self.dropping = False
         self._where = f"episode '{episode}'"
         self._layout: Layout | None = None
         self._rows = FIRST_ROWS

@@ -400,6 +400,35 @@ def test_it_waits_for_room_and_says_why(served, caplog):
         assert client.close() == 0
 
 
+def test_one_that_cannot_pause_drops_whole_fragments_and_counts_them(served, caplog):
+    with (
+        training(served, steps_ahead=20, fragment_steps=4) as fake,
+        connect(served.frontend, on_backpressure="drop") as client,
+    ):
+        fake.paused = True
+        until(lambda: client.ready)
+        with client.start_episode() as episode:
+            for i in range(100):
+                episode.get_action(np.full(3, i % 7, np.float32))
+                episode.log_returns(1.0)
+            sent, dropped = client.stats.fragments * 4, client.stats.dropped["backpressure"]
+            assert sent <= 24 and dropped[1] >= 70, "it never waited"
+            fake.paused = False
+            until(lambda: (client.flow.look(), client.flow.session.unsettled)[1] == {}, "there is room again")
+            before = client.stats.fragments
+            for i in range(12):
+                episode.get_action(np.full(3, i % 7, np.float32))
+                episode.log_returns(1.0)
+            episode.end_episode(np.zeros(3, np.float32))
+        client.close()
+        steps = client.stats.dropped["backpressure"][1] + fake.steps
+        assert client.stats.fragments > before and steps == 112, "each step was sent or counted"
+        last = fake.taken[-1][0]
+        assert (last.end, last.t0 + last.steps, last.return_so_far + last.steps) == ("terminated", 112, 112.0)
+        assert last.dropped["backpressure"] == client.stats.dropped["backpressure"]
+    assert caplog.text.count("fragments are dropped; more are only counted") == 1
+
+
 def test_after_a_refusal_to_act_the_same_observation_is_expected(served):
     with training(served, steps_ahead=4, fragment_steps=4) as fake, connect(served.frontend) as client:
         fake.paused = True

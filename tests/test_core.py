@@ -761,6 +761,50 @@ def test_a_trainer_may_change_its_terms(trained: Bench) -> None:
     assert trained.acks() == {}
 
 
+# ---- unfinished episodes, and who holds a round back
+
+
+def test_an_episode_whose_simulator_vanishes_is_counted_and_never_ends(trained: Bench) -> None:
+    trained.send("s1", fragment("s1", 1, episode="a"))
+    trained.unreachable("s1")
+    for _ in range(2):
+        trained.wait(10.0)
+        trained.send("r1", PING())
+    assert trained.broker.status(trained.now)["unfinished_episodes"] == {"lost": 1, "abandoned": 0}
+    trained.simulator("s2")
+    trained.send("s2", fragment("s2", 1, episode="b"))
+    trained.send("s2", fragment("s2", 2, episode="b", t0=10, end="terminated"))
+    trained.send("s2", fragment("s2", 3, episode="c"))
+    trained.bye("s2")
+    assert trained.broker.status(trained.now)["unfinished_episodes"] == {"lost": 1, "abandoned": 1}
+
+
+def test_episodes_whose_ends_never_come_are_not_remembered_for_ever(trained: Bench) -> None:
+    for n in range(1, 101):
+        trained.send("s1", fragment("s1", n, episode=f"e{n}"))
+        trained.take("r1", n, claim("s1", n), returned=n - 1)
+    assert len(trained.broker.simulators[session("s1")].owners) == 16
+
+
+def test_status_names_the_simulators_that_hold_a_round_back(trained: Bench) -> None:
+    for name in ("s2", "s3"):
+        trained.simulator(name)
+    number = 0
+    for _ in range(8):
+        trained.wait(0.5)
+        number += 1
+        for name in ("s1", "s2"):
+            trained.send(name, fragment(name, number, steps=1))
+        trained.take("r1", number, claim("s1", number), claim("s2", number))
+    seen = trained.broker.status(trained.now)["round"]
+    assert (seen["steps"], seen["quota"]) == (16, 100)
+    assert [s["name"] for s in seen["held_back_by"]] == ["s3"] and seen["held_back_by"][0]["silent_s"] >= 4.0
+    number += 1
+    trained.send("s3", fragment("s3", number, steps=84))
+    trained.take("r1", number, claim("s3", number))
+    assert trained.broker.status(trained.now)["round"]["held_back_by"] == [], "it is full"
+
+
 # ---- the pool's size and duties
 
 
@@ -840,12 +884,14 @@ def test_pong_says_where_training_is(trained: Bench) -> None:
     assert pong.ledger == {"received": (1, 10), "delivered": (0, 0), "in_flight": (1, 10)}
 
 
-def test_the_silent_are_probed(trained: Bench) -> None:
-    trained.send("r1", PING())
-    trained.wait(0.9)
-    probed = {to for to, m in trained.wait(2.0) if isinstance(m, PONG)}
+def test_the_silent_are_probed(benches: Callable[..., Bench]) -> None:
+    bench = training(benches(simulator_silence=4.0))
+    bench.simulator("s1")
+    bench.send("r1", PING())
+    bench.wait(0.9)
+    probed = {to for to, m in bench.wait(2.0) if isinstance(m, PONG)}
     assert probed == {"r1", "t"}
-    probed = {to for to, m in trained.wait(12.0) if isinstance(m, PONG)}
+    probed = {to for to, m in bench.wait(5.0) if isinstance(m, PONG)}
     assert probed == {"r1", "t", "s1"}
 
 

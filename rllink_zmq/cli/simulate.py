@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from rllink_zmq.audit import check_directory
+from rllink_zmq.client import Backpressure
 from rllink_zmq.errors import RllinkError
 from rllink_zmq.transport import parse_address
 
@@ -187,6 +188,10 @@ training to begin, and say what they wait for."""
 @click.option("--broker", default="tcp://127.0.0.1:5555", show_default=True, help="The broker's frontend address.")
 @click.option("--num", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Simulators.")
 @click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="Spread over so many.")
+@click.option(
+    "--on-backpressure", type=click.Choice(["pause", "drop"]), default="pause", show_default=True,
+    help="While the trainer takes no more steps: wait, or go on and drop whole fragments.",
+)  # fmt: skip
 @click.option("--episodes", type=click.IntRange(1), help="Of each simulator; without it they run until Ctrl-C.")
 @click.option("--seed", type=int, help="Of the environments and of the policy's draws.")
 @click.option(
@@ -198,6 +203,7 @@ def command(
     broker: str,
     num: int,
     processes: int,
+    on_backpressure: Backpressure,
     episodes: int | None,
     seed: int | None,
     audit: str | None,
@@ -213,7 +219,7 @@ def command(
     plans, first = [], 0
     for i in range(processes):
         count = num // processes + (i < num % processes)
-        plans.append(Plan(env, broker, first, count, episodes, seed, audit))
+        plans.append(Plan(env, broker, first, count, episodes, seed, audit, on_backpressure))
         first += count
     started = time.monotonic()
     ending: AbstractContextManager[dict[str, Any]] = output.running() if json_wanted else nullcontext({})

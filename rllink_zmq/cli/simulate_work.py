@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 
-from rllink_zmq.client import Client, connect, settle
+from rllink_zmq.client import Backpressure, Client, connect, settle
 from rllink_zmq.drive_loops import Tally, drive_many
 from rllink_zmq.errors import RllinkError, SettingsError
 
@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     episodes: int | None
     seed: int | None
     audit: str | None = None
+    on_backpressure: Backpressure = "pause"
 
 
 class Report(NamedTuple):
@@ -117,6 +118,7 @@ class Work:
                     action_space=env.action_space,
                     name=f"{host}/{os.getpid()}/{i}",
                     seed=None if plan.seed is None else plan.seed + plan.first,
+                    on_backpressure=plan.on_backpressure,
                     timeout=None,
                     audit=plan.audit,
                 )

@@ -26,14 +26,23 @@ def rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("trainer", f"{trainer['name'] or 'unnamed'}, run {trainer['run_id']}" if trainer else "none"),
         ("runners", ", ".join(map(_runner, status["runners"])) or "none"),
         ("weights", f"version {weights['version']}" if weights["version"] >= 0 else "none yet"),
+        ("round", _round(status["round"])),
         ("received", _both(ledger["received"])),
         ("delivered", _both(ledger["delivered"])),
         ("in flight", f"{_both(ledger['in_flight'])}, {memory['held_bytes'] / 1e6:.1f} MB"),
         ("dropped", dropped),
     ]  # fmt: skip
+    unfinished = {what: n for what, n in status["unfinished_episodes"].items() if n}
+    if unfinished:
+        found.append(("unfinished episodes", ", ".join(f"{n} {what}" for what, n in unfinished.items())))
     if status["waiting_for"]:
         found.append(("waiting for", ", ".join(status["waiting_for"])))
     return found
+
+
+def _round(round_: dict[str, Any]) -> str:
+    slow = ", ".join(f"{s['name'] or 'a simulator'} ({s['silent_s']:.0f} s)" for s in round_["held_back_by"])
+    return f"{round_['steps']} of {round_['quota']} steps" + (f", waiting for {slow}" if slow else "")
 
 
 def _runner(runner: dict[str, Any]) -> str:
