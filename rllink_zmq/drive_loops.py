@@ -25,6 +25,9 @@ TURN_STEPS, TURN_SECONDS = 16, 0.005
 """What one client takes before the next has its turn, and `stop` is looked at."""
 WAKE_INTERVAL = 0.002
 """Seconds between two looks at the clients that have to wait while others go on."""
+LOOK_ANYWAY = 0.2
+"""Seconds after which a waiting client's socket is looked at though nothing has come: that a broker was restarted shows
+only while the connection is gone."""
 LAST_RETURNS = 100
 
 
@@ -141,6 +144,8 @@ def _wake(blocked: Sequence[_Seat], timeout: float) -> None:
             or flow.session.next_deadline() <= now
         ):
             seat.blocked = False
+        elif now >= flow.look_at + LOOK_ANYWAY:
+            flow.look()
 
 
 def _why(seats: Sequence[_Seat]) -> Callable[[], str]:

@@ -222,6 +222,7 @@ class RunnerSession(Endpoint):
     def welcomed(self, message: WELCOME, now: float) -> None:
         self.leased.clear()
         self.leased_steps = 0
+        self.duty = "serve"  # unless DUTY follows: this broker may never have known another one
         if self._pending is not None:
             self._pending, self.taken = None, []
         if self.returned != self._told_returned:

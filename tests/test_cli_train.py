@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -137,6 +138,7 @@ def test_checkpoints_of_another_training_in_the_folder_do_not_outlive_new_ones(t
     class Saved:
         def __init__(self, iteration: int) -> None:
             self.iteration = iteration
+            self.rllink_trainer = SimpleNamespace(pool=SimpleNamespace(target=iteration))
 
         def save_to_path(self, path: str) -> None:
             Path(path).mkdir()
@@ -145,3 +147,7 @@ def test_checkpoints_of_another_training_in_the_folder_do_not_outlive_new_ones(t
         newest = save(Saved(iteration), tmp_path)  # type: ignore[arg-type]
         assert newest_checkpoint(tmp_path) == newest
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-000101", "checkpoint-000006"}
+    spaces = "CartPole-v1"
+    assert make_config(TrainOptions(env=spaces, resume=tmp_path)).num_env_runners == 6, "as the pool was"
+    assert make_config(TrainOptions(env=spaces, resume=tmp_path, runners=3)).num_env_runners == 3
+    assert make_config(TrainOptions(env=spaces)).num_env_runners == 2

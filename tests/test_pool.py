@@ -137,6 +137,22 @@ def test_from_the_local_runner_to_actors(addresses: dict[str, str], built: list[
         assert algorithm.env_runner_group.num_remote_env_runners() == 1
 
 
+def test_a_restored_pool_is_as_large_as_it_was(
+    addresses: dict[str, str], built: list[Algorithm], tmp_path: Path
+) -> None:
+    with simulators(addresses):
+        algorithm = build(ppo(2), addresses, built)
+        until(lambda: steps_of(algorithm), "it trains")
+        scale(addresses, 1)
+        train_until_served_by(algorithm, addresses, 1)
+        path = algorithm.save_to_path(str(tmp_path / "checkpoint"))
+        built.pop().stop()
+        built.append(Algorithm.from_checkpoint(path))
+        train_until_served_by(built[-1], addresses, 1)
+        assert status(addresses)["trainer"]["runners"] == 1
+        until(lambda: steps_of(built[-1]), "it goes on")
+
+
 def pids(algorithm: Algorithm) -> list[int]:
     found: list[int] = algorithm.env_runner_group.foreach_env_runner(lambda _: os.getpid(), local_env_runner=False)
     return found

@@ -92,7 +92,9 @@ It exits with 1 when --stop-return was asked for and not reached."""
 @click.option("--broker", default="tcp://127.0.0.1:5556", show_default=True, help="The broker's backend address.")
 @click.option("--env", help="Gymnasium id, for its spaces alone. Without it: the spaces of the first simulator.")
 @click.option("--algo", type=click.Choice(["PPO", "APPO"]), default="PPO", show_default=True)
-@click.option("--runners", type=click.IntRange(0), default=2, show_default=True, help="ZmqEnvRunner actors.")
+@click.option(
+    "--runners", type=click.IntRange(0), help="ZmqEnvRunner actors.  [default: 2, or as many as the checkpoint had]"
+)
 @click.option(
     "--config",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -120,7 +122,7 @@ def command(
     broker: str,
     env: str | None,
     algo: str,
-    runners: int,
+    runners: int | None,
     config: Path | None,
     stop_return: float | None,
     stop_steps: int | None,

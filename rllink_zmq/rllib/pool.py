@@ -68,8 +68,8 @@ class Starting:
 class Pool:
     """The runners of one Algorithm. Everything but `sweep` and `adopt` may be called from any thread."""
 
-    def __init__(self, trainer: Trainer, group: EnvRunnerGroup, timeout: float) -> None:
-        self.target = group.num_remote_env_runners()
+    def __init__(self, trainer: Trainer, group: EnvRunnerGroup, timeout: float, target: int = -1) -> None:
+        self.target = target if target >= 0 else group.num_remote_env_runners()
         self._trainer = trainer
         self._group = group
         self._timeout = timeout
@@ -77,7 +77,7 @@ class Pool:
         self._members: list[Member] = []
         self._starting: list[Starting] = []
         self._ready: list[Member] = []
-        self._highest = self.target
+        self._highest = 0
         self._said = float("-inf")
         self._told: dict[bytes, Duty] = {}
         self._ending = threading.Event()

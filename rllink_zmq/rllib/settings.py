@@ -47,6 +47,9 @@ class LinkSettings:
     """The longest fragment in env steps; the broker tells shorter ones when there are many simulators. Default 200 for
     PPO; `rollout_fragment_length * num_envs_per_env_runner` for APPO and IMPALA, which count calls."""
 
+    runners: int = -1
+    """How many runners the pool was last scaled to; -1 = the config's `num_env_runners`. Travels with checkpoints."""
+
     audit: str = ""
     """A directory for the audit logs of runners and learners, each on its own host; "" = none."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import logging
 import math
 import os
@@ -26,6 +27,7 @@ from ray.rllib.algorithms.ppo import PPOConfig
 from rllink_zmq.errors import SettingsError
 from rllink_zmq.rllib.attach import DEFAULT_BROKER, attach
 from rllink_zmq.rllib.runner import RLLINK
+from rllink_zmq.rllib.settings import KEY
 
 logger = logging.getLogger("rllink_zmq")
 
@@ -56,6 +58,8 @@ STARTING_POINT: dict[str, dict[str, Any]] = {
 
 CHECKPOINT_EVERY_S = 60.0
 CHECKPOINTS_KEPT = 2
+POOL_FILE = "rllink-pool.json"
+RUNNERS = 2
 LINK_KEYS = ("lag_limit", "steps_ahead", "fragment_steps")
 
 
@@ -66,7 +70,7 @@ class TrainOptions:
     broker: str = DEFAULT_BROKER
     env: str | None = None
     algo: str = "PPO"
-    runners: int = 2
+    runners: int | None = None
     config: Path | None = None
     stop_return: float | None = None
     stop_steps: int | None = None
@@ -143,11 +147,15 @@ def make_config(options: TrainOptions) -> AlgorithmConfig:
             raise SettingsError(f"--config: {options.algo} has no setting {name!r}{hint}")
     changes.update(own)
     config.update_from_dict(changes)
-    config.env_runners(num_env_runners=options.runners)
+    runners = options.runners if options.runners is not None else _runners_of(options.resume)
+    # With none of its own RLlib samples in this process: a pool that was scaled to 0 begins with one, and parks it.
+    config.env_runners(num_env_runners=max(1, runners) if options.runners is None else runners)
     config.debugging(seed=options.seed, log_level="ERROR")
     if options.env is not None:
         config.environment(options.env)
     attach(config, options.broker, audit=options.audit, **link)
+    if options.runners is None:
+        config.env_config[KEY]["runners"] = runners
     if model is not None:
         config.rl_module(model_config=model)
     elif len(config.observation_space.shape or ()) == 1:
@@ -264,6 +272,7 @@ def save(algorithm: Algorithm, folder: Path) -> Path:
     final = folder / f"checkpoint-{algorithm.iteration:06d}"
     partial = folder / f".partial-{os.getpid()}"
     algorithm.save_to_path(str(partial))
+    (partial / POOL_FILE).write_text(json.dumps({"runners": algorithm.rllink_trainer.pool.target}))
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
@@ -290,6 +299,16 @@ def newest_checkpoint(folder: Path) -> Path:
     if not found:
         raise SettingsError(f"--resume {folder}: no checkpoint there (expected {folder}/checkpoint-000123)")
     return found[-1].resolve()
+
+
+def _runners_of(folder: Path | None) -> int:
+    """As many as the pool was last scaled to, or `RUNNERS`."""
+    if folder is None:
+        return RUNNERS
+    try:
+        return int(json.loads((newest_checkpoint(folder) / POOL_FILE).read_text())["runners"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return RUNNERS  # of a user's script, or of an older version
 
 
 def restore(algorithm: Algorithm, folder: Path) -> None:

@@ -25,7 +25,7 @@ from rllink_zmq.messages import Duty, TrainerHello
 from rllink_zmq.policy import policy_hash, unpack_policy
 from rllink_zmq.rllib.export import check_connectors, export_policy
 from rllink_zmq.rllib.pool import Pool
-from rllink_zmq.rllib.settings import LinkSettings, trainer_terms
+from rllink_zmq.rllib.settings import KEY, LinkSettings, trainer_terms
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import TrainerSession
 from rllink_zmq.spaces import spaces_to_wire
@@ -68,7 +68,7 @@ class Trainer:
         )
         self.manifest = unpack_policy(blob)[0]
         self.run = new_run_id()
-        self.pool = Pool(self, self._group, self.settings.runner_timeout_s or RUNNER_TIMEOUT)
+        self.pool = Pool(self, self._group, self.settings.runner_timeout_s or RUNNER_TIMEOUT, self.settings.runners)
         self._spaces = spaces_to_wire(observation_space, action_space)
         self._policy, self._policy_bytes = policy_hash(blob), len(blob)
         self._algorithm = type(algorithm).__name__
@@ -168,7 +168,8 @@ class Trainer:
         self._thread.call(lambda now: self.session.assign(duties, now))
 
     def change_runners(self, number: int) -> None:
-        """Tell the broker how many runners there are to be."""
+        """Tell the broker how many runners there are to be, and whoever is restored from a checkpoint."""
+        self._owner.config.env_config[KEY]["runners"] = number
         self._thread.call(lambda now: self.session.change(self._hello(), now))
         if not number:
             logger.warning("scaled to 0 runners: training waits until there are more (rllink-zmq scale N)")
