@@ -15,9 +15,9 @@ import ray
 from ray import ObjectRef
 
 from rllink_zmq import __version__
-from rllink_zmq.errors import RllinkError
+from rllink_zmq.errors import RefusedError, RllinkError
 from rllink_zmq.messages import FRAGMENT
-from rllink_zmq.sampling import PROGRESS_WAIT, Next, SampleCall, SamplingRules
+from rllink_zmq.sampling import LATE, PROGRESS_WAIT, Next, SampleCall, SamplingRules
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import Lease, Pool, RunnerSession
 from rllink_zmq.transport import Connection
@@ -37,9 +37,10 @@ SAY_EVERY = 10.0
 class RunnerLink:
     """One run's conversation of this runner with the broker at `address`."""
 
-    def __init__(self, address: str, run: str, name: str) -> None:
+    def __init__(self, address: str, run: str, name: str, *, local: bool = False) -> None:
         self.address = address
         self.run = run
+        self._local = local
         self.session = RunnerSession(secrets.token_bytes(16), run, name=name, package=__version__)
         self._thread = ConnectionThread(Connection(self.session, address), self._step, f"rllink-{name}")
         self._call: SampleCall | None = None
@@ -90,11 +91,11 @@ class RunnerLink:
         while True:
             try:
                 return result.result(timeout=SAY_EVERY)
+            except RefusedError as e:
+                return self._after_refusal(e, rules)
             except FutureTimeout:
                 if result.done():
                     raise
-                if self.session.refusal is not None:
-                    raise self.session.refusal from None
                 if self.left():
                     return self._after_leaving(rules)
                 if not self._thread.is_alive():
@@ -108,6 +109,16 @@ class RunnerLink:
             self._stopped.wait()
         else:
             self._stopped.wait(PROGRESS_WAIT)
+        return []
+
+    def _after_refusal(self, refusal: RefusedError, rules: SamplingRules) -> list[Lease]:
+        """The broker wants nothing of this runner, nor of its trainer: that one ends with the reason, if its calls come
+        back to it. In its own process the refusal is raised; an actor that raises is only restarted, again and again.
+        """
+        if self._local:
+            raise refusal
+        logger.warning("runner '%s' can't go on: %s", self.session.name, refusal)
+        self._stopped.wait(None if rules.style == "stream" else rules.timeout + LATE)
         return []
 
     def waiting(self, seconds: float) -> str:

@@ -39,6 +39,8 @@ LOOK_EVERY = 0.25
 SAY_EVERY = 10.0
 ABSENT = 20.0
 """Seconds that a runner may be unknown to a broker that is there before it counts as stuck."""
+BACK_WITHIN = 60.0
+"""Seconds in which a runner that RLlib knows to be gone is to be there again: on a busy host it starts slowly."""
 JOIN_WITHIN = 10.0
 STOP_WITHIN = 5.0
 """Seconds that runners have to answer when the training ends."""
@@ -46,7 +48,8 @@ STOP_WITHIN = 5.0
 
 @dataclass
 class Member:
-    """One runner. `id`: RLlib's, None while it is being started. `session`: at the broker, b'' until it has joined."""
+    """One runner. `id`: RLlib's, None while it is being started. `session`: at the broker, b'' until it has joined.
+    `gone_at`: since when RLlib has known that it is gone."""
 
     handle: ActorHandle
     index: int
@@ -54,6 +57,7 @@ class Member:
     session: bytes = b""
     duty: Duty = "serve"
     since: float = field(default_factory=time.monotonic)
+    gone_at: float | None = None
 
 
 @dataclass
@@ -262,6 +266,8 @@ class Pool:
         now = time.monotonic()
         known = {p.session: p for p in roster}
         for member in [m for m in self._members if m.session]:
+            if self._comes_back(member, now):
+                continue
             there = known.get(member.session)
             if now - member.since < self._timeout:
                 continue
@@ -274,6 +280,16 @@ class Pool:
             logger.warning("runner %d is stuck (%s): it is killed, and RLlib starts it again", member.index, why)
             member.session, member.since = b"", now
             self._kill(member, no_restart=False)
+
+    def _comes_back(self, member: Member, now: float) -> bool:
+        """Whether RLlib knows that it is gone, and Ray is starting it again: killing it would only begin that anew."""
+        states = self._group._worker_manager
+        if member.id is None or member.id not in states.actors() or states.is_actor_healthy(member.id):
+            if member.gone_at is not None:
+                member.gone_at, member.since = None, now
+            return False
+        member.gone_at = member.gone_at or now
+        return now - member.gone_at < BACK_WITHIN
 
     @staticmethod
     def _kill(member: Member, *, no_restart: bool) -> None:

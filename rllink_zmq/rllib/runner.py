@@ -120,7 +120,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         index = f"{self.worker_index or 0}"
         host = socket.gethostname()
         self._manifest = manifest
-        self._link = RunnerLink(self.settings.broker, run, f"runner-{index}@{host}")
+        self._link = RunnerLink(self.settings.broker, run, f"runner-{index}@{host}", local=not self.worker_index)
         if self.held is not None:
             self._offer(self.held)
         return self._link.session.session

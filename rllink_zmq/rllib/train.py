@@ -189,7 +189,13 @@ def _init_ray(options: TrainOptions, config: AlgorithmConfig) -> None:
         return
     aggregators = getattr(config, "num_aggregator_actors_per_learner", 0) * max(1, config.num_learners)
     needed = math.ceil(config.num_env_runners * config.num_cpus_per_env_runner) + config.num_learners + aggregators + 1
-    ray.init(num_cpus=max(needed, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.ERROR)
+    # "local": without it Ray would join a cluster that somebody has started on this machine.
+    ray.init(
+        address="local",
+        num_cpus=max(needed, os.cpu_count() or 1),
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+    )
 
 
 def train(options: TrainOptions, report: Callable[[Progress], None]) -> tuple[Progress, bool]:

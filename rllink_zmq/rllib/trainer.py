@@ -185,7 +185,10 @@ class Trainer:
                 logger.debug("episodes of a runner that is gone: %s", e)
 
     def sweep(self) -> None:
-        """Between two training steps, in RLlib's main thread: the pool takes shape."""
+        """Between two training steps, in RLlib's main thread: the pool takes shape. Raises `RefusedError` when the
+        broker serves another trainer by now."""
+        if self.session.refusal is not None:
+            raise self.session.refusal
         self.pool.sweep()
         local = self._local
         if local is not None and local.joined and self._group.num_healthy_remote_env_runners():
