@@ -18,11 +18,12 @@ KEYS = {"name", "date", "quick", "seconds", "machine", "load_before", "targets",
 TARGET_KEYS = {"what", "figure", "sense", "limit", "spread", "met"}
 FIGURES = {
     "broker": {"small", "large", "core"},
+    "idle": {"percent_of_a_core", "heartbeats_percent"},
     "many": {"seconds_until_all_delivered", "broker_rss", "dropped_steps", "steps_per_s"},
     "simulator": {"untrained", "balancing"},
     "weights": {"bytes", "subscribers", "ours", "bare"},
 }
-TARGETS = {"broker": 3, "many": 3, "simulator": 3, "weights": 1}
+TARGETS = {"broker": 3, "idle": 1, "many": 3, "simulator": 3, "weights": 1}
 
 
 def run(name: str, results: Path) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def run(name: str, results: Path) -> dict[str, Any]:
     "name",
     [
         "broker",
+        "idle",
         pytest.param("many", marks=pytest.mark.ray),
         pytest.param("simulator", marks=pytest.mark.ray),
         pytest.param("weights", marks=pytest.mark.ray),
