@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help install check format test demo bench clean
+.PHONY: help install check format test soak demo bench clean
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,9 +34,12 @@ format: install ## let ruff put the tree in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: check ## check, then all tests: the quick ones on two cores, those that start a Ray one by one
+test: check ## check, then all tests: the quick ones on two cores, then those that start a Ray, two files at a time
 	$(BIN)/pytest -n 2 -m 'not ray'
-	$(BIN)/pytest -n 0 -m ray
+	$(BIN)/pytest -n 2 --dist loadfile -m ray
+
+soak: install ## 200,000 simulated runs of mixed faults, on all cores; ARGS='--runs 20000' for fewer
+	$(BIN)/python tests/world_soak.py --output benchmarks/results/soak.json $(ARGS)
 
 demo: install ## watch a policy learn in simulators on this machine; ARGS='--help' lists its options
 	$(BIN)/rllink-zmq demo $(ARGS)

@@ -61,7 +61,7 @@ class Artifacts(BrokerState):
             self._blob = Download(hello.policy_bytes, now)
             self._ask_blob(trainer)
         # Runners may have greeted and offered before their trainer did.
-        for runner in self.pool():
+        for runner in self._holders():
             if runner.offer is not None and runner.offer[0] > self.version:
                 self.version, self.round_steps = runner.offer[0], 0
         self._look(now)
@@ -104,7 +104,7 @@ class Artifacts(BrokerState):
             self._source.offer = None  # until it answers after all, or offers anew
             self._state = None
         best: Runner | None = None
-        for runner in self.pool():
+        for runner in self._holders():
             if runner.offer is not None and (best is None or best.offer is None or runner.offer > best.offer):
                 best = runner
         if best is None or best.offer is None or best.offer[0] <= self.published_version:
@@ -112,6 +112,10 @@ class Artifacts(BrokerState):
         self._source = best
         self._begin_download(best.offer[0], best.offer[1], now)
         self.fetch_due = now + timeout
+
+    def _holders(self) -> list[Runner]:
+        """Whoever may have weights of this run: also one that is parked or about to leave."""
+        return [r for r in peers.live(self.runners) if r.run == self.run]
 
     def _begin_download(self, version: int, size: int, now: float) -> None:
         self._fetching, self._fetched = version, now

@@ -251,7 +251,9 @@ class Broker(Handshake, Artifacts):
         trainer = self.trainer
         if trainer is None:
             return False
-        if now >= self.started + self.settings.hold or len(self.pool()) >= max(1, trainer.hello.runners):
+        # Those that are on their way out may have handed something over, too, and count in no pool.
+        reported = len(self.pool()) >= max(1, self.expected) and self.duties.keys() <= self.runners.keys()
+        if reported or now >= self.started + self.settings.hold:
             self.holding = False
         return not self.holding
 

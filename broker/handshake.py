@@ -245,6 +245,8 @@ class Handshake(BrokerState):
             trainer.hello = role
         else:
             trainer = Trainer(hello.session, now, role)
+        if self.holding:  # fewer are wanted now: those of before may have something to report all the same
+            self.expected = max(self.expected, role.runners)
         if trainer is not old or role.runners == self.wanted:
             self.wanted = None
         self.trainer = trainer

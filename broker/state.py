@@ -41,6 +41,7 @@ class BrokerState:
         self.waiting: deque[Fragment] = deque()
         self.held_bytes = 0
         self.holding = True
+        self.expected = 0
         self.malformed = 0
         self.unfinished = {"lost": 0, "abandoned": 0}
         # the run, and the newest weights version that any runner has offered

@@ -330,7 +330,7 @@ class TrainerSession(Endpoint):
     """The trainer's end: says what it wants of the broker, serves the exported policy, and shows that it is there.
 
     `runners_wanted`: how many runners somebody asked the broker for. `roster`: the runners of this run that the broker
-    knew at `roster_at`. `live_since`: the last WELCOME."""
+    of epoch `roster_epoch` knew at `roster_at`. `live_since`: the last WELCOME."""
 
     def __init__(
         self,
@@ -351,6 +351,7 @@ class TrainerSession(Endpoint):
         self.runners_wanted: int | None = None
         self.roster: list[Present] = []
         self.roster_at = float("-inf")
+        self.roster_epoch = b""
         self.live_since = float("-inf")
         self._duties: list[Assigned] = list(terms.duties)
         self._told: list[Assigned] = []
@@ -387,7 +388,7 @@ class TrainerSession(Endpoint):
             self.pool = _pool(message)
             self.ledger = dict(message.ledger)
             self.runners_wanted = message.runners_wanted
-            self.roster, self.roster_at = message.roster, now
+            self.roster, self.roster_at, self.roster_epoch = message.roster, now, message.epoch
             self.pongs += 1
 
     def ask(self, now: float) -> None:

@@ -351,9 +351,9 @@ def test_outcomes() -> None:
 def test_reasons_of_simulators() -> None:
     found: set[str] = set()
     for _, tree in trees("rllink_zmq/client*.py"):
-        for on, name, call in calls(tree):
-            if name == "get" and on.endswith("session.dropped"):
-                found |= set(word_in(argument(call, 0), tree))
+        for _, name, call in calls(tree):
+            if name == "_count_dropped":
+                found |= {n.value for n in ast.walk(call) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     same("What a simulator drops itself", {row["reason"] for row in table("What a simulator drops itself")}, found)
 
 

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from core_bench import (
     EPOCH,
@@ -31,16 +32,19 @@ from core_bench import (
 from broker import peers
 from rllink_zmq.messages import (
     ACK,
+    DUTY,
     GET_STATE,
     OFFER,
     PING,
     PONG,
+    POOL,
     REFUSED,
     RETURNED,
     STATE,
     TAKE,
     TAKEN,
     WELCOME,
+    Assigned,
     Column,
     Handed,
     RunnerHello,
@@ -244,7 +248,7 @@ def test_f3b_nothing_overtakes_what_is_resent(alone: Bench) -> None:
     submit(s)
     s.lose()
     s.reconnect()
-    s.endpoint.tick(alone.now + 5)
+    s.endpoint.tick(alone.now + s.endpoint.timing.ping)
     assert [type(m).__name__ for m in s.lose()] == ["PING"]
     s.endpoint.receive(REFUSED("greet", "send HELLO first"), [], alone.now)
     submit(s)
@@ -269,7 +273,7 @@ def test_f3c_a_repeat_of_a_dropped_fragment_is_told_that_it_was_dropped(alone: B
     assert alone.acks() == {"s": [(1, "stale")]}
     s.reconnect()
     alone.unreachable("s")
-    s.endpoint.tick(alone.now + 5)
+    s.endpoint.tick(alone.now + s.endpoint.timing.ping)
     s.exchange()
     s.read(alone.tick(0.01))
     assert s.endpoint.outcomes == {"stale": [1, 10]}
@@ -288,7 +292,7 @@ def test_f3d_settlement_is_out_of_order_so_numbers_have_holes(alone: Bench, rest
     assert list(s.endpoint.unsettled) == [1, 3, 4, 5]
     s.bench = restarted
     s.reconnect()
-    s.endpoint.tick(alone.now + 10)
+    s.endpoint.tick(alone.now + s.endpoint.timing.ping)
     s.exchange()
     restarted.runner("a")
     assert leases(restarted.hello("b", RunnerHello(RUN))) != []
@@ -451,7 +455,7 @@ def test_f7_a_limit_that_is_lost_is_said_again(benches: Callable[..., Bench]) ->
     assert ack.steps_limit == 40, "lost"
     s.reconnect()
     bench.unreachable("s")
-    s.endpoint.tick(bench.now + 5)
+    s.endpoint.tick(bench.now + s.endpoint.timing.ping)
     s.exchange()
     assert s.endpoint.steps_limit == 40
     assert s.endpoint.room(19, 1)
@@ -463,7 +467,7 @@ def test_f7_an_old_acks_limit_is_put_right(benches: Callable[..., Bench]) -> Non
     s = simulator(bench, "s")
     s.endpoint.receive(ACK([], 0, 1, 1), [], bench.now)
     assert not s.endpoint.room(0, 1)
-    s.endpoint.tick(bench.now + 5)
+    s.endpoint.tick(bench.now + s.endpoint.timing.ping)
     s.exchange()
     s.read(bench.tick(0.01))
     assert s.endpoint.room(19, 1)
@@ -690,3 +694,71 @@ def test_a_greeting_without_anything_new_is_harmless(bench: Bench) -> None:
         assert messages(bench.hello("a", RunnerHello(RUN)), WELCOME)
         assert messages(bench.hello("t", terms(runners=2)), WELCOME)
     assert bench.broker.published_version == 0
+
+
+# ---- scaling
+
+
+def test_a_runner_that_leaves_is_done_when_its_last_claim_was_refused(alone: Bench) -> None:
+    """Its leases went to others while its TAKE was on the way. No answer with nothing in it will ever be returned."""
+    a = runner(alone, "a")
+    session_ = a.endpoint
+    session_.receive(fragment("s1", 1), [b""], alone.now)
+    session_.take(10, alone.now)
+    session_.receive(TAKEN(session_.k, [claim("s1", 1)], 0), [], alone.now)
+    assert session_.taken == []
+    assert session_.returned == session_.committed == session_.k
+
+
+def test_what_was_handed_over_is_owed_whatever_is_refused_after_it(alone: Bench) -> None:
+    a = runner(alone, "a").endpoint
+    for number in (1, 2):
+        a.receive(fragment("s1", number), [b""], alone.now)
+    a.take(10, alone.now)
+    a.receive(TAKEN(a.k, [], 0), [], alone.now)
+    first = a.k
+    a.take(10, alone.now)
+    a.receive(TAKEN(a.k, [claim("s1", 2)], 0), [], alone.now)
+    assert a.returned < first < a.committed, "RLlib may not have the first one yet"
+    a.give_back(alone.now, first)
+    assert a.returned == a.committed, "and then it has all that there is"
+
+
+def test_a_new_broker_knows_of_no_other_duty_than_to_serve(bench: Bench) -> None:
+    """It was parked by the broker of the time before; by now it is to serve, which no DUTY says."""
+    a = runner(bench, "a")
+    a.endpoint.receive(DUTY("park"), [], bench.now)
+    a.endpoint.receive(REFUSED("greet", "send HELLO first"), [], bench.now)
+    assert [type(m).__name__ for m in a.exchange()] == ["HELLO"]
+    assert a.endpoint.state is State.LIVE
+    assert a.endpoint.duty == "serve"
+
+
+def test_after_a_restart_runners_that_are_leaving_report_too(benches: Callable[..., Bench]) -> None:
+    """It counts in no pool, and what it handed over would go to another one."""
+    bench = benches(epoch=b"epoch 02")
+    bench.hello("t", msgspec.structs.replace(terms(runners=1), duties=[Assigned(session("b"), "leave")]))
+    bench.simulator("s")
+    bench.runner("a")
+    bench.send("s", fragment("s", 1))
+    assert bench.broker.runners[session("a")].leased == {}
+    bench.hello("b", RunnerHello(RUN, committed=1, returned=1, handed=[handed_over("s", {1: 1})]))
+    assert bench.acks() == {"s": [(1, "delivered")]}
+
+
+def test_after_a_restart_the_runners_of_before_are_waited_for_though_fewer_are_wanted_now(restarted: Bench) -> None:
+    restarted.trainer(runners=1)
+    restarted.simulator("s")
+    restarted.runner("a")
+    restarted.send("s", fragment("s", 1))
+    assert restarted.broker.runners[session("a")].leased == {}
+    assert leases(restarted.wait(4.0)) != []
+
+
+def test_the_weights_of_a_parked_runner_are_weights(benches: Callable[..., Bench]) -> None:
+    """Scaled to 0 before any simulator had weights: nobody would ever offer them again."""
+    bench = benches()
+    bench.trainer(runners=1)
+    bench.hello("a", RunnerHello(RUN))
+    bench.send("t", POOL([Assigned(session("a"), "park")]))
+    assert GET_STATE(RUN, 0, 0) in [m for _, m in bench.send("a", OFFER(RUN, 0, len(WEIGHTS)))]

@@ -41,6 +41,9 @@ class Interrupted(BaseException):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
 
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        return Interrupted, (self.signum,)  # Ray copies what it finds as the cause of an exception
+
 
 class Stop:
     """Whether somebody asked to stop: true once a signal came. `signum` is the first one, 0 before it."""

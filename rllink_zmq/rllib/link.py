@@ -207,7 +207,9 @@ class RunnerLink:
     def _done(self) -> bool:
         """Told to leave, and RLlib has everything."""
         session = self.session
-        busy = session.claiming or session.returned < session.committed or (self._call is not None and self._call.steps)
+        call = self._call
+        waits = call is not None and (call.steps or call.rules.style == "round")
+        busy = session.claiming or session.returned < session.committed or waits
         return session.duty in ("leave", "end") and session.state is State.LIVE and not busy
 
     def _go_on(self, call: SampleCall, result: Future[list[Lease]], now: float) -> float:

@@ -49,12 +49,14 @@ STOP_WITHIN = 5.0
 @dataclass
 class Member:
     """One runner. `id`: RLlib's, None while it is being started. `session`: at the broker, b'' until it has joined.
-    `gone_at`: since when RLlib has known that it is gone."""
+    `gone_at`: since when RLlib has known that it is gone. `seen`: the epoch of the broker in whose roster it was last.
+    """
 
     handle: ActorHandle
     index: int
     id: int | None = None
     session: bytes = b""
+    seen: bytes = b""
     duty: Duty = "serve"
     since: float = field(default_factory=time.monotonic)
     gone_at: float | None = None
@@ -85,7 +87,6 @@ class Pool:
         self._said = float("-inf")
         self._told: dict[bytes, Duty] = {}
         self._ending = threading.Event()
-        self._look = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rllink-pool", daemon=True)
 
     def start(self) -> None:
@@ -119,18 +120,23 @@ class Pool:
                 self._members.append(member)
             if any(m.duty == "leave" for m in self._members):
                 self._trainer.take_over()
-            roster = {p.session for p in self._trainer.session.roster}
-            fresh = self._trainer.session.roster_at
-            gone = [
-                m for m in self._members
-                if m.duty == "leave" and m.session not in roster and fresh > m.since and m.id in manager.actors()
-            ]  # fmt: skip
+            gone = [m for m in self._members if m.duty == "leave" and self._has_left(m) and m.id in manager.actors()]
             for member in gone:
                 self._members.remove(member)
                 manager.remove_actor(member.id)
                 self._kill(member, no_restart=True)
         if added or gone:
             logger.info("%d runners joined and %d left, %d are wanted", len(added), len(gone), self.target)
+
+    def _has_left(self, member: Member) -> bool:
+        """It has said BYE: the broker knew it, and does no longer. A broker that was restarted meanwhile may not have
+        heard it yet, and what it has to report must not die with it."""
+        session = self._trainer.session
+        if not member.session:
+            return True  # it died, and was started again
+        if session.roster_at <= member.since or any(p.session == member.session for p in session.roster):
+            return False
+        return member.seen == session.roster_epoch or self._trainer.clock() - session.live_since > ABSENT
 
     def _join(self, member: Member) -> bool:
         try:
@@ -145,7 +151,6 @@ class Pool:
     def end(self) -> None:
         """The training ends: no call waits any longer, and a runner that doesn't answer is killed."""
         self._ending.set()
-        self._look.set()
         with self._lock:
             members = [*self._members, *self._ready, *(s.member for s in self._starting)]
             self._members, self._ready, self._starting = [], [], []
@@ -154,14 +159,9 @@ class Pool:
 
     # ---- the thread
 
-    def poke(self) -> None:
-        """There is news."""
-        self._look.set()
-
     def _run(self) -> None:
         while not self._ending.is_set():
-            self._look.wait(LOOK_EVERY)
-            self._look.clear()
+            self._ending.wait(LOOK_EVERY)
             try:
                 with self._lock:
                     if not self._ending.is_set():
@@ -176,6 +176,10 @@ class Pool:
             logger.info("%d runners are wanted, there are %d", wanted, len(self._serving()))
             self.target = wanted
             self._trainer.change_runners(wanted)
+        present = {p.session for p in session.roster}
+        for member in self._members:
+            if member.session in present:
+                member.seen = session.roster_epoch
         self._advance()
         self._fit()
         self._watch(session.roster, session.roster_at, session.live_since)
