@@ -14,7 +14,7 @@ ARGS ?=
 .PHONY: help install check format test soak demo bench clean
 
 help: ## print this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with everything in it, at the versions of constraints.txt
 
@@ -35,8 +35,11 @@ format: install ## let ruff put the tree in order
 	$(BIN)/ruff format .
 
 test: check ## check, then all tests: the quick ones on two cores, then those that start a Ray, two files at a time
-	$(BIN)/pytest -n 2 -m 'not ray'
+	$(BIN)/pytest -n 2 -m 'not ray and not long'
 	$(BIN)/pytest -n 2 --dist loadfile -m ray
+
+test-long: install ## faults in real processes, and Ray nodes in network namespaces (root, iproute2, nftables)
+	$(BIN)/pytest -n 0 -m long
 
 soak: install ## 200,000 simulated runs of mixed faults, on all cores; ARGS='--runs 20000' for fewer
 	$(BIN)/python tests/world_soak.py --output benchmarks/results/soak.json $(ARGS)

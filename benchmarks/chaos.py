@@ -149,6 +149,11 @@ def returns(iterations: Sequence[Iteration]) -> dict[str, float]:
     }
 
 
+def _since(faults: list[dict[str, Any]], zero: float) -> list[dict[str, Any]]:
+    """With times in seconds since the first."""
+    return [{**f, "began": round(f["began"] - zero, 2), "since": round(f["since"] - zero, 2)} for f in faults]
+
+
 def _broken(verdict: Verdict, *names: str) -> float:
     return float(sum(len(verdict.broken.get(name, ())) for name in names))
 
@@ -167,7 +172,13 @@ def tell(
         "dropped_fragments": chaos.watch.dropped, "unbalanced": chaos.watch.unbalanced,
         "last_ledger": last["ledger"] if last is not None else None,
     }  # fmt: skip
-    report.rounds = {"faults": faults, "status": chaos.watch.samples[:: max(1, len(chaos.watch.samples) // 600)]}
+    zero = faults[0]["began"]
+    for sample in chaos.watch.samples:
+        sample["s"] = round(sample.pop("time") - zero, 2)
+    report.rounds = {
+        "faults": _since(faults, zero),
+        "status": chaos.watch.samples[:: max(1, len(chaos.watch.samples) // 600)],
+    }
     how = "by the clock" if options.overlap else "one after the other"
     report.table(
         f"{len(faults)} faults {how}, {options.simulators} simulators, {options.runners} runners; seconds",
@@ -198,7 +209,7 @@ def tell(
     if without:
         curves["without"] = [(float(i.steps), i.mean) for i in without if i.mean is not None]
     title = f"{options.simulators} simulators, {options.runners} runners, {len(faults)} faults {how}"
-    chaos_report.plot(report.path.with_suffix(".png"), title, chaos.watch.samples, faults, kinds, curves)  # type: ignore[arg-type]
+    chaos_report.plot(report.path.with_suffix(".png"), title, book, chaos.watch.samples, faults, kinds, curves)  # type: ignore[arg-type]
 
 
 def tell_recovery(report: measure.Report, options: argparse.Namespace, chaos: Chaos, verdict: Verdict,
@@ -209,7 +220,7 @@ def tell_recovery(report: measure.Report, options: argparse.Namespace, chaos: Ch
         "simulators": options.simulators, "runners": options.runners,
         "kinds": chaos_report.figures(list(kinds.values())), "audit": as_json(verdict),
     }  # fmt: skip
-    report.rounds = {"faults": faults}
+    report.rounds = {"faults": _since(faults, faults[0]["began"])}
     restarts = [f for f in faults if f["kind"] == "broker killed"]
     connected = [float(f["all_connected_s"]) for f in restarts]
     delivering = [float(f["delivering_s"]) for f in restarts]

@@ -68,6 +68,7 @@ class Book:
         for ways in self.ways.values():
             ways.sort(key=lambda w: w.handed)
         self.batches = sorted(time for _, _, time in batches)
+        self.trained = sorted(trained.values())
 
     def sessions(self, fault: dict[str, Any]) -> list[str]:
         """Those that a fault hit."""
@@ -166,32 +167,31 @@ def figures(kinds: Sequence[Kind]) -> dict[str, Any]:
 
 
 def plot(
-    path: Path, title: str, samples: Sequence[dict[str, Any]], faults: Sequence[dict[str, Any]],
+    path: Path, title: str, book: Book, samples: Sequence[dict[str, Any]], faults: Sequence[dict[str, Any]],
     kinds: Sequence[Kind], curves: dict[str, Sequence[tuple[float, float]]],
 ) -> None:  # fmt: skip
-    """Above: who was there. In the middle: returns by env steps. Below: recovery times by kind of fault."""
+    """Above: what was trained on, and when faults began. In the middle: returns by env steps. Below: recovery times."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    zero = samples[0]["time"]
+    zero = faults[0]["began"]
     names = [k.kind for k in kinds]
     colours = {name: pyplot.get_cmap("tab10")(i % 10) for i, name in enumerate(names)}
     figure, (above, middle, below) = pyplot.subplots(
         3, 1, figsize=(9, 11), layout="constrained", gridspec_kw={"height_ratios": [3, 2, 3]}
     )
-    times = [s["time"] - zero for s in samples]
-    above.plot(times, [s["simulators"] for s in samples], color="tab:green", label="simulators")
-    above.set(ylabel="simulators connected", xlabel="seconds", ylim=(0, None), title=title)
-    runners = above.twinx()
-    runners.step(times, [s["serving"] for s in samples], color="tab:blue", label="runners that serve")
-    runners.set(ylabel="runners", ylim=(0, 12))
+    used = [t - zero for t in book.trained if t > zero]
+    above.hist(used, bins=range(0, int(max(used)) + 2, 2), color="lightgray", label="fragments trained on, in 2 s")
+    above.set(ylabel="fragments trained on, in 2 s", xlabel="seconds", title=title)
     for fault in faults:
-        above.axvline(fault["began"] - zero, color=colours.get(fault["kind"], "gray"), linewidth=0.8, alpha=0.7)
-    lines = [*above.get_lines()[:1], *runners.get_lines()]
-    above.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
+        above.axvline(fault["began"] - zero, color=colours[fault["kind"]], linewidth=1.2)
+    if samples:
+        there = above.twinx()
+        there.plot([s["s"] for s in samples], [s["simulators"] for s in samples], color="tab:green", linewidth=1.0)
+        there.set(ylabel="simulators connected (green)", ylim=(0, None))
     for name, points in curves.items():
         middle.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=1.0)
     middle.set(xlabel="env steps", ylabel="mean return", ylim=(0, 510))

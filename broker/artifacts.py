@@ -19,7 +19,7 @@ from .peers import Peer, Runner, Trainer
 from .settings import Settings
 from .state import BrokerState
 
-TRANSFER_IDLE = 2.0
+TRANSFER_IDLE = 20.0
 """Seconds without a request after which a transfer to simulators is over, or given up."""
 
 

@@ -68,7 +68,7 @@ def _dealer(address: str) -> zmq.Socket[Any]:
     socket: zmq.Socket[Any] = zmq.Context.instance().socket(zmq.DEALER)
     set_options(socket, rcvhwm=0, sndhwm=1000)
     socket.immediate = True
-    socket.reconnect_ivl = 100
+    socket.reconnect_ivl = 250  # longer than between two looks, so that one of them sees the connection gone
     socket.reconnect_ivl_max = 1000
     try:
         socket.connect(address)

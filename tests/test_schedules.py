@@ -30,6 +30,7 @@ from core_bench import (
 )
 
 from broker import peers
+from broker.artifacts import TRANSFER_IDLE
 from rllink_zmq.messages import (
     ACK,
     DUTY,
@@ -607,7 +608,9 @@ def test_f9_a_slow_puller_gets_to_the_end_though_versions_come_faster(alone: Ben
             publish(version)
     assert got == [(1, 0), (1, CHUNK_BYTES), (1, 2 * CHUNK_BYTES)]
     assert alone.send("s", GET_STATE(RUN, -1, 0))[0][1].version == 7
-    alone.wait(3)
+    for _ in range(3):
+        alone.wait(TRANSFER_IDLE / 3 + 1)
+        alone.send("a", PING())
     publish(8)
     ((_, state),) = alone.send("s", GET_STATE(RUN, 1, CHUNK_BYTES))
     assert (state.version, state.offset) == (8, 0)
