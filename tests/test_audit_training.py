@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 from processes import broker, rllink, status, until
 
-pytestmark = pytest.mark.ray
-
 
 def audited(directory: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
     """`rllink-zmq audit`: its exit code, JSON, and words."""
@@ -23,12 +21,17 @@ def audited(directory: Path, *arguments: str) -> tuple[int, dict[str, Any], str]
 @pytest.mark.parametrize(
     ("algo", "more"),
     [
-        ("PPO", {"train_batch_size_per_learner": 500, "minibatch_size": 125, "num_epochs": 2}),
-        ("PPO", {"train_batch_size_per_learner": 250, "minibatch_size": 125, "num_epochs": 1, "num_learners": 2}),
-        ("APPO", {"train_batch_size_per_learner": 250}),
+        pytest.param(
+            "PPO", {"train_batch_size_per_learner": 500, "minibatch_size": 125, "num_epochs": 2},
+            marks=pytest.mark.ray, id="PPO",
+        ),
+        pytest.param(
+            "PPO", {"train_batch_size_per_learner": 250, "minibatch_size": 125, "num_epochs": 1, "num_learners": 2},
+            marks=pytest.mark.long, id="PPO with two learners",
+        ),
+        pytest.param("APPO", {"train_batch_size_per_learner": 250}, marks=pytest.mark.ray, id="APPO"),
     ],
-    ids=["PPO", "PPO with two learners", "APPO"],
-)
+)  # fmt: skip
 def test_a_training_uses_each_delivered_fragment_once(tmp_path: Path, algo: str, more: dict[str, Any]) -> None:
     logs, config = tmp_path / "logs", tmp_path / "config.yaml"
     config.write_text(json.dumps({**more, "model_config": {"fcnet_hiddens": [16]}}))
