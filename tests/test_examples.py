@@ -194,7 +194,7 @@ def test_raw_dealer_names_nothing_of_ours() -> None:
 def test_raw_dealer_acts_by_the_policy_and_is_delivered(
     broker: Broker, spaces: tuple[gym.Space, gym.Space], module: Any, exported: tuple[bytes, bytes]
 ) -> None:
-    with learning(broker, *exported, spaces) as learner, raw_dealer(broker, "--episodes", "40") as running:
+    with learning(broker, *exported, spaces) as learner, raw_dealer(broker, "--episodes", "400") as running:
 
         def newer_after_200_steps() -> None:
             if learner.steps > 200 and learner.runner.offered_version == 0:
@@ -202,7 +202,7 @@ def test_raw_dealer_acts_by_the_policy_and_is_delivered(
 
         printed = played_to_the_end(learner, running, newer_after_200_steps)
     assert printed[-1] == f"outcomes: {{'delivered': {len(learner.leases)}}}, unsettled: 0"
-    assert len(episodes_of(learner)) == 40
+    assert len(episodes_of(learner)) == 400
     assert {lease.message.version for lease in learner.leases} == {0, 1}
     assert max(lease.message.steps for lease in learner.leases) <= 50
 
