@@ -29,7 +29,7 @@ def audited(directory: Path, *arguments: str) -> tuple[int, dict[str, Any], str]
             "PPO", {"train_batch_size_per_learner": 250, "minibatch_size": 125, "num_epochs": 1, "num_learners": 2},
             marks=pytest.mark.long, id="PPO with two learners",
         ),
-        pytest.param("APPO", {"train_batch_size_per_learner": 250}, marks=pytest.mark.ray, id="APPO"),
+        pytest.param("APPO", {"train_batch_size_per_learner": 250}, marks=pytest.mark.long, id="APPO"),
     ],
 )  # fmt: skip
 def test_a_training_uses_each_delivered_fragment_once(tmp_path: Path, algo: str, more: dict[str, Any]) -> None:

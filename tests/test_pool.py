@@ -126,6 +126,7 @@ def test_it_grows_shrinks_to_nothing_and_goes_on(
     assert balanced(ledger) and not ledger["dropped"]
 
 
+@pytest.mark.long
 def test_from_the_local_runner_to_actors(addresses: dict[str, str], built: list[Algorithm]) -> None:
     with simulators(addresses):
         algorithm = build(ppo(0), addresses, built)
@@ -137,6 +138,7 @@ def test_from_the_local_runner_to_actors(addresses: dict[str, str], built: list[
         assert algorithm.env_runner_group.num_remote_env_runners() == 1
 
 
+@pytest.mark.long
 def test_a_restored_pool_is_as_large_as_it_was(
     addresses: dict[str, str], built: list[Algorithm], tmp_path: Path
 ) -> None:
@@ -158,7 +160,7 @@ def pids(algorithm: Algorithm) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("config", [ppo, appo])
+@pytest.mark.parametrize("config", [ppo, pytest.param(appo, marks=pytest.mark.long)])
 def test_a_stopped_runner_is_killed_and_training_goes_on(
     config: Any, addresses: dict[str, str], built: list[Algorithm]
 ) -> None:
