@@ -162,12 +162,16 @@ class Scale(Fault):
         return True
 
 
-class BreakLink(Fault):
-    """What a group's link carries waits, or vanishes, or the link is cut."""
+class Break(Fault):
+    """Something that carries bytes does otherwise for some seconds."""
 
     def __init__(self, system: System, kind: str, flow: Flow, seconds: float) -> None:
         super().__init__(system)
         self.kind, self.flow, self.seconds = kind, flow, seconds
+
+
+class BreakLink(Break):
+    """What a group's link carries waits, or vanishes, or the link is cut."""
 
     def begin(self) -> bool:
         self.group: Group = self.system.random.choice([g for g in self.system.groups if g.proxy is not None])
@@ -192,12 +196,8 @@ class BreakLink(Fault):
         return True
 
 
-class BreakRunnerLink(Fault):
+class BreakRunnerLink(Break):
     """One runner's connection to the broker waits, or is cut."""
-
-    def __init__(self, system: System, kind: str, flow: Flow, seconds: float) -> None:
-        super().__init__(system)
-        self.kind, self.flow, self.seconds = kind, flow, seconds
 
     def begin(self) -> bool:
         pids = self.system.trained.runners()

@@ -16,13 +16,14 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from chaos_proxy import Proxy
 from measure import BenchmarkError, until
+
+from rllink_zmq.cli import admin
+from rllink_zmq.errors import RllinkError
 
 HOST = "127.0.0.1"
 ITERATION = re.compile(r"iteration\s+(\d+)\s+steps\s+(\d+)\s+return\s+(\S+)")
@@ -109,23 +110,17 @@ class BrokerProcess:
     def status(self) -> dict[str, Any] | None:
         """`/status`; None while nobody answers."""
         try:
-            with urllib.request.urlopen(f"http://{HOST}:{self.admin}/status", timeout=5) as answer:
-                loaded: dict[str, Any] = json.load(answer)
-        except (OSError, ValueError):
+            return admin.fetch(f"http://{HOST}:{self.admin}")
+        except RllinkError:
             return None
-        return loaded
 
     def scale(self, runners: int) -> bool:
         """Whether it took the request: not while it is away or has no trainer."""
-        body = json.dumps({"runners": runners}).encode()
-        request = urllib.request.Request(
-            f"http://{HOST}:{self.admin}/scale", body, {"Content-Type": "application/json"}
-        )
         try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                return int(answer.status) == 202
-        except (urllib.error.URLError, OSError):
+            admin.scale(f"http://{HOST}:{self.admin}", runners)
+        except RllinkError:
             return False
+        return True
 
 
 class Group:

@@ -17,6 +17,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rllink_zmq.errors import SettingsError
+from rllink_zmq.messages import MOST_WANTED
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -28,8 +29,6 @@ ANSWER_WITHIN = 2.0
 """Seconds the loop has to answer."""
 
 PATHS = "/healthz, /readyz, /status and /scale"
-
-MOST_RUNNERS = 1000
 
 
 class Question(Enum):
@@ -142,8 +141,8 @@ def _app(ask: Ask) -> Any:
         except ValueError:
             body = None
         number = body.get("runners") if isinstance(body, dict) else None
-        if type(number) is not int or not 0 <= number <= MOST_RUNNERS:
-            text = f'expected {{"runners": N}} with N from 0 to {MOST_RUNNERS}'
+        if type(number) is not int or not 0 <= number <= MOST_WANTED:
+            text = f'expected {{"runners": N}} with N from 0 to {MOST_WANTED}'
             return JSONResponse({"error": text}, 422)
         found = await answer(Question.SCALE, number)
         if found is None:

@@ -110,7 +110,10 @@ class Flow:
                 ):
                     builder.observe(observation)
                     self.cut(builder, "no")
-            if origin is not None and (self._drop_or_send(pairs) if self.drops else self._room(needed)):
+            if origin is not None and self.drops:
+                self._drop_or_send(pairs)
+                break
+            if origin is not None and self._room(needed):
                 break
             self._submit_all(pairs)
             if not looked:
@@ -133,9 +136,9 @@ class Flow:
                     self.measure()
         return origin
 
-    def _drop_or_send(self, pairs: Pairs) -> bool:
+    def _drop_or_send(self, pairs: Pairs) -> None:
         """Never waits: a fragment that begins without room for all of it is one to be dropped, and one that is being
-        built and may not grow is sent as it is. True when all may go on."""
+        built and may not grow is sent as it is."""
         fresh = [builder for builder, _ in pairs if builder.sent and not builder.steps]
         growing = sum(builder.sent and not builder.dropping and bool(builder.steps) for builder, _ in pairs)
         if growing and not self._room(growing):
@@ -148,7 +151,6 @@ class Flow:
         room = bool(self.session.window) and (self._room(whole) or (not self.session.unsettled and self.credit > 0))
         for builder in fresh:
             builder.dropping = not room
-        return True
 
     def origin(self, kind: Kind) -> Origin | None:
         """Which weights the next fragment is of; None while there are none, or no layout."""

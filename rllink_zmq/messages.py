@@ -23,6 +23,8 @@ MAX_BODY_BYTES = 1 << 30
 MAX_COLUMNS = 64
 MAX_NUMBERS = 65_536
 MAX_RUNNERS = 1024
+MOST_WANTED = 1000
+"""Runners that a pool may be scaled to: those that leave have to fit into the lists, too."""
 MAX_DIMENSIONS = 8
 """Of one value of a space. A column has one more: its rows."""
 MAX_BOUNDS = 8192

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from core_bench import Bench
+from processes import broker
+
+if TYPE_CHECKING:
+    from ray.rllib.algorithms.algorithm import Algorithm
 
 
 @pytest.fixture
@@ -21,3 +25,29 @@ def benches() -> Iterator[Callable[..., Bench]]:
     yield make
     for bench in made:
         bench.broker.check_invariants()
+
+
+@pytest.fixture
+def addresses() -> Iterator[dict[str, str]]:
+    """Those of a broker process."""
+    with broker() as bound:
+        yield bound
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray for the tests of one file."""
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def built() -> Iterator[list[Algorithm]]:
+    """What is put here is stopped at the end."""
+    algorithms: list[Algorithm] = []
+    yield algorithms
+    for algorithm in algorithms:
+        algorithm.stop()

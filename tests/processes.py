@@ -9,28 +9,43 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 60.0
 """How long a condition may take on a busy machine before the test fails."""
 
 
+REAL_RAY = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("cluster"),
+    # Ray's and RLlib's own, on every build; and sockets that Ray leaves to the collector.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:.*invalid value encountered:RuntimeWarning"),
+]
+"""The `pytestmark` of a file whose tests run RLlib in this process."""
+
+
 @contextmanager
-def process(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A Python with these arguments, its stdout a pipe; ended (by its own id) with the block."""
+def running_command(command: Sequence[str], end: signal.Signals, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process with its stdout a pipe, which gets the signal `end` (by its own id) with the block."""
     running = subprocess.Popen(
-        [sys.executable, *arguments],
-        **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT, **options},
+        command, **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT, **options}
     )
     try:
         yield running
     finally:
         if running.poll() is None:
-            running.send_signal(signal.SIGTERM)
+            running.send_signal(end)
             try:
                 running.wait(20)
             except subprocess.TimeoutExpired:
@@ -39,6 +54,13 @@ def process(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
         for stream in (running.stdout, running.stderr):
             if stream is not None:
                 stream.close()
+
+
+@contextmanager
+def process(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A Python with these arguments."""
+    with running_command([sys.executable, *arguments], signal.SIGTERM, **options) as running:
+        yield running
 
 
 @contextmanager
@@ -59,6 +81,13 @@ def broker(*arguments: str) -> Iterator[dict[str, str]]:
         line = running.stdout.readline()
         assert line, f"the broker ended with {running.wait()}"
         yield json.loads(line)
+
+
+def simulators(addresses: dict[str, str], number: int = 4, env: str = "CartPole-v1") -> Any:
+    """`rllink-zmq simulate` at this broker, for a `with`."""
+    return rllink(
+        "simulate", "--env", env, "--broker", addresses["frontend"], "--num", str(number), stdout=subprocess.DEVNULL
+    )
 
 
 def status(addresses: dict[str, str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import netns
 import pytest
-from processes import balanced, environment, status, until
+from processes import balanced, environment, running_command, status, until
 
 from rllink_zmq.audit import Sent, read
 from rllink_zmq.audit_judge import judge
@@ -51,25 +51,14 @@ def net() -> Iterator[netns.Net]:
 @contextmanager
 def on(host: netns.Host, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
     """A Python with these arguments on this host, its stdout a pipe."""
-    running = subprocess.Popen(
-        host.command(sys.executable, *arguments),
+    with running_command(
+        host.command(sys.executable, *arguments), signal.SIGINT,
         **{
-            "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True, "start_new_session": True,
-            "env": environment(**RAY, PYTHONPATH=str(Path(__file__).parent)), **options,
+            "start_new_session": True,
+            "env": environment(**RAY, PYTHONPATH=str(Path(__file__).parent)), "cwd": None, **options,
         },
-    )  # fmt: skip
-    try:
+    ) as running:  # fmt: skip
         yield running
-    finally:
-        if running.poll() is None:
-            running.send_signal(signal.SIGINT)
-            try:
-                running.wait(20)
-            except subprocess.TimeoutExpired:
-                running.kill()
-                running.wait()
-        if running.stdout is not None:
-            running.stdout.close()
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
-from processes import broker, process, status, until
+from processes import process, status, until
 
 from rllink_zmq.messages import BoxSpace, DiscreteSpace, Spaces, TrainerHello
 from rllink_zmq.session import SimulatorSession, State
@@ -90,12 +89,6 @@ class Proxy:
                 self._selector.unregister(one)
                 del self._other[one]
                 one.close()
-
-
-@pytest.fixture
-def addresses() -> Iterator[dict[str, str]]:
-    with broker() as bound:
-        yield bound
 
 
 @contextmanager

@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-from processes import balanced, broker, rllink, status, until
+from processes import REAL_RAY, balanced, broker, simulators, status, until
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 
+from rllink_zmq.cli import admin
 from rllink_zmq.rllib import attach
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore:.*invalid value encountered:RuntimeWarning"),
-]
+pytestmark = REAL_RAY
 
 PATIENCE_S = 120.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture
-def addresses() -> Iterator[dict[str, str]]:
-    with broker() as bound:
-        yield bound
-
-
-@pytest.fixture
-def built() -> Iterator[list[Algorithm]]:
-    algorithms: list[Algorithm] = []
-    yield algorithms
-    for algorithm in algorithms:
-        algorithm.stop()
 
 
 def ppo(runners: int) -> AlgorithmConfig:
@@ -74,18 +41,8 @@ def build(config: AlgorithmConfig, addresses: dict[str, str], built: list[Algori
     return built[-1]
 
 
-def simulators(addresses: dict[str, str], number: int = 4) -> Any:
-    return rllink(
-        "simulate", "--env", "CartPole-v1", "--broker", addresses["frontend"], "--num", str(number),
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
 def scale(addresses: dict[str, str], number: int) -> None:
-    body = json.dumps({"runners": number}).encode()
-    request = urllib.request.Request(f"{addresses['admin']}/scale", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        assert answer.status == 202
+    admin.scale(addresses["admin"], number)
 
 
 def steps_of(algorithm: Algorithm) -> int:

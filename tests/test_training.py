@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import image_env
 import numpy as np
 import pytest
-import ray
 import zmq
-from processes import balanced, broker, environment, process, rllink, status, until
+from processes import REAL_RAY, balanced, environment, process, rllink, simulators, status, until
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.ppo import PPO, PPOConfig
@@ -22,29 +20,7 @@ from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.rllib import attach
 
-pytestmark = [
-    pytest.mark.ray,
-    # Ray's and RLlib's own, on every build; and sockets that Ray leaves to the collector.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore:.*invalid value encountered:RuntimeWarning"),
-]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture
-def addresses() -> Iterator[dict[str, str]]:
-    with broker() as bound:
-        yield bound
+pytestmark = REAL_RAY
 
 
 def ppo(runners: int = 2, batch: int = 500) -> PPOConfig:
@@ -57,22 +33,8 @@ def ppo(runners: int = 2, batch: int = 500) -> PPOConfig:
     )
 
 
-def simulators(addresses: dict[str, str], number: int = 4, env: str = "CartPole-v1") -> Any:
-    return rllink(
-        "simulate", "--env", env, "--broker", addresses["frontend"], "--num", str(number), stdout=subprocess.DEVNULL
-    )
-
-
 def only_staleness(ledger: dict[str, Any]) -> bool:
     return set(ledger["dropped"]) <= {"stale", "old_run"}
-
-
-@pytest.fixture
-def built() -> Iterator[list[Algorithm]]:
-    algorithms: list[Algorithm] = []
-    yield algorithms
-    for algorithm in algorithms:
-        algorithm.stop()
 
 
 def test_ppo_trains_and_reports(addresses: dict[str, str], built: list[Algorithm]) -> None:

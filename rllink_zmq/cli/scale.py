@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from rllink_zmq.errors import ConnectionTimeout
+from rllink_zmq.messages import MOST_WANTED
 
 from . import admin as broker_admin
 from . import output
@@ -26,7 +27,7 @@ Examples:
 With 0 training waits, and goes on when there are runners again. Each runner needs a CPU that Ray has free: its share
 is the config's num_cpus_per_env_runner (0.1 unless set).""",
 )
-@click.argument("number", type=click.IntRange(0, 1000), metavar="N")
+@click.argument("number", type=click.IntRange(0, MOST_WANTED), metavar="N")
 @broker_admin.option
 @click.option("--wait", is_flag=True, help="Return when exactly N runners serve.")
 @click.option(

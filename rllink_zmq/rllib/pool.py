@@ -136,7 +136,7 @@ class Pool:
             return True  # it died, and was started again
         if session.roster_at <= member.since or any(p.session == member.session for p in session.roster):
             return False
-        return member.seen == session.roster_epoch or self._trainer.clock() - session.live_since > ABSENT
+        return member.seen == session.roster_epoch or time.monotonic() - session.live_since > ABSENT
 
     def _join(self, member: Member) -> bool:
         try:
@@ -264,10 +264,9 @@ class Pool:
 
     def _watch(self, roster: list[Present], at: float, live_since: float) -> None:
         """Kill what hangs. Silence is judged by a broker that is there, and has been for long enough."""
-        clock = self._trainer.clock()
-        if clock - at > 3.0 or clock - live_since < self._timeout:
-            return
         now = time.monotonic()
+        if now - at > 3.0 or now - live_since < self._timeout:
+            return
         known = {p.session: p for p in roster}
         for member in [m for m in self._members if m.session]:
             if self._comes_back(member, now):

@@ -99,7 +99,6 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self._fragments = 0
         self.on_restored: Any = None
         self.on_stop: Any = None
-        self.on_needed: Any = None
         self.on_sample: Any = None
 
     # ---- joining
@@ -179,8 +178,6 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
     def _take(self) -> list[SingleAgentEpisode]:
         if self.on_sample is not None:
             self.on_sample()
-        if self._link is None and self.on_needed is not None:
-            self.on_needed()  # the local runner, when all others are gone
         link = self._link
         if link is None:
             logger.warning("runner %s was asked for samples before the trainer told it its run", self.worker_index)

@@ -76,7 +76,6 @@ class Trainer:
             secrets.token_bytes(16), self._hello(), blob, name=self._algorithm, package=__version__
         )
         self._thread = ConnectionThread(Connection(self.session, self.settings.broker), _no_step, "rllink-trainer")
-        self.clock = time.monotonic
         self._thread.start()
         self._await_welcome()
         self._first = self._learned()
@@ -85,8 +84,7 @@ class Trainer:
         if local is not None:
             local.on_restored = self.begin_run
             local.on_stop = self.stop
-            local.on_sample = self.pool.sweep
-            local.on_needed = self._join_local
+            local.on_sample = self._before_local_sample
 
     def _hello(self) -> TrainerHello:
         terms = self._terms
@@ -144,6 +142,12 @@ class Trainer:
         """The local runner samples: there is no other one."""
         if self._local is not None:
             self._local.join(self.run, self.manifest, state)
+
+    def _before_local_sample(self) -> None:
+        """RLlib has no other runner: there is none, or all are gone."""
+        self.pool.sweep()
+        if self._local is not None and not self._local.joined:
+            self._join_local()
 
     def joining(self) -> Callable[[Any], bytes]:
         """What a new runner has to do before RLlib sees it: what RLlib did with its first ones, and `join`."""
