@@ -1,8 +1,9 @@
 """The broker's mind: events in, actions out. No socket, clock, thread or logging in here.
 
 `handle(event, now)` returns what to do; `next_deadline()` says when a `Tick` is due; `check_invariants()` raises when
-something that must always hold doesn't. Three rooms share the state: this one routes and keeps the fragments,
-`handshake` lets peers in and out, `artifacts` passes weights and policies on.
+something that must always hold doesn't. The rooms share the state: this one routes and keeps the fragments,
+`handshake` lets peers in and out, `duties` says what runners are to do, `artifacts` passes weights and policies on, and
+`overview` shows it all.
 """
 
 from __future__ import annotations
@@ -36,12 +37,9 @@ from .balance import choose
 from .events import Action, Event, Forward, Malformed, Received, Send, Side, Tick, Unreachable
 from .fragments import Fragment, State, Verb
 from .handshake import Handshake
+from .overview import Overview
 from .peers import Peer, Runner, Simulator
 from .settings import Settings
-
-STRAGGLERS = 5
-STRAGGLER_S, STRAGGLER_TIMES = 1.0, 4.0
-"""A simulator that may go on and has sent nothing for this long, and so many times the median, holds a round back."""
 
 MOST_OWNERS = 16
 """Unfinished episodes that are remembered of a simulator, for each that it says it runs at once."""
@@ -50,7 +48,7 @@ ACK_OUTCOMES = 8192
 """Outcomes that one ACK carries at most: its header has to fit a frame."""
 
 
-class Broker(Handshake, Artifacts):
+class Broker(Handshake, Artifacts, Overview):
     """One broker epoch. `epoch`: 8 random bytes; `weights_address`: where simulators find PUB."""
 
     def __init__(self, settings: Settings, epoch: bytes, weights_address: str, now: float) -> None:
@@ -400,97 +398,7 @@ class Broker(Handshake, Artifacts):
         else:
             self._send(peer, self.pong(peer, now))
 
-    # ---- for people
-
-    def status(self, now: float) -> dict[str, Any]:
-        """What `/status` shows."""
-        sims = [p for p in self.routes[Side.FRONT].values() if type(p) is Simulator]
-        at_simulators: dict[str, list[int]] = {}
-        for sim in self.simulators.values():
-            for reason, (fragments, steps) in sim.dropped.items():
-                total = at_simulators.setdefault(reason, [0, 0])
-                total[0] += fragments
-                total[1] += steps
-        trainer = self.trainer
-        return {
-            "epoch": self.epoch.hex(),
-            "uptime_s": round(now - self.started, 3),
-            "simulators": len(sims),
-            "sampled_by": sum(1 for s in sims if s.high),
-            "runners": [
-                {
-                    "name": r.name,
-                    "session": r.session.hex(),
-                    "state": r.state.value,
-                    "duty": r.duty,
-                    "run_id": r.run,
-                    "leased_steps": r.leased_steps,
-                    "taken_fragments": sum(map(len, r.takes.values())),
-                    "assigned_steps": r.assigned_steps,
-                    "silent_s": round(now - r.heard, 1),
-                }
-                for r in self.runners.values()
-                if r.state is not peers.State.GONE
-            ],
-            "trainer": None
-            if trainer is None or trainer.state is not peers.State.LIVE
-            else {
-                "name": trainer.name,
-                "run_id": trainer.hello.run,
-                "runners": trainer.hello.runners,
-                "runners_wanted": trainer.hello.runners if self.wanted is None else self.wanted,
-                "quota": trainer.hello.quota,
-                "lag_limit": trainer.hello.lag_limit,
-                "steps_ahead": trainer.hello.steps_ahead,
-            },
-            "weights": {"run_id": self.run, "version": self.published_version, "bytes": len(self.weights)},
-            "policy": self.policy_ready,
-            "ledger": self.ledger.as_json(),
-            "dropped_at_simulators": {k: {"fragments": v[0], "steps": v[1]} for k, v in sorted(at_simulators.items())},
-            "memory": {
-                "held_bytes": self.held_bytes,
-                "granted_bytes": self.windows,
-                "limit_bytes": self.settings.memory,
-            },
-            "unfinished_episodes": dict(self.unfinished),
-            "round": self._round(sims, now),
-            "malformed_messages": self.malformed,
-            "waiting_for": self.waiting_for(),
-        }
-
-    def _round(self, sims: list[Simulator], now: float) -> dict[str, Any]:
-        """How far the steps for the next weights are, and which simulators are waited for."""
-        quota = self.trainer.hello.quota if self.trainer is not None else 0
-        idle = sorted(now - s.heard_of_steps for s in sims)
-        found: list[dict[str, Any]] = []
-        if idle and self.pool() and self.round_steps < quota and not self.waiting:
-            late = max(STRAGGLER_S, STRAGGLER_TIMES * idle[len(idle) // 2])
-            slow = [s for s in sims if now - s.heard_of_steps > late and self._may_go_on(s)]
-            slow.sort(key=lambda s: s.heard_of_steps)
-            found = [{"name": s.name, "silent_s": round(now - s.heard_of_steps, 1)} for s in slow[:STRAGGLERS]]
-        return {"version": self.version, "steps": self.round_steps, "quota": quota, "held_back_by": found}
-
-    def _may_go_on(self, sim: Simulator) -> bool:
-        """It has room for more steps than are on their way."""
-        limit = self.steps_granted(sim)[0]
-        under_way = sum(f.header.steps for f in sim.open.values() if not f.credited)
-        return sim.window > 0 and (not limit or sim.taken_steps + under_way < limit)
-
-    def waiting_for(self) -> list[str]:
-        """What is missing for training to go on, in words; [] when nothing is."""
-        missing = []
-        if not self.trained():
-            missing.append("a trainer (rllink-zmq train)")
-        elif not self.pool():
-            none = self.trainer is not None and not self.trainer.hello.runners
-            missing.append("a runner: the pool was scaled to 0 (rllink-zmq scale)" if none else "a runner")
-        elif not self.policy_ready:
-            missing.append("the policy from the trainer")
-        elif self.published_version < 0:
-            missing.append("the first weights from a runner")
-        if not self.simulators_live:
-            missing.append("a simulator (rllink-zmq simulate)")
-        return missing
+    # ---- for tests
 
     def check_invariants(self) -> None:
         """Raises `AssertionError` when something that always holds doesn't. For tests: it looks at everything."""

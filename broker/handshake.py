@@ -9,34 +9,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import TypeVar
 
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import (
     BYE,
     DELIVERED,
-    DUTY,
     HELLO,
-    POOL,
     PROTOCOL_VERSION,
     WELCOME,
-    Assigned,
     RunnerHello,
     SimulatorHello,
     TrainerHello,
 )
 
-from .events import Action, Received, Side
+from .duties import Duties
+from .events import Received, Side
 from .fragments import State as Life
 from .fragments import Verb as Move
 from .peers import Observer, Peer, Runner, Simulator, State, Trainer, Verb, mismatch, step_bytes
-from .state import BrokerState
 
 P = TypeVar("P", bound=Peer)
 
 
-class Handshake(BrokerState):
+class Handshake(Duties):
     """The door."""
 
     def _hello(self, hello: HELLO, event: Received, now: float) -> None:
@@ -191,10 +187,7 @@ class Handshake(BrokerState):
         self.reports.add(runner.session, role, now)
         self._apply_reports(runner, role, now)
         self._welcome(runner)
-        runner.duty = self.duties.get(runner.session, "serve")
-        self._pool = None
-        if runner.duty != "serve":
-            self._send(runner, DUTY(runner.duty))
+        self._tell_duty(runner)
 
     def _apply_reports(self, runner: Runner, role: RunnerHello, now: float) -> None:
         """Fragments that were resent to this broker before the runner that handed them over could say so."""
@@ -266,36 +259,6 @@ class Handshake(BrokerState):
                 if text:
                     self._expel(peer, "spaces", f"{text}: start it with the trainer's environment", now)
         return self._mark_all(now)
-
-    def scale(self, number: int, now: float) -> tuple[str, list[Action]]:
-        """Ask the trainer for `number` runners. Returns what is wrong ('' if nothing is), and what to do."""
-        self._actions = actions = list[Action]()
-        if not self.trained() or self.trainer is None:
-            text = "no trainer is connected: there is nobody who could start or stop runners (rllink-zmq train)"
-            return text, actions
-        self.wanted = number
-        self._say(logging.INFO, "scale", f"asked trainer '{self.trainer.name}' for {number} runners", now)
-        self._send(self.trainer, self.pong(self.trainer, now))
-        return "", actions
-
-    def _on_pool(self, trainer: Peer, message: POOL, event: Received, now: float) -> None:
-        if trainer is not self.trainer:
-            return self._refuse(event.side, event.route, "unexpected", "only the trainer sends POOL", now)
-        return self._assign(message.duties)
-
-    def _assign(self, duties: Iterable[Assigned]) -> None:
-        """What runners are to do. The rest serves."""
-        self.duties = {a.session: a.duty for a in duties}
-        self._pool = None
-        for runner in self.runners.values():
-            duty = self.duties.get(runner.session, "serve")
-            if duty == runner.duty or runner.state is State.GONE:
-                continue
-            runner.duty = duty
-            if duty != "serve":
-                self._requeue(runner.leased, Move.UNLEASE)
-            if runner.state is State.LIVE:
-                self._send(runner, DUTY(duty))
 
     # ---- ways out
 

@@ -1,4 +1,4 @@
-"""What the core remembers, and how it speaks: the ground that its three rooms share."""
+"""What the core remembers, and how it speaks: the ground that its rooms share."""
 
 from __future__ import annotations
 
