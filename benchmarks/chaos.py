@@ -226,8 +226,13 @@ def tell_recovery(report: measure.Report, options: argparse.Namespace, chaos: Ch
     delivering = [float(f["delivering_s"]) for f in restarts]
     killed, stopped = kinds["runner killed"], kinds["runner stopped"]
     told = [
-        ("runner killed: a fragment of its episodes is delivered again", len(killed.first), killed.first),
-        ("runner killed: each of its simulators has one delivered again", len(killed.delivered), killed.delivered),
+        ("runner killed: a fragment of its episodes is acked as delivered again", len(killed.first), killed.first),
+        (
+            "runner killed: each of its simulators has one acked as delivered again",
+            len(killed.delivered),
+            killed.delivered,
+        ),
+        ("runner killed: each of its simulators has one in a train batch again", len(killed.trained), killed.trained),
         (f"broker ready again: all {options.simulators} simulators connected", len(connected), connected),
         ("broker ready again: fragments are delivered", len(delivering), delivering),
         ("runner stopped: training goes on (end of the longest pause)", len(stopped.pauses), stopped.pauses),
@@ -239,7 +244,7 @@ def tell_recovery(report: measure.Report, options: argparse.Namespace, chaos: Ch
     )
     both = [max(a, b) for a, b in zip(connected, delivering, strict=True)]
     report.targets += [
-        _worst("killed runner: delivered again, each of its simulators, s (worst)", killed.delivered, 3.0),
+        _worst("killed runner: trained on again, each of its simulators, s (worst)", killed.trained, 3.0),
         _worst("restarted broker: all simulators connected, and delivering, s (worst)", both, 5.0),
         _worst("stopped runner: training goes on, s (worst)", stopped.pauses, 20.0),
         measure.Target("promises broken", float(sum(map(len, verdict.broken.values()))), "at most", 0),

@@ -249,8 +249,10 @@ class Broker(Handshake, Artifacts, Overview):
         trainer = self.trainer
         if trainer is None:
             return False
-        # Those that are on their way out may have handed something over, too, and count in no pool.
-        reported = len(self.pool()) >= max(1, self.expected) and self.duties.keys() <= self.runners.keys()
+        # Those that are on their way out may have handed something over, too, and count in no pool. One that is at its
+        # end may be a process that has ended.
+        others = (session for session, duty in self.duties.items() if duty != "end")
+        reported = len(self.pool()) >= max(1, self.expected) and all(session in self.runners for session in others)
         if reported or now >= self.started + self.settings.hold:
             self.holding = False
         return not self.holding

@@ -2,7 +2,8 @@
 
 - HELLO with a greeting that is not newer than the session's last changes nothing: it was on its way in a connection
   that is dead.
-- A lost connection is not a lost process: untaken leases go to others at once, taken ones wait `runner_grace`.
+- A lost connection is not a lost process: untaken leases go to others at once, taken ones wait `runner_grace`, unless
+  the trainer has said that it is one (duty `end`).
 - One trainer at a time; a run is never followed by an older one.
 """
 
@@ -278,9 +279,11 @@ class Handshake(Duties):
         elif isinstance(peer, Runner):
             self._requeue(peer.leased, Move.UNLEASE)
             self._say(logging.WARNING, f"lost {peer.name}", f"lost the connection to runner '{peer.name}'", now)
+            if peer.duty == "end":
+                return self._forget(peer, Verb.EXPIRE, now)
         elif isinstance(peer, Trainer):
             self._say(logging.WARNING, "lost trainer", f"lost the connection to trainer '{peer.name}'", now)
-        self._source_lost(peer, now)
+        return self._source_lost(peer, now)
 
     def _bye(self, peer: Peer, message: BYE, event: Received, now: float) -> None:
         if isinstance(peer, Runner):
@@ -333,7 +336,7 @@ class Handshake(Duties):
             elif sim.state is State.GONE and not sim.open and now - sim.since > s.outcome_keep:
                 del self.simulators[sim.session]
         for runner in list(self.runners.values()):
-            if runner.state is State.LOST and now - runner.since > s.runner_grace:
+            if runner.state is State.LOST and (runner.duty == "end" or now - runner.since > s.runner_grace):
                 self._forget(runner, Verb.EXPIRE, now)
             elif runner.state is State.GONE and now - runner.since > s.outcome_keep:
                 del self.runners[runner.session]

@@ -31,7 +31,7 @@ def test_it_sets_what_it_says_and_takes_the_spaces_of_the_env() -> None:
     assert config.observation_space.shape == (4,) and config.action_space == gym.spaces.Discrete(2)
     assert TrainerCallback in config.callbacks_class
     assert (config.sample_timeout_s, config.num_cpus_per_env_runner) == (10.0, 0.1)
-    assert config.env_runner_health_probe_timeout_s == 1.0
+    assert config.env_runner_health_probe_timeout_s == 0.2
     assert LinkSettings.of(config).broker == NOWHERE
 
 

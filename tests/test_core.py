@@ -855,6 +855,23 @@ def test_what_a_leaving_runner_has_taken_stays_its_own(pair: Bench) -> None:
     assert session(one) not in {p.session for p in messages(pair.send("t", PING()), PONG)[0].roster}
 
 
+def test_a_runner_whose_process_has_ended_is_not_waited_for(pair: Bench) -> None:
+    for lost_first in (True, False):
+        number = 1 if lost_first else 2
+        ((one, _, _),) = leases(pair.send("s1", fragment("s1", number)))
+        pair.take(one, 1, claim("s1", number))
+        if lost_first:
+            pair.unreachable(one)
+        assert pair.acks() == {}
+        said = pair.send("t", POOL([Assigned(session(one), "end")]))
+        if not lost_first:
+            assert messages(said, DUTY, one) == [DUTY("end")]
+            pair.unreachable(one)
+        else:
+            pair.tick(2.0)
+        assert pair.acks() == {"s1": [(number, "handover_cut")]}
+
+
 def test_a_duty_outlives_connections_and_comes_with_the_trainers_greeting(trained: Bench) -> None:
     trained.send("t", POOL([Assigned(session("r1"), "leave"), Assigned(session("r5"), "park")]))
     assert messages(trained.hello("r1/2", RunnerHello(RUN)), DUTY) == [DUTY("leave")]
@@ -995,6 +1012,13 @@ def test_at_most_four_seconds(bench: Bench) -> None:
     bench.send("s1", fragment("s1", 1))
     assert leases(bench.wait(3.99)) == []
     assert leases(bench.wait(0.02)) == [("r1", "s1", 1)]
+
+
+def test_nobody_waits_for_the_report_of_a_process_that_has_ended(bench: Bench) -> None:
+    bench.trainer(runners=1, duties=[Assigned(session("r0"), "end")])
+    bench.simulator("s1")
+    bench.send("s1", fragment("s1", 1))
+    assert leases(bench.hello("r1", RunnerHello(RUN))) == [("r1", "s1", 1)]
 
 
 def test_the_hold_ends_also_when_nothing_waits(bench: Bench) -> None:

@@ -329,6 +329,7 @@ class RunnerNode(Node):
 
     def end(self) -> None:
         super().end()
+        self.world.after(self.world.random.uniform(0.02, 1.0), self.world.pool.ended, self.session.session)
         calls = [value for what, value in self.mailbox if what == "sample"]
         if self.busy:
             calls.append(self.call_id)

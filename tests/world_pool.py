@@ -44,6 +44,7 @@ class Pool:
         self.ready: list[Member] = []
         self.highest = 0
         self.told: dict[bytes, Duty] = {}
+        self.dead: set[bytes] = set()
         for _ in range(runners):
             self.join(self.member())
 
@@ -133,8 +134,13 @@ class Pool:
             self.watch()
         self.tell()
 
+    def ended(self, session: bytes) -> None:
+        """Ray knows that this runner's process is no more."""
+        self.dead.add(session)
+
     def tell(self) -> None:
         duties: dict[bytes, Duty] = {m.session: m.duty for m in self.members if m.duty != "serve"}
+        duties.update((session, "end") for session in self.dead)
         if duties != self.told:
             self.told = duties
             self.world.trainer.session.assign(duties, self.world.now)

@@ -140,7 +140,7 @@ def command(
     Real processes: the broker is one, the simulators another, each runner a Ray actor, the trainer this one.
     """
     output.show_logs()
-    output.quiet_ray()
+    output.prepare_ray()
     from rllink_zmq.rllib.train import TrainOptions, train
 
     more = ["--seed", str(seed)] if seed is not None else []

@@ -25,7 +25,11 @@ from rllink_zmq.errors import RllinkError
 LEVELS = ("debug", "info", "warning", "error")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-QUIET_RAY = {
+RAY_SETTINGS = {
+    # How long a call of an actor that has died waits for the cause of its death, before RLlib hears of it at all.
+    "RAY_timeout_ms_task_wait_for_death_info": "100",
+    # Ray's own is 15: runners that share CPUs with simulators would be starved by them.
+    "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -172,9 +176,10 @@ def show_logs(level: str = "info") -> None:
     logger.setLevel(level.upper())
 
 
-def quiet_ray() -> None:
-    """To be called before ray is imported: no usage report, no banner for each worker, no advice on metrics."""
-    for name, value in QUIET_RAY.items():
+def prepare_ray() -> None:
+    """To be called before ray is imported: no usage report, no banner for each worker, no advice on metrics; a death is
+    told at once."""
+    for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
 
 

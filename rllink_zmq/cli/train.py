@@ -141,7 +141,7 @@ def command(
             "--auto-resume goes on from where --checkpoint saves: give --checkpoint, and no --resume"
         )
     output.show_logs()
-    output.quiet_ray()
+    output.prepare_ray()
     if audit is not None:
         check_directory(audit)
     await_broker(broker)

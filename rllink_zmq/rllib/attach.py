@@ -9,7 +9,7 @@ after (but `callbacks(...)` and `learners(learner_connector=...)` must come befo
 `callbacks_class`                      the user's, and `TrainerCallback`
 `sample_timeout_s`                     10 instead of 60: with no simulator `train()` comes back after this long
 `num_cpus_per_env_runner`              0.1 instead of 1: a runner only decodes
-`env_runner_health_probe_timeout_s`    1 instead of 30: all training waits for it after a runner was lost
+`env_runner_health_probe_timeout_s`    0.2 instead of 30: all training waits for it after a runner was lost
 `max_requests_in_flight_per_learner`   raised (APPO, IMPALA): past it RLlib drops batches that simulators were told
                                        are delivered
 `learner_connector`                    with `audit`: a piece that logs what enters train batches, then the user's
@@ -96,7 +96,7 @@ def attach(
     defaults = type(config)()
     _prefer(config, defaults, "sample_timeout_s", 10.0)
     _prefer(config, defaults, "num_cpus_per_env_runner", 0.1)
-    _prefer(config, defaults, "env_runner_health_probe_timeout_s", 1.0)
+    _prefer(config, defaults, "env_runner_health_probe_timeout_s", 0.2)
     if not rounds:
         _prefer(config, defaults, "max_requests_in_flight_per_learner", 100)
     return config

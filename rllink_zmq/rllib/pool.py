@@ -4,13 +4,15 @@ RLlib's own group of env runners stays the one list of them. Its dictionaries ar
 RLlib's main thread adds to it and removes from it, between its training steps (`sweep`). What takes long happens in a
 thread: starting actors, having them join, waiting until a leaving one has said BYE, killing one that is stuck.
 
-- **More**: new actors with an index of their own, outside Tune's placement group, get what RLlib gives its first ones
-  (weights, APPO's state server). They join the broker in the moment in which RLlib gets them: what a runner is leased
-  while nobody calls its `sample()` grows old there.
-- **Fewer**: the newest leave. The broker gives what was leased to them to others; they say BYE when RLlib has what they
-  returned; then they are removed and killed.
+- **More**: new actors with an index of their own, outside Tune's placement group and spread over the nodes, get what
+  RLlib gives its first ones (weights, APPO's state server). They join the broker in the moment in which RLlib gets
+  them: what a runner is leased while nobody calls its `sample()` grows old there.
+- **Fewer**: those that are gone and not back yet leave, then the newest. The broker gives what was leased to them to
+  others; they say BYE when RLlib has what they returned; then they are removed and killed.
 - **None**: one stays, parked. RLlib falls back to its local runner when a group is empty, and with APPO an empty answer
   of that one ends the training.
+- **Dead**: Ray knows within milliseconds that an actor's process has ended, RLlib within seconds, and the broker only
+  that a connection is lost. So Ray is asked, and the broker told: what that runner had taken is not waited for.
 - **Stuck**: RLlib never notices a runner that is stopped, and waits for it. One that the broker hasn't heard for
   `runner_timeout_s` is killed; RLlib starts it again.
 """
@@ -42,6 +44,10 @@ ABSENT = 20.0
 BACK_WITHIN = 60.0
 """Seconds in which a runner that RLlib knows to be gone is to be there again: on a busy host it starts slowly."""
 JOIN_WITHIN = 10.0
+ASK_AT_ONCE = 8
+"""Runners that Ray is asked about at each look; asking costs it 0.7 ms each."""
+MOURN = 60.0
+"""Seconds for which the broker is told of a process that has ended."""
 STOP_WITHIN = 5.0
 """Seconds that runners have to answer when the training ends."""
 
@@ -49,17 +55,23 @@ STOP_WITHIN = 5.0
 @dataclass
 class Member:
     """One runner. `id`: RLlib's, None while it is being started. `session`: at the broker, b'' until it has joined.
-    `gone_at`: since when RLlib has known that it is gone. `seen`: the epoch of the broker in whose roster it was last.
+    `restarts`: how often Ray had restarted the actor when it joined. `gone_at`: since when RLlib has known that it is
+    gone. `seen`: the epoch of the broker in whose roster it was last.
     """
 
     handle: ActorHandle
     index: int
     id: int | None = None
     session: bytes = b""
+    restarts: int = 0
     seen: bytes = b""
     duty: Duty = "serve"
     since: float = field(default_factory=time.monotonic)
     gone_at: float | None = None
+
+    def joined(self, session: bytes) -> None:
+        self.session, self.since = session, time.monotonic()
+        self.restarts = known(self.handle)[1]
 
 
 @dataclass
@@ -69,6 +81,13 @@ class Starting:
     member: Member
     pending: ray.ObjectRef
     began: float = field(default_factory=time.monotonic)
+
+
+def known(handle: ActorHandle) -> tuple[str, int]:
+    """An actor's state ("ALIVE", "RESTARTING", "DEAD" and others) and how often Ray has restarted it, as Ray's control
+    store has it. What is public of this (`ray.util.state`) needs Ray's dashboard."""
+    found = ray._private.state.actors(handle._actor_id.hex())
+    return found.get("State", ""), int(found.get("NumRestarts", 0))
 
 
 class Pool:
@@ -86,6 +105,8 @@ class Pool:
         self._highest = 0
         self._said = float("-inf")
         self._told: dict[bytes, Duty] = {}
+        self._dead: dict[bytes, float] = {}
+        self._asked = 0
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rllink-pool", daemon=True)
 
@@ -97,7 +118,6 @@ class Pool:
     def adopt(self, sessions: dict[int, bytes]) -> None:
         """These runners of the group (RLlib's id -> session) have joined the broker, at first or after a restart."""
         manager = self._group._worker_manager
-        now = time.monotonic()
         with self._lock:
             known = {m.id: m for m in self._members}
             for id_, session in sessions.items():
@@ -106,7 +126,7 @@ class Pool:
                     member = Member(manager.actors()[id_], id_, id_)
                     self._highest = max(self._highest, id_)
                     self._members.append(member)
-                member.session, member.since = session, now
+                member.joined(session)
 
     def sweep(self) -> None:
         """Put new runners into RLlib's group, and take out those that have left."""
@@ -140,12 +160,11 @@ class Pool:
 
     def _join(self, member: Member) -> bool:
         try:
-            member.session = ray.get(member.handle.apply.remote(self._trainer.joining()), timeout=JOIN_WITHIN)
+            member.joined(ray.get(member.handle.apply.remote(self._trainer.joining()), timeout=JOIN_WITHIN))
         except (RayError, TimeoutError) as e:
             logger.warning("runner %d could not join: %s", member.index, str(e).partition("\n")[0])
             self._kill(member, no_restart=True)
             return False
-        member.since = time.monotonic()
         return True
 
     def end(self) -> None:
@@ -163,8 +182,10 @@ class Pool:
         while not self._ending.is_set():
             self._ending.wait(LOOK_EVERY)
             try:
+                ended = self._ended()
                 with self._lock:
                     if not self._ending.is_set():
+                        self._dead.update((session, time.monotonic()) for session in ended)
                         self._reconcile()
             except RayError as e:
                 logger.warning("the pool of runners: %s", str(e).splitlines()[0])
@@ -183,10 +204,27 @@ class Pool:
         self._advance()
         self._fit()
         self._watch(session.roster, session.roster_at, session.live_since)
+        self._dead = {s: at for s, at in self._dead.items() if time.monotonic() - at < MOURN}
         duties: dict[bytes, Duty] = {m.session: m.duty for m in self._members if m.session and m.duty != "serve"}
+        duties.update((session, "end") for session in self._dead)
         if duties != self._told:
             self._told = duties
             self._trainer.assign(duties)
+
+    def _ended(self) -> list[bytes]:
+        """Sessions whose process has ended, of some members, the next time of others. Ray is asked without the lock:
+        it may be slow to answer."""
+        with self._lock:
+            living = [m for m in self._members if m.session and m.session not in self._dead]
+            first = self._asked % max(1, len(living))
+            asked = [(m.session, m.handle, m.restarts) for m in (living[first:] + living[:first])[:ASK_AT_ONCE]]
+            self._asked += len(asked)
+        ended = []
+        for session, handle, before in asked:
+            state, restarts = known(handle)
+            if state == "DEAD" or restarts > before:
+                ended.append(session)
+        return ended
 
     def _serving(self) -> list[Member]:
         return [m for m in self._members if m.duty == "serve"]
@@ -208,9 +246,13 @@ class Pool:
         while surplus > 0 and self._ready:
             self._kill(self._ready.pop(), no_restart=True)
             surplus -= 1
-        for member in sorted(serving, key=lambda m: m.index, reverse=True)[: max(0, surplus)]:
-            last = self.target == 0 and member.index == min(m.index for m in serving)
+        order = sorted(serving, key=lambda m: (self._is_gone(m), m.index), reverse=True)
+        for member in order[: max(0, surplus)]:
+            last = self.target == 0 and member is order[-1]
             member.duty, member.since = ("park" if last else "leave"), time.monotonic()
+
+    def _is_gone(self, member: Member) -> bool:
+        return member.gone_at is not None or member.session in self._dead
 
     def _begin(self) -> None:
         """A new actor, as RLlib makes its own, but with an index of its own and outside any placement group."""
@@ -218,7 +260,7 @@ class Pool:
         self._highest += 1
         handle = (
             ray.remote(**group._remote_args)(group.env_runner_cls)
-            .options(placement_group=None, scheduling_strategy="DEFAULT")
+            .options(placement_group=None, scheduling_strategy="SPREAD")
             .remote(
                 config=group._remote_config_obj_ref,
                 worker_index=self._highest,
@@ -249,6 +291,15 @@ class Pool:
                 "%d runners have been starting for up to %.0f s%s", len(slow), now - slow[0].began, self._lacking()
             )
 
+    def _waits_for_a_place(self, member: Member, now: float) -> bool:
+        """Whether Ray has not found one for it yet, since its node went."""
+        if known(member.handle)[0] == "ALIVE":
+            return False
+        if now - self._said >= SAY_EVERY:
+            self._said = now
+            logger.warning("runner %d waits to be started again%s", member.index, self._lacking())
+        return True
+
     def _lacking(self) -> str:
         """What the cluster has too little of for one more runner, in words."""
         needs = {"CPU": "num_cpus", "GPU": "num_gpus"}
@@ -277,11 +328,13 @@ class Pool:
             if there is not None and there.silent > self._timeout:
                 why = f"the broker has not heard it for {there.silent:.0f} s"
             elif there is None and member.duty != "leave" and now - member.since > ABSENT:
+                if self._waits_for_a_place(member, now):
+                    continue
                 why = "the broker doesn't know it any longer"
             else:
                 continue
             logger.warning("runner %d is stuck (%s): it is killed, and RLlib starts it again", member.index, why)
-            member.session, member.since = b"", now
+            member.session, member.since, member.gone_at = b"", now, now
             self._kill(member, no_restart=False)
 
     def _comes_back(self, member: Member, now: float) -> bool:
