@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,20 @@ def addresses() -> Iterator[dict[str, str]]:
         yield bound
 
 
+@pytest.fixture(scope="session")
+def ray_environment() -> Iterator[None]:
+    """Ray's as `rllink-zmq train` sets it: the tests' simulators would starve runners of a lower priority."""
+    from rllink_zmq.cli.output import prepare_ray
+
+    before = dict(os.environ)
+    prepare_ray()
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(ray_environment: None) -> Iterator[None]:
     """A Ray for the tests of one file."""
     import ray
 
