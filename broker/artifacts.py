@@ -22,6 +22,10 @@ from .state import BrokerState
 TRANSFER_IDLE = 20.0
 """Seconds without a request after which a transfer to simulators is over, or given up."""
 
+KEPT = 4
+"""Versions beside the newest that are served to the end. More simulators on slow links than that begin again now and
+then, which costs them time; more versions would cost the broker memory."""
+
 
 class _Weights(NamedTuple):
     version: int
@@ -41,7 +45,7 @@ class Artifacts(BrokerState):
         self._fetching = -1
         self._state: Download | None = None
         self._blob: Download | None = None
-        self._kept: _Weights | None = None
+        self._kept: dict[int, _Weights] = {}
         self._asked = float("-inf")
         self._weights_run = ""
 
@@ -54,7 +58,7 @@ class Artifacts(BrokerState):
             self.version = self.published_version = -1
             self.round_steps = 0
             self.weights, self.weights_crc = b"", 0
-            self._kept, self._asked = None, float("-inf")
+            self._kept, self._asked = {}, float("-inf")
             self._source, self._state = None, None
         if hello.policy != self.policy_ready:
             self.policy_ready, self.policy_blob = "", b""
@@ -192,8 +196,8 @@ class Artifacts(BrokerState):
         if self.published_version < 0:
             return self._send(peer, STATE(self.run, -1, 0))
         mine = message.run == self.run
-        kept = self._kept
-        if mine and message.offset and kept is not None and message.version == kept.version:
+        kept = self._kept.get(message.version)
+        if mine and message.offset and kept is not None:
             served, offset = kept, message.offset
         else:
             served = _Weights(self.published_version, self.weights, self.weights_crc, now)
@@ -202,7 +206,7 @@ class Artifacts(BrokerState):
             text = f"byte {offset} of {len(served.data)} bytes of weights"
             return self._refuse(event.side, event.route, "malformed", text, now)
         if served is kept:
-            self._kept = kept._replace(asked=now)
+            self._kept[kept.version] = kept._replace(asked=now)
         else:
             self._asked = now
         header = STATE(self.run, served.version, len(served.data), offset, served.crc)
@@ -212,10 +216,10 @@ class Artifacts(BrokerState):
     def _keep(self, now: float) -> None:
         """Newer weights are here. Those from before are served to the end where a transfer of them is under way: with
         versions that come faster than a slow link can carry one, none would ever arrive."""
-        if self._kept is not None and now - self._kept.asked < TRANSFER_IDLE:
-            return
-        moving = now - self._asked < TRANSFER_IDLE and len(self.weights) > 0
-        self._kept = _Weights(self.published_version, self.weights, self.weights_crc, now) if moving else None
+        self._kept = {version: kept for version, kept in self._kept.items() if now - kept.asked < TRANSFER_IDLE}
+        if self.weights and now - self._asked < TRANSFER_IDLE and len(self._kept) < KEPT:
+            self._kept[self.published_version] = _Weights(self.published_version, self.weights, self.weights_crc, now)
+        self._asked = float("-inf")  # nobody has asked for the newer ones yet
 
     def _get_config(self, peer: Peer, message: GET_CONFIG, event: Received, now: float) -> None:
         if message.policy != self.policy_ready or not self.policy_blob or message.offset > len(self.policy_blob):

@@ -44,7 +44,7 @@ def run(name: str, results: Path) -> dict[str, Any]:
         "broker",
         "idle",
         pytest.param("many", marks=pytest.mark.ray),
-        pytest.param("simulator", marks=pytest.mark.ray),
+        pytest.param("simulator", marks=[pytest.mark.ray, pytest.mark.long]),
         pytest.param("weights", marks=pytest.mark.ray),
     ],
 )

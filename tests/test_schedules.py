@@ -30,7 +30,7 @@ from core_bench import (
 )
 
 from broker import peers
-from broker.artifacts import TRANSFER_IDLE
+from broker.artifacts import KEPT, TRANSFER_IDLE
 from rllink_zmq.messages import (
     ACK,
     DUTY,
@@ -587,33 +587,56 @@ def test_f9_a_puller_goes_on_where_it_stopped(benches: Callable[..., Bench]) -> 
     assert bench.send("s/new", GET_STATE(RUN, 1, CHUNK_BYTES))[0][1].offset == CHUNK_BYTES
 
 
+def publish(bench: Bench, version: int) -> None:
+    """Weights of three pieces."""
+    data = bytes([version]) * (3 * CHUNK_BYTES)
+    bench.send("a", OFFER(RUN, version, len(data)))
+    for offset in range(0, len(data), CHUNK_BYTES):
+        piece = data[offset : offset + CHUNK_BYTES]
+        bench.send("a", STATE(RUN, version, len(data), offset, zlib.crc32(data)), piece)
+
+
+def pulled(bench: Bench, name: str, version: int, piece: int) -> tuple[int, int]:
+    """Version and piece of the answer to a request for a piece."""
+    ((_, state),) = bench.send(name, GET_STATE(RUN, version, piece * CHUNK_BYTES))
+    return state.version, state.offset // CHUNK_BYTES
+
+
 def test_f9_a_slow_puller_gets_to_the_end_though_versions_come_faster(alone: Bench) -> None:
     """A version every 0.5 s, a piece a second: the transfer that has begun is served to its end, then the newest."""
     alone.simulator("s")
-    data = {v: bytes([v]) * (3 * CHUNK_BYTES) for v in range(1, 9)}
-
-    def publish(version: int) -> None:
-        alone.send("a", OFFER(RUN, version, len(data[version])))
-        for offset in range(0, len(data[version]), CHUNK_BYTES):
-            piece = data[version][offset : offset + CHUNK_BYTES]
-            alone.send("a", STATE(RUN, version, len(data[version]), offset, zlib.crc32(data[version])), piece)
-
-    publish(1)
+    publish(alone, 1)
     got = []
     for i in range(3):
-        ((_, state),) = alone.send("s", GET_STATE(RUN, 1, i * CHUNK_BYTES))
-        got.append((state.version, state.offset))
+        got.append(pulled(alone, "s", 1, i))
         for version in (2 + 2 * i, 3 + 2 * i):
             alone.wait(0.5)
-            publish(version)
-    assert got == [(1, 0), (1, CHUNK_BYTES), (1, 2 * CHUNK_BYTES)]
-    assert alone.send("s", GET_STATE(RUN, -1, 0))[0][1].version == 7
+            publish(alone, version)
+    assert got == [(1, 0), (1, 1), (1, 2)]
+    assert pulled(alone, "s", -1, 0) == (7, 0)
     for _ in range(3):
         alone.wait(TRANSFER_IDLE / 3 + 1)
         alone.send("a", PING())
-    publish(8)
-    ((_, state),) = alone.send("s", GET_STATE(RUN, 1, CHUNK_BYTES))
-    assert (state.version, state.offset) == (8, 0)
+    publish(alone, 8)
+    assert pulled(alone, "s", 1, 1) == (8, 0)
+
+
+def test_f9_slow_pullers_that_began_at_different_versions_all_get_to_the_end(alone: Bench) -> None:
+    """Of as many versions as are kept beside the newest; whoever is one too many begins again with the newest."""
+    names = [f"s{i}" for i in range(KEPT + 1)]
+    for name in names:
+        alone.simulator(name)
+    for version, name in enumerate(names, 1):
+        publish(alone, version)
+        assert pulled(alone, name, -1, 0) == (version, 0)
+        alone.wait(0.5)
+    newest = len(names) + 1
+    publish(alone, newest)
+    for version, name in enumerate(names, 1):
+        kept = version <= KEPT
+        assert [pulled(alone, name, version, i) for i in (1, 2)] == (
+            [(version, 1), (version, 2)] if kept else [(newest, 0)] * 2
+        )
 
 
 # ---- F10: two trainers, old runs
