@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
+
+from msgspec import Struct
 
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import Message
@@ -21,7 +23,7 @@ class Side(IntEnum):
 # ---- events
 
 
-class Received(NamedTuple):
+class Received(Struct, frozen=True, gc=False):
     """A checked message. `frames` are all of its frames as they came, the header first; `size` bytes of body."""
 
     side: Side
@@ -31,7 +33,7 @@ class Received(NamedTuple):
     size: int
 
 
-class Malformed(NamedTuple):
+class Malformed(Struct, frozen=True, gc=False):
     """Frames that are no message; `message` is their header if that much can be read."""
 
     side: Side
@@ -40,14 +42,14 @@ class Malformed(NamedTuple):
     message: Message | None = None
 
 
-class Unreachable(NamedTuple):
+class Unreachable(Struct, frozen=True, gc=False):
     """A send to this routing id failed: the connection is gone, or its queue is full."""
 
     side: Side
     route: bytes
 
 
-class Tick(NamedTuple):
+class Tick(Struct, frozen=True, gc=False):
     """Everything that had arrived has been handled; deadlines may be judged."""
 
 
@@ -56,26 +58,26 @@ Event: TypeAlias = Received | Malformed | Unreachable | Tick
 # ---- actions
 
 
-class Send(NamedTuple):
+class Send(Struct, frozen=True, gc=False):
     side: Side
     route: bytes
     message: Message
     body: Sequence[Buffer] = ()
 
 
-class Forward(NamedTuple):
+class Forward(Struct, frozen=True, gc=False):
     """Lease a fragment: its own frames, unchanged, to a runner."""
 
     route: bytes
     frames: Sequence[Buffer]
 
 
-class Publish(NamedTuple):
+class Publish(Struct, frozen=True, gc=False):
     message: Message
     body: Sequence[Buffer] = ()
 
 
-class Log(NamedTuple):
+class Log(Struct, frozen=True, gc=False):
     """A sentence for the operator. `level` is logging's."""
 
     level: int

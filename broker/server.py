@@ -147,11 +147,9 @@ class Server:
         clock, poll, front, back = self._clock, poller.poll, *self._routers
         unread = [0, 0]
         now = judge_from = clock()
-        busy = True
         while not self._stopping:
-            wait = 0.0 if busy else max(0.001, core.next_deadline() - now)
+            wait = max(0.0, core.next_deadline() - now)
             ready = dict(poll(int(wait * 1000) + 1 if wait else 0))
-            busy = front in ready or back in ready
             for side, router in enumerate(self._routers):
                 count = self._read(Side(side), BATCH) if router in ready else 0
                 unread[side] = unread[side] - count if count == BATCH else 0

@@ -33,6 +33,7 @@ BROKER_MAY = ("errors", "messages", "wire", "transfer")
 """What broker/ may import of rllink_zmq."""
 
 BROKER_THIRD_PARTY = {
+    "events": ("msgspec",),
     "server": ("zmq", "click", "uvicorn", "starlette"),
     "admin": ("click", "uvicorn", "starlette"),
     "__main__": ("click", "uvicorn", "starlette"),

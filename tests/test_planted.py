@@ -130,7 +130,7 @@ class OwnerUnchecked(Broker):
 
     def handle(self, event: Event, now: float) -> list[Action]:
         return [
-            action._replace(message=replace(action.message, refused=[]))
+            replace(action, message=replace(action.message, refused=[]))
             if type(action) is Send and type(action.message) is TAKEN
             else action
             for action in super().handle(event, now)
