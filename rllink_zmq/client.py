@@ -171,12 +171,19 @@ class Client:
             with reader.lock:
                 # Another thread may have switched the policy: a fragment has one version's actions only.
                 if origin is reader.origin and reader.policy is not None:
+                    began = time.perf_counter()
                     rows = np.stack([builder.observe(observation) for builder, observation in pairs])
+                    taken = time.perf_counter()
                     acted = reader.policy.act(rows)
+                    chosen = time.perf_counter()
                     break
         logps = acted.action_logp.tolist()
         for i, (builder, _) in enumerate(pairs):
             builder.act(acted.actions[i], logps[i], acted.action_dist_inputs[i])
+        timed = pairs[0][0]  # the whole batch, told once a fragment of its first episode
+        if timed.steps == 1:
+            done = time.perf_counter()
+            timed.timings |= {"observation": taken - began, "inference": chosen - taken, "action": done - chosen}
         flow.credit -= sum(builder.sent for builder, _ in pairs)
         return acted.env_actions
 

@@ -9,8 +9,10 @@ from typing import Any
 from rllink_zmq.client_flow import Flow
 from rllink_zmq.errors import EpisodeError
 from rllink_zmq.fragments import FragmentBuilder, Kind
+from rllink_zmq.policy import Actions, Policy
 
 _now = time.monotonic
+_clock = time.perf_counter
 
 
 class Episode:
@@ -28,6 +30,7 @@ class Episode:
         self.open = True
         self._flow = flow
         self._cost = 1 if builder.sent else 0
+        self._started: float | None = _now()
 
     @property
     def steps(self) -> int:
@@ -56,12 +59,15 @@ class Episode:
                 and flow.credit > 0
                 and _now() < flow.look_at
             ):
-                self.check_open("get_action")
+                self._asked("get_action")
                 flow.prepare([(builder, observation)], "acted", wait=True)
             with reader.lock:
                 policy = reader.policy
                 # Another thread may have switched the policy: this fragment has one version's actions only.
                 if builder.origin is reader.origin and policy is not None:
+                    if not builder.steps:
+                        acted = _act_timed(builder, policy, observation)
+                        break
                     acted = policy.act_one(builder.observe(observation))
                     builder.act(acted.actions, acted.action_logp, acted.action_dist_inputs)
                     break
@@ -76,7 +82,7 @@ class Episode:
         """
         if self.builder.origin is self._flow.reader.origin and self._goes_on("acted"):
             return True
-        self.check_open("can_act")
+        self._asked("can_act")
         return self._flow.prepare([(self.builder, observation)], "acted", wait=False) is not None
 
     def log_action(self, observation: Any, action: Any, action_logp: float) -> None:
@@ -144,6 +150,13 @@ class Episode:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.abandon()
 
+    def _asked(self, call: str) -> None:
+        """The first call with an observation shows that the environment has been reset."""
+        self.check_open(call)
+        if self._started is not None:
+            self.builder.timings["reset"] = _now() - self._started
+            self._started = None
+
     def _goes_on(self, kind: Kind) -> bool:
         """The quick answer, for nearly every step: one more step of this fragment, and nothing to look at before."""
         builder, flow = self.builder, self._flow
@@ -153,3 +166,15 @@ class Episode:
         self.open = False
         self.builder.limit = 0
         self._flow.builders.pop(self.id, None)
+
+
+def _act_timed(builder: FragmentBuilder, policy: Policy, observation: Any) -> Actions:
+    """A fragment's first step, with an eye on the clock."""
+    began = _clock()
+    row = builder.observe(observation)
+    taken = _clock()
+    acted = policy.act_one(row)
+    chosen = _clock()
+    builder.act(acted.actions, acted.action_logp, acted.action_dist_inputs)
+    builder.timings |= {"observation": taken - began, "inference": chosen - taken, "action": _clock() - chosen}
+    return acted

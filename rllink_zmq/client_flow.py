@@ -270,7 +270,9 @@ class Flow:
             body=body,
             now=now,
             seconds=now - builder.began,
+            timings=builder.timings,
         )
+        builder.timings = {}
         if self.audit is not None:
             self.audit.sent(self.session.session, number, cut.steps, cut.origin.run, cut.origin.version)
         if now >= self._sent_at + LOOK_INTERVAL:

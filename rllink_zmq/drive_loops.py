@@ -186,9 +186,9 @@ class _Seat:
         if episode is None:
             if not self.client.ready:
                 return self._block()
+            episode = self._episode = self.client.start_episode()
             self._observation, _ = self._env.reset(seed=self._seed)
             self._seed = None
-            episode = self._episode = self.client.start_episode()
         env, tally, observation = self._env, self._tally, self._observation
         until = time.monotonic() + TURN_SECONDS
         for _ in range(TURN_STEPS):

@@ -108,7 +108,8 @@ class FragmentBuilder:
     For each step: `observe`, then `act` (the policy chose) or `log` (the simulator did), then `reward` any number of
     times. `begin` comes before the first step of a fragment. `steps`: of the fragment being built; `limit`: how many it
     may have; `episode_return`: of all steps so far, in float64. `sent` = False: what is built is thrown away;
-    `dropping`: this fragment is. `began`: when the first step was taken, for whoever keeps the time.
+    `dropping`: this fragment is. For whoever keeps the time: `began`: when the first step was taken; `timings`: of this
+    fragment, as in FRAGMENT.
     """
 
     def __init__(self, episode: str, *, sent: bool = True) -> None:
@@ -128,6 +129,7 @@ class FragmentBuilder:
         self.step_bytes = 0
         self.episode_return = 0.0
         self.began = 0.0
+        self.timings: dict[str, float] = {}
 
     def begin(self, layout: Layout, kind: Kind, origin: Origin, limit: int) -> None:
         """Start the next fragment, of at most `limit` >= 1 steps. An observation that ended the last one is kept."""

@@ -236,8 +236,9 @@ class REFUSED(_Message, tag="REFUSED", frozen=True):
 class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     """simulator -> broker -> runner, header and frames unchanged: env steps `t0` .. `t0 + steps - 1` of an episode.
     `obs` has steps + 1 rows, all other columns have steps rows. `return_so_far`: the episode's return before step `t0`.
-    `seconds`: since the episode began, at the fragment's end. `dropped`: cumulative totals of what the simulator
-    dropped itself: reason -> (fragments, steps)."""
+    `seconds`: since the episode began, at the fragment's end. `timings`: seconds of one reset and of one step's acting,
+    measured once in the fragment: `reset`, `observation` (taking it in), `inference`, `action` (handing it out).
+    `dropped`: cumulative totals of what the simulator dropped itself: reason -> (fragments, steps)."""
 
     session: Session
     number: Annotated[int, Meta(ge=1, lt=1 << 53)]
@@ -251,6 +252,7 @@ class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     return_so_far: Finite
     columns: Annotated[tuple[Column, ...], Meta(min_length=1, max_length=MAX_COLUMNS)]
     seconds: Annotated[float, Meta(ge=0, le=sys.float_info.max)] = 0.0
+    timings: Annotated[dict[Reason, Annotated[float, Meta(ge=0, le=sys.float_info.max)]], Meta(max_length=8)] = {}
     agent: Annotated[str, Meta(max_length=64)] = ""
     module: Annotated[str, Meta(max_length=64)] = ""
     dropped: Annotated[dict[Reason, tuple[Count, Count]], Meta(max_length=16)] = {}

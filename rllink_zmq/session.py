@@ -321,13 +321,14 @@ class SimulatorSession(Endpoint):
         body: Sequence[Buffer],
         now: float,
         seconds: float = 0.0,
+        timings: dict[str, float] | None = None,
     ) -> int:
         """Send a fragment, keep it until it is settled, and return its number."""
         base = self.base  # of the time before: nothing unsettled makes this very fragment the first one
         self.number += 1
         message = FRAGMENT(
             self.session, self.number, base, episode, t0, steps, end, run, version, return_so_far, columns,  # type: ignore[arg-type]
-            seconds=seconds, dropped=self.dropped,
+            seconds=seconds, timings=timings or {}, dropped=self.dropped,
         )  # fmt: skip
         size = sum(map(len, body))
         self.unsettled[self.number] = Unsettled(message, body, size)

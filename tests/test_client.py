@@ -75,6 +75,9 @@ def test_an_episode_arrives_as_it_was(world):
         assert [h.return_so_far for h in headers] == [0, 14, 60]
         assert {(h.run, h.version) for h in headers} == {(RUNS[0], 0)}
         assert [h.seconds for h in headers] == sorted(h.seconds for h in headers)
+        acting = {"observation", "inference", "action"}
+        assert [set(h.timings) for h in headers] == [acting | {"reset"}, acting, acting]
+        assert all(0 < seconds < 1 for h in headers for seconds in h.timings.values())
         columns = {name: np.concatenate([a[name] for _, a in fake.taken]) for name in fake.taken[0][1]}
         assert columns["actions"].tolist() == actions
         np.testing.assert_array_equal(columns["rewards"], 0.5 * np.arange(20))

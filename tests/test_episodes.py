@@ -66,7 +66,7 @@ def builder() -> EpisodeBuilder:
 
 def test_a_fragment_is_a_chunk_with_its_columns(builder: EpisodeBuilder) -> None:
     one = lease()
-    episode, finished, _ = one_chunk(builder, one)
+    episode, finished, *_ = one_chunk(builder, one)
     assert finished is None and not episode.is_done
     assert len(episode) == 3 and episode.t_started == 0
     assert np.asarray(episode.get_observations()).shape == (4, 4)
@@ -76,10 +76,10 @@ def test_a_fragment_is_a_chunk_with_its_columns(builder: EpisodeBuilder) -> None
 
 
 def test_the_last_fragment_tells_the_whole_episode(builder: EpisodeBuilder) -> None:
-    _, finished, _ = one_chunk(builder, lease(steps=2, t0=4, end="terminated", seconds=1.5))
+    _, finished, *_ = one_chunk(builder, lease(steps=2, t0=4, end="terminated", seconds=1.5))
     assert finished is not None
     assert (finished.length, finished.total, finished.seconds) == (6, 0 + 1 + 2 + 3 + 4 + 5, 1.5)
-    episode, finished, _ = one_chunk(builder, lease(steps=1, end="truncated"))
+    episode, finished, *_ = one_chunk(builder, lease(steps=1, end="truncated"))
     assert episode.is_truncated and not episode.is_terminated and finished is not None
 
 

@@ -31,9 +31,15 @@ def test_ppo_trains_and_reports(addresses: dict[str, str], built: list[Algorithm
         "episode_return_mean", "episode_return_max", "episode_len_mean", "episode_duration_sec_mean", "env_step_timer",
         "agent_episode_return_mean", "module_episode_return_mean", "num_episodes", "num_episodes_lifetime",
         "num_agent_steps_sampled", "num_module_steps_sampled_lifetime", "sample", "time_between_sampling",
-        "weights_seq_no",
+        "weights_seq_no", "env_to_module_sum_episodes_length_in", "env_to_module_sum_episodes_length_out",
     ):  # fmt: skip
         assert key in mine, key
+    timed = (
+        mine["env_reset_timer"], mine["rlmodule_inference_timer"],
+        mine["env_to_module_connector"]["connector_pipeline_timer"],
+        mine["module_to_env_connector"]["connector_pipeline_timer"],
+    )  # fmt: skip
+    assert all(0 < seconds < 1 for seconds in timed), timed
     assert mine["num_env_steps_sampled_lifetime"] == sum(r["env_runners"]["num_env_steps_sampled"] for r in results)
     assert mine["rllink"]["simulators_connected"] == 4 and mine["rllink"]["lag_max"] <= 2
     assert last["rllink"]["simulators"] == 4 and last["rllink"]["version"] >= 3

@@ -9,7 +9,7 @@ rest gets a new episode id: RLlib's replay buffers take a gap for a bug and stop
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -43,11 +43,13 @@ class Finished(NamedTuple):
 
 class Built(NamedTuple):
     """A chunk; its episode's totals if it has ended; wall seconds of each of its steps at the simulator, acting
-    included (None where the simulator doesn't tell, or the fragment before this one went elsewhere)."""
+    included (None where the simulator doesn't tell, or the fragment before this one went elsewhere); what its fragments
+    tell of single steps there."""
 
     episode: SingleAgentEpisode
     finished: Finished | None
     step_seconds: float | None
+    timings: Sequence[Mapping[str, float]]
 
 
 class Refusal(NamedTuple):
@@ -175,13 +177,14 @@ class EpisodeBuilder:
             t_started=first.t0,
             len_lookback_buffer=0,
         )
+        timings = [piece.message.timings for piece in pieces if piece.message.timings]
         step_seconds = None
         if began is not None and last.seconds > began:
             step_seconds = (last.seconds - began) / steps
         if last.end == "no":
-            return Built(episode, None, step_seconds)
+            return Built(episode, None, step_seconds, timings)
         total = first.return_so_far + float(rewards.sum(dtype=np.float64))
-        return Built(episode, Finished(last.t0 + last.steps, total, last.seconds), step_seconds)
+        return Built(episode, Finished(last.t0 + last.steps, total, last.seconds), step_seconds, timings)
 
     def _place(self, message: FRAGMENT) -> tuple[str, float | None]:
         """The chunk's episode id, and when it began, in seconds since the episode did, if that is known."""

@@ -27,8 +27,13 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.framework import get_device
 from ray.rllib.utils.metrics import (
+    CONNECTOR_PIPELINE_TIMER,
+    ENV_RESET_TIMER,
     ENV_RUNNER_STATE_SERVER_PULL_TIMER,
     ENV_STEP_TIMER,
+    ENV_TO_MODULE_CONNECTOR,
+    MODULE_TO_ENV_CONNECTOR,
+    RLMODULE_INFERENCE_TIMER,
     SAMPLE_TIMER,
     TIME_BETWEEN_SAMPLING,
     WEIGHTS_SEQ_NO,
@@ -47,6 +52,15 @@ logger = logging.getLogger("rllink_zmq")
 
 RLLINK = "rllink"
 """The key of this package's own metrics beneath RLlib's `env_runners`."""
+
+
+TIMERS: dict[str, tuple[str, ...]] = {
+    "reset": (ENV_RESET_TIMER,),
+    "observation": (ENV_TO_MODULE_CONNECTOR, CONNECTOR_PIPELINE_TIMER),
+    "inference": (RLMODULE_INFERENCE_TIMER,),
+    "action": (MODULE_TO_ENV_CONNECTOR, CONNECTOR_PIPELINE_TIMER),
+}
+"""Where RLlib's own runner reports what a simulator has timed."""
 
 
 class Held(NamedTuple):
@@ -197,6 +211,13 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
                 self._finished.append(chunk.finished)
             if chunk.step_seconds is not None:
                 self.metrics.log_value(ENV_STEP_TIMER, chunk.step_seconds, reduce="ema")
+            for timings in chunk.timings:
+                for timed in timings.keys() & TIMERS.keys():
+                    self.metrics.log_value(TIMERS[timed], timings[timed], reduce="ema")
+        if samples:
+            length = sum(map(len, samples))
+            for key in ("env_to_module_sum_episodes_length_in", "env_to_module_sum_episodes_length_out"):
+                self.metrics.log_value(key, length, reduce="ema")
         link.returning()
         lags = [self._weights_seq_no - message.version for message in kept]
         self._log(sum(m.steps for m in kept), sum(e.is_done for e in samples), lags)
