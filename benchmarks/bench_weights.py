@@ -47,7 +47,6 @@ class Subscriber:
     def __init__(self, frontend: str) -> None:
         self.session = SimulatorSession(os.urandom(16), name="benchmark", package=__version__)
         self.reader = PolicyReader(frontend)
-        self.session.on_message = self.reader.answer
         self.connection = Connection(self.session, frontend)
         self.connection.open()
         self.applied = -1
@@ -55,8 +54,7 @@ class Subscriber:
     def look(self) -> bool:
         """Read what has come; True if the weights are newer now."""
         self.connection.look()
-        if self.reader.look(self.session, time.monotonic()):
-            self.connection.flush()
+        self.reader.look(self.session, time.monotonic())
         origin = self.reader.origin
         before, self.applied = self.applied, origin.version if origin is not None else -1
         return self.applied > before

@@ -244,7 +244,7 @@ def tell_recovery(report: measure.Report, options: argparse.Namespace, chaos: Ch
     )
     both = [max(a, b) for a, b in zip(connected, delivering, strict=True)]
     report.targets += [
-        _worst("killed runner: trained on again, each of its simulators, s (worst)", killed.trained, 3.0),
+        _worst("killed runner: delivered again, each of its simulators, s (worst)", killed.delivered, 3.0),
         _worst("restarted broker: all simulators connected, and delivering, s (worst)", both, 5.0),
         _worst("stopped runner: training goes on, s (worst)", stopped.pauses, 20.0),
         measure.Target("promises broken", float(sum(map(len, verdict.broken.values()))), "at most", 0),

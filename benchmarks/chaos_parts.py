@@ -28,9 +28,10 @@ from rllink_zmq.errors import RllinkError
 HOST = "127.0.0.1"
 ITERATION = re.compile(r"iteration\s+(\d+)\s+steps\s+(\d+)\s+return\s+(\S+)")
 PR_SET_PDEATHSIG = 1
-NICE = "0"
-"""Ray gives its workers 15. Beside simulators and a learner that take all CPUs there are, a runner that starts would
-need a minute."""
+SHARED = {"RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
+"""For a machine that all parts share. Ray gives its workers a niceness of 15: beside simulators and a learner that take
+all CPUs there are, a runner that starts would need a minute. And a learner of several threads waits for the one whose
+CPU that runner has: an update of 0.4 s took 1.7 s."""
 RUNNER = "ray::ZmqEnvRunner"
 
 
@@ -56,7 +57,7 @@ def start(log: IO[str], *arguments: str, stdout: Any = subprocess.DEVNULL, stder
     return subprocess.Popen(
         [sys.executable, "-m", "rllink_zmq.cli", *arguments],
         stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr or log, text=True, start_new_session=True,
-        preexec_fn=_end_with_parent, env={**os.environ, "RAY_worker_niceness": NICE},
+        preexec_fn=_end_with_parent, env={**os.environ, **SHARED},
     )  # fmt: skip
 
 

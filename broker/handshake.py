@@ -19,6 +19,8 @@ from rllink_zmq.messages import (
     HELLO,
     PROTOCOL_VERSION,
     WELCOME,
+    ObserverHello,
+    ReaderHello,
     RunnerHello,
     SimulatorHello,
     TrainerHello,
@@ -28,9 +30,14 @@ from .duties import Duties
 from .events import Received, Side
 from .fragments import State as Life
 from .fragments import Verb as Move
-from .peers import Observer, Peer, Runner, Simulator, State, Trainer, Verb, mismatch, step_bytes
+from .peers import Observer, Peer, Reader, Runner, Simulator, State, Trainer, Verb, mismatch, step_bytes
 
 P = TypeVar("P", bound=Peer)
+
+ROLES: dict[type, str] = {
+    SimulatorHello: "a simulator", ReaderHello: "a reader", RunnerHello: "a runner", TrainerHello: "a trainer",
+    ObserverHello: "an observer",
+}  # fmt: skip
 
 
 class Handshake(Duties):
@@ -41,18 +48,16 @@ class Handshake(Duties):
             self._refuse(event.side, event.route, code, text, now, fatal=fatal, greeting=hello.greeting)
 
         role = hello.peer
-        simulator = isinstance(role, SimulatorHello)
+        in_front = isinstance(role, SimulatorHello | ReaderHello)
         if hello.protocol != PROTOCOL_VERSION:
             return no(
                 "protocol",
                 f"this broker speaks protocol {PROTOCOL_VERSION}, the peer (package {hello.package or '?'}) speaks "
                 f"{hello.protocol}: install the same version of rllink-zmq on both",
             )
-        if simulator != (event.side is Side.FRONT):
-            name = {SimulatorHello: "a simulator", RunnerHello: "a runner", TrainerHello: "a trainer"}.get(
-                type(role), "an observer"
-            )
-            right, wrong = ("frontend", "backend") if simulator else ("backend", "frontend")
+        if in_front != (event.side is Side.FRONT):
+            name = ROLES[type(role)]
+            right, wrong = ("frontend", "backend") if in_front else ("backend", "frontend")
             return no("wrong_socket", f"{name} must connect to the broker's {right}, this is the {wrong}")
         other = self.routes[event.side].get(event.route)
         if other is not None and other.session != hello.session:
@@ -63,9 +68,9 @@ class Handshake(Duties):
             return self._hello_runner(hello, role, event, now)
         if isinstance(role, TrainerHello):
             return self._hello_trainer(hello, role, event, now)
-        observer = Observer(hello.session, now)
-        self._enter(observer, hello, event.route, now)
-        return self._welcome(observer)
+        guest = Reader(hello.session, now) if in_front else Observer(hello.session, now)
+        self._enter(guest, hello, event.route, now)
+        return self._welcome(guest)
 
     def _enter(self, peer: Peer, hello: HELLO, route: bytes, now: float) -> None:
         routes = self.routes[peer.side]

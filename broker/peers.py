@@ -166,6 +166,13 @@ class Observer(Peer):
     __slots__ = ()
 
 
+class Reader(Peer):
+    """Gets policy and weights for the simulators of a process."""
+
+    __slots__ = ()
+    side = Side.FRONT
+
+
 class Reports:
     """What runners said at their greetings of fragments whose simulator may yet resend them to a broker that has just
     started: session -> number -> an outcome, or (runner session, k) while RLlib may not have it."""

@@ -219,7 +219,7 @@ class Client:
         settle([self], timeout)
         session = flow.session
         flow.closed, flow.look_at = True, 0.0
-        flow.reader.leave(session)
+        flow.reader.leave()
         flow.connection.close()
         if flow.audit is not None:
             flow.audit.closed(session.session, len(session.unsettled))

@@ -80,7 +80,6 @@ class Flow:
         self._step_bytes = 1
         self._notice = ""
         self._reasons: set[str] = set()
-        session.on_message = reader.answer
         session.on_settled = self._settled
 
     def open(self, timeout: float | None) -> None:
@@ -314,8 +313,8 @@ class Flow:
             self._notice = session.notice
             if self._notice:
                 log.warning("the broker at %s says: %s", self.connection.address, self._notice)
-        if self._reads_policy and self.reader.look(session, now):
-            self.connection.flush()
+        if self._reads_policy:
+            self.reader.look(session, now)
         self.look_at = now + LOOK_INTERVAL
         self.measure()
 

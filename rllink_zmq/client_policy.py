@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 from typing import ClassVar
 
 import numpy as np
 
+from rllink_zmq import __version__
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.fragments import Layout, Origin, Row
 from rllink_zmq.policy import Policy, PolicyManifest, policy_hash
-from rllink_zmq.session import Outgoing, SimulatorSession, State
-from rllink_zmq.transport import Subscription, beside
+from rllink_zmq.session import ReaderSession, SimulatorSession, State
+from rllink_zmq.transport import Connection, Subscription, beside
 from rllink_zmq.weights import STALLED, Wanted
 
 log = logging.getLogger("rllink_zmq")
@@ -24,6 +26,9 @@ off-policy training makes a version every few milliseconds: fragments of one ste
 
 READ_INTERVAL = 0.002
 """Seconds between two looks for news, whoever of many clients looks."""
+
+IDLE = 5.0
+"""Seconds after which the connection for weights is closed, if there is nothing to fetch."""
 
 
 def layout_of_policy(manifest: PolicyManifest) -> Layout:
@@ -54,8 +59,10 @@ class PolicyReader:
         self._seed = seed
         self._wanted = Wanted()
         self._subscription: Subscription | None = None
-        self._puller: SimulatorSession | None = None
-        self._pulled_greeting = 0
+        self._session = ReaderSession(b"")
+        self._connection: Connection | None = None
+        self._asked_greeting = 0
+        self._idle_from = 0.0
         self._switched = float("-inf")
         self._read_at = 0.0
         self._users = 0
@@ -72,50 +79,42 @@ class PolicyReader:
             reader._users += 1
             return reader
 
-    def leave(self, session: SimulatorSession) -> None:
+    def leave(self) -> None:
         """A client is closed. The last one closes the subscription."""
         with self._all_lock, self.lock:
             self._users -= 1
-            if self._puller is session:
-                self._puller = None
             if self._users > 0:
                 return
             for key in [key for key, reader in self._all.items() if reader is self]:
                 del self._all[key]
+            self._hang_up()
             if self._subscription is not None:
                 self._subscription.close()
                 self._subscription = None
-
-    def answer(self, message: object, body: object, now: float) -> None:
-        """What a session has no use for itself: the answers to this reader's questions among it."""
-        with self.lock:
-            self._wanted.answer(message, body, now)  # type: ignore[arg-type]
 
     def missing(self) -> str:
         """What is being waited for before one can act, in words; '' = nothing."""
         with self.lock:
             return self._wanted.missing() if self.origin is None else ""
 
-    def look(self, session: SimulatorSession, now: float) -> bool:
-        """Read the news, ask for what is missing through `session` if nobody else does, switch to newer weights.
-
-        True if something was queued in `session.output`. Raises PolicyError for a policy that can't be loaded.
-        """
+    def look(self, session: SimulatorSession, now: float) -> None:
+        """Read the news, ask for what is missing, switch to newer weights. `session`: of one of this process's clients,
+        for what the broker told it. Raises PolicyError for a policy that can't be loaded."""
         with self.lock:
             wanted = self._wanted
             if session.state is State.LIVE:
                 wanted.told(session.run, session.version, session.policy, now)
                 self._subscribe(session.weights_address)
-            if self._subscription is not None and now >= self._read_at:
+            if now >= self._read_at:
                 self._read_at = now + READ_INTERVAL
-                for message, body in self._subscription.read():
-                    wanted.news(message, body, now)
-            asked = self._pull(session, now)
+                if self._subscription is not None:
+                    for message, body in self._subscription.read():
+                        wanted.news(message, body, now)
+                self._fetch(session.state is State.LIVE, now)
             if wanted.blob_hash and wanted.blob_hash != self._loaded:
                 self._load()
             self._switch(now)
             session.policy_held = self._loaded
-            return asked
 
     # ---- inside
 
@@ -127,23 +126,41 @@ class PolicyReader:
         if self._subscription is None and address:
             self._subscription = Subscription(address)
 
-    def _pull(self, session: SimulatorSession, now: float) -> bool:
-        """Ask through `session` if it is the one that pulls, or if that one is gone or gets no answers."""
+    def _fetch(self, served: bool, now: float) -> None:
+        """Ask for what is wanted, over a connection of its own while there is something: on a client's the questions
+        would stand behind megabytes of fragments. `served`: the broker is there."""
+        wanted, connection = self._wanted, self._connection
+        wants = wanted.wants(now)
+        if connection is None:
+            if not (wants and served):
+                return None
+            self._session = ReaderSession(
+                os.urandom(16), name=f"{socket.gethostname()}/{os.getpid()}/weights", package=__version__
+            )
+            self._session.on_message = wanted.answer
+            connection = self._connection = Connection(self._session, self.address)
+            connection.open()
+            self._asked_greeting = 0
+        connection.look()
+        session = self._session
+        if wants:
+            self._idle_from = now
+        if session.refusal is not None or now - self._idle_from >= IDLE:
+            return self._hang_up()
         if session.state is not State.LIVE:
-            return False
-        wanted = self._wanted
+            return None
         moved = wanted.moved
-        puller = self._puller
-        stalled = moved is not None and now - moved >= STALLED
-        lost = puller is None or puller.state is not State.LIVE or puller.greeting != self._pulled_greeting
-        if lost or stalled:
-            self._puller, self._pulled_greeting = session, session.greeting
+        if session.greeting != self._asked_greeting or (moved is not None and now - moved >= STALLED):
+            self._asked_greeting = session.greeting
             wanted.restart(now)
-        elif puller is not session:
-            return False
-        messages = wanted.asks(now)
-        session.output.extend(Outgoing(message) for message in messages)
-        return bool(messages)
+        session.ask(wanted.asks(now), now)
+        connection.flush()
+        return None
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.close(0)
+            self._connection = None
 
     def _load(self) -> None:
         wanted = self._wanted

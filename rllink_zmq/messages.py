@@ -185,7 +185,11 @@ class ObserverHello(_Part, tag="observer", tag_field="role", frozen=True):
     """Only asks: WELCOME tells it the spaces of the first simulator."""
 
 
-Hello: TypeAlias = SimulatorHello | RunnerHello | TrainerHello | ObserverHello
+class ReaderHello(_Part, tag="reader", tag_field="role", frozen=True):
+    """Only gets policy and weights, for all simulators of a process: its questions stand behind no fragment."""
+
+
+Hello: TypeAlias = SimulatorHello | RunnerHello | TrainerHello | ObserverHello | ReaderHello
 
 
 # ---- messages -------------------------------------------------------------------------------------------------
@@ -341,7 +345,7 @@ class OFFER(_Message, tag="OFFER", frozen=True):
 
 
 class GET_STATE(_Message, tag="GET_STATE", frozen=True):
-    """broker -> offering runner, or simulator -> broker: send me weights (the newest; `version` = the one a
+    """broker -> offering runner, or simulator or reader -> broker: send me weights (the newest; `version` = the one a
     transfer has begun with) from byte `offset` on."""
 
     run: RunId = ""
@@ -361,7 +365,7 @@ class STATE(_Message, tag="STATE", frozen=True):
 
 
 class GET_CONFIG(_Message, tag="GET_CONFIG", frozen=True):
-    """simulator -> broker, broker -> trainer: send me the exported policy with this hash from byte `offset` on."""
+    """simulator or reader -> broker, broker -> trainer: send me the exported policy with this hash from `offset` on."""
 
     policy: Digest
     offset: Count = 0

@@ -33,6 +33,7 @@ from rllink_zmq.messages import (
     Column,
     Hello,
     Message,
+    ReaderHello,
     SimulatorHello,
     Spaces,
 )
@@ -370,4 +371,27 @@ class SimulatorSession(Endpoint):
         self.window, self.steps_limit, self.fragment_steps = window, steps_limit, max(1, fragment_steps)
 
 
-__all__ = ["DELIVERED", "STATES", "Endpoint", "Outgoing", "SimulatorSession", "State", "Timing", "Unsettled", "Verb"]
+class ReaderSession(Endpoint):
+    """A process's own end for policy and weights. `on_message` gets what comes."""
+
+    def __init__(self, session: bytes, *, name: str = "", package: str = "", rng: random.Random | None = None) -> None:
+        super().__init__(session, name, package, Timing(), rng or random.Random(session))
+        self.on_message: Callable[[Message, Sequence[Buffer], float], None] | None = None
+
+    def hello(self) -> ReaderHello:
+        return ReaderHello()
+
+    def ask(self, messages: Sequence[Message], now: float) -> None:
+        """Send these questions."""
+        for message in messages:
+            self._say(message, now)
+
+    def handle(self, message: Message, body: Sequence[Buffer], now: float) -> None:
+        if self.on_message is not None:
+            self.on_message(message, body, now)
+
+
+__all__ = [
+    "DELIVERED", "STATES", "Endpoint", "Outgoing", "ReaderSession", "SimulatorSession", "State", "Timing", "Unsettled",
+    "Verb",
+]  # fmt: skip

@@ -24,8 +24,8 @@ ASK_AGAIN = 0.2
 """Seconds until what wasn't there yet, or came damaged, is asked for again."""
 PUB_GRACE = 0.25
 """Seconds that PUB has to bring a version which a session has heard of already: it usually does."""
-STALLED = 2.0
-"""Seconds without a piece after which a transfer goes on from where it is, if need be over another connection."""
+STALLED = 10.0
+"""Seconds without a piece after which it is asked for again. Too soon, and a slow link carries each piece twice."""
 
 
 class Weights(NamedTuple):
@@ -198,6 +198,12 @@ class Wanted:
         for transfer in (self._state, self._config):
             if transfer is not None:
                 transfer.restart(now)
+
+    def wants(self, now: float) -> bool:
+        """Whether there is something to ask for, or answers are on their way."""
+        if self.policy and self.policy != self.blob_hash and (self._config is not None or now >= self._ask_config_at):
+            return True
+        return self._wants_state(now) and (self._state is not None or now >= self._ask_state_at)
 
     # ---- inside
 

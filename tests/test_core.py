@@ -56,6 +56,7 @@ from rllink_zmq.messages import (
     DiscreteSpace,
     Handed,
     ObserverHello,
+    ReaderHello,
     RunnerHello,
     SimulatorHello,
     Spaces,
@@ -162,6 +163,21 @@ def test_a_runner_a_trainer_and_an_observer_are_welcomed(bench: Bench) -> None:
     assert welcome.spaces == SPACES
 
 
+def test_a_reader_gets_policy_and_weights_and_is_no_simulator(trained: Bench) -> None:
+    (welcome,) = messages(trained.hello("s9", ReaderHello()), WELCOME)
+    assert (welcome.window, welcome.version, welcome.policy) == (0, 0, POLICY)
+    assert trained.send("s9", GET_CONFIG(POLICY))[0][1] == CONFIG(POLICY, len(BLOB))
+    (state,) = messages(trained.send("s9", GET_STATE()), STATE, "s9")
+    assert (state.run, state.version) == (RUN, 0)
+    assert messages(trained.send("s9", PING()), PONG, "s9")[0].version == 0
+    assert trained.broker.status(trained.now)["simulators"] == 1
+    (refused,) = messages(trained.send("s9", fragment("s9", 1)), REFUSED)
+    assert refused.text == "only a simulator sends FRAGMENT"
+    trained.bye("s9")
+    assert b"s9" not in trained.broker.routes[Side.FRONT]
+    trained.broker.check_invariants()
+
+
 def test_an_observer_is_told_the_spaces_of_the_first_simulator(bench: Bench) -> None:
     assert messages(bench.hello("o", ObserverHello()), WELCOME)[0].spaces is None
     bench.simulator("s0", spaces=None)
@@ -219,6 +235,7 @@ def test_another_protocol_is_refused(bench: Bench) -> None:
         ("r1", SimulatorHello(), "a simulator must connect to the broker's frontend, this is the backend"),
         ("s1", RunnerHello(RUN), "a runner must connect to the broker's backend, this is the frontend"),
         ("s1", terms(), "a trainer must connect to the broker's backend, this is the frontend"),
+        ("r1", ReaderHello(), "a reader must connect to the broker's frontend, this is the backend"),
         ("s1", ObserverHello(), "an observer must connect to the broker's backend, this is the frontend"),
     ],
 )

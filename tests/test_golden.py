@@ -47,6 +47,7 @@ from rllink_zmq.messages import (
     Message,
     ObserverHello,
     Present,
+    ReaderHello,
     RunnerHello,
     SimulatorHello,
     Spaces,
@@ -56,7 +57,7 @@ from rllink_zmq.messages import (
 RUNNER = bytes.fromhex("52" * 16)
 FILE = Path(__file__).parent / "golden" / "frames.json"
 
-SIM, RUNNER, TRAINER, OBSERVER = (bytes([n]) * 16 for n in (0x51, 0x52, 0x54, 0x4F))
+SIM, RUNNER, TRAINER, OBSERVER, READER = (bytes([n]) * 16 for n in (0x51, 0x52, 0x54, 0x4F, 0x44))
 EPOCH = bytes(range(8))
 RUN = "0198a2b3c4d5-0badcafe"
 POLICY = "00112233445566778899aabbccddeeff"
@@ -131,6 +132,12 @@ EXAMPLES = (
         "observer -> broker",
         "It only wants to know the spaces.",
         HELLO(1, OBSERVER, 1, ObserverHello()),
+    ),
+    Example(
+        "HELLO of a reader",
+        "reader -> broker",
+        "It will ask for policy and weights.",
+        HELLO(1, READER, 1, ReaderHello(), "host/4711/weights", "0.1.0"),
     ),
     Example(
         "WELCOME",
@@ -325,7 +332,7 @@ def test_the_file_has_these_examples_and_no_other() -> None:
 def test_every_message_and_every_role_has_an_example() -> None:
     assert {type(e.message) for e in EXAMPLES} == set(MESSAGES)
     roles = {type(e.message.peer) for e in EXAMPLES if isinstance(e.message, HELLO)}
-    assert roles == {SimulatorHello, RunnerHello, TrainerHello, ObserverHello}
+    assert roles == {SimulatorHello, RunnerHello, TrainerHello, ObserverHello, ReaderHello}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)

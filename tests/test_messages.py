@@ -28,6 +28,7 @@ PARTS = (
     messages.RunnerHello,
     messages.TrainerHello,
     messages.ObserverHello,
+    messages.ReaderHello,
 )
 STRUCTS = (*MESSAGES, *PARTS)
 

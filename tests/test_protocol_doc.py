@@ -30,6 +30,7 @@ PARTS: dict[str, type] = {
     "peer of a runner": messages.RunnerHello,
     "peer of a trainer": messages.TrainerHello,
     "peer of an observer": messages.ObserverHello,
+    "peer of a reader": messages.ReaderHello,
     "Spaces": messages.Spaces,
     "Box": messages.BoxSpace,
     "Discrete": messages.DiscreteSpace,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from world import World
 
 RUN = "018f00000000-00000001"
-RETURN_DELAY = 1.0
+RETURN_DELAY = 0.5
 NOTICED = 0.5
 """Seconds until a call in a runner that has left is answered at last."""
 
@@ -367,7 +367,7 @@ class RunnerNode(Node):
             self.flush()
 
     def returning(self, call_id: int) -> None:
-        """The answer is on its way: it is there in a second, or, of a stream, when RLlib no longer refers to it."""
+        """The answer is on its way: it is there soon, or, of a stream, when RLlib no longer refers to it."""
         if self.world.rules.style == "stream" and self.session.committed > self.session.returned:
             self.held.append((self.session.committed, call_id))
         else:

@@ -28,7 +28,7 @@ logger = logging.getLogger("rllink_zmq")
 LOOK_AT_REFERENCES = 0.1
 """Seconds between two looks at whether RLlib still holds what this process owns."""
 
-RETURN_DELAY = 1.0
+RETURN_DELAY = 0.5
 """Seconds after which an answer of `sample()` has left the actor, if no further call shows it."""
 
 SAY_EVERY = 10.0
