@@ -14,6 +14,8 @@ from typing import Any
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import (
     ACK,
+    ACT,
+    ACTION,
     BYE,
     CONFIG,
     DELIVERED,
@@ -32,6 +34,7 @@ from rllink_zmq.messages import (
 )
 
 from . import peers
+from .acting import Acting
 from .artifacts import Artifacts
 from .balance import choose
 from .events import Action, Event, Forward, Malformed, Received, Send, Side, Tick, Unreachable
@@ -48,7 +51,7 @@ ACK_OUTCOMES = 8192
 """Outcomes that one ACK carries at most: its header has to fit a frame."""
 
 
-class Broker(Handshake, Artifacts, Overview):
+class Broker(Handshake, Artifacts, Acting, Overview):
     """One broker epoch. `epoch`: 8 random bytes; `weights_address`: where simulators find PUB."""
 
     def __init__(self, settings: Settings, epoch: bytes, weights_address: str, now: float) -> None:
@@ -65,6 +68,8 @@ class Broker(Handshake, Artifacts, Overview):
             STATE: self._on_state,
             GET_CONFIG: self._get_config,
             CONFIG: self._on_config,
+            ACT: self._act,
+            ACTION: self._action,
             BYE: self._bye,
         }
 
@@ -391,6 +396,7 @@ class Broker(Handshake, Artifacts, Overview):
         if now >= self._next_sweep:
             self._next_sweep = now + self.settings.probe_interval
             self._sweep(now)
+            self._sweep_acts(now)
 
     def _ping(self, peer: Peer, message: PING, event: Received, now: float) -> None:
         if type(peer) is Simulator:
@@ -428,4 +434,5 @@ class Broker(Handshake, Artifacts, Overview):
         for s in self.simulators.values():
             assert s.base - 1 <= s.high and all(n <= s.high for n in s.open) and not (s.open.keys() & s.outcomes.keys())
         assert self.episodes == sum(s.episodes for s in self.simulators.values() if s.state is not peers.State.GONE)
+        self.check_acting()
         assert self.simulators_live == sum(type(p) is Simulator for p in self.routes[Side.FRONT].values())

@@ -66,10 +66,11 @@ class Send(Struct, frozen=True, gc=False):
 
 
 class Forward(Struct, frozen=True, gc=False):
-    """Lease a fragment: its own frames, unchanged, to a runner."""
+    """Frames as they came, unchanged: a fragment to a runner, a request to a service, an answer to who asked."""
 
     route: bytes
     frames: Sequence[Buffer]
+    side: Side = Side.BACK
 
 
 class Publish(Struct, frozen=True, gc=False):

@@ -22,6 +22,7 @@ from rllink_zmq.messages import (
     ObserverHello,
     ReaderHello,
     RunnerHello,
+    ServiceHello,
     SimulatorHello,
     TrainerHello,
 )
@@ -30,13 +31,13 @@ from .duties import Duties
 from .events import Received, Side
 from .fragments import State as Life
 from .fragments import Verb as Move
-from .peers import Observer, Peer, Reader, Runner, Simulator, State, Trainer, Verb, mismatch, step_bytes
+from .peers import Observer, Peer, Reader, Runner, Service, Simulator, State, Trainer, Verb, mismatch, step_bytes
 
 P = TypeVar("P", bound=Peer)
 
 ROLES: dict[type, str] = {
     SimulatorHello: "a simulator", ReaderHello: "a reader", RunnerHello: "a runner", TrainerHello: "a trainer",
-    ObserverHello: "an observer",
+    ObserverHello: "an observer", ServiceHello: "a runner's service",
 }  # fmt: skip
 
 
@@ -68,9 +69,13 @@ class Handshake(Duties):
             return self._hello_runner(hello, role, event, now)
         if isinstance(role, TrainerHello):
             return self._hello_trainer(hello, role, event, now)
-        guest = Reader(hello.session, now) if in_front else Observer(hello.session, now)
-        self._enter(guest, hello, event.route, now)
-        return self._welcome(guest)
+        if isinstance(role, ReaderHello):
+            return self._hello_reader(hello, event, now)
+        if isinstance(role, ServiceHello):
+            return self._hello_service(hello, role, event, now)
+        observer = Observer(hello.session, now)
+        self._enter(observer, hello, event.route, now)
+        return self._welcome(observer)
 
     def _enter(self, peer: Peer, hello: HELLO, route: bytes, now: float) -> None:
         routes = self.routes[peer.side]
@@ -96,6 +101,7 @@ class Handshake(Duties):
         self._send(peer, WELCOME(
             self.epoch, peer.greeting, self.settings.fragment_bytes, window, limit, length, self.run,
             self.published_version, self.policy_ready, self.weights_address, spaces, text,
+            self.settings.act_requests if isinstance(peer, Reader) else 0,
         ))  # fmt: skip
 
     # ---- simulators
@@ -169,6 +175,34 @@ class Handshake(Duties):
                 if self._reserve(other):
                     break
                 self._mark(other, now)
+
+    # ---- single actions
+
+    def _hello_reader(self, hello: HELLO, event: Received, now: float) -> None:
+        old = self.readers.get(hello.session)
+        if old is not None:
+            if hello.greeting <= old.greeting:
+                return
+            self._lose(old, now)  # it asks again for what it still wants
+        reader = self.readers[hello.session] = Reader(hello.session, now)
+        self._enter(reader, hello, event.route, now)
+        self._welcome(reader)
+
+    def _hello_service(self, hello: HELLO, role: ServiceHello, event: Received, now: float) -> None:
+        if role.run < self.run:
+            text = f"run {role.run} has ended, the broker serves {self.run}: this runner's trainer was replaced"
+            self._refuse(event.side, event.route, "old_run", text, now, fatal=True, greeting=hello.greeting)
+            return
+        for old in [s for s in self.services if s.session == hello.session]:
+            if hello.greeting <= old.greeting:
+                return
+            self._lose(old, now)
+        service = Service(hello.session, now, role.run)
+        self._enter(service, hello, event.route, now)
+        self._welcome(service)
+        if role.run == self.run:
+            self.services.append(service)
+            self._serve_all(now)
 
     # ---- runners
 
@@ -253,8 +287,13 @@ class Handshake(Duties):
         if role.run != self.run:
             self.run = role.run
             self._pool = None
-            for runner in [r for r in self.runners.values() if r.run < role.run and r.state is State.LIVE]:
-                self._expel(runner, "old_run", f"run {runner.run} has ended, the broker serves {self.run} now", now)
+            for peer in list(self.routes[Side.BACK].values()):
+                if isinstance(peer, Runner | Service) and peer.run < role.run:
+                    self._expel(peer, "old_run", f"run {peer.run} has ended, the broker serves {self.run} now", now)
+                elif isinstance(peer, Service) and peer.run == role.run and peer not in self.services:
+                    self.services.append(peer)
+            if self.services:
+                self._serve_all(now)
             self._say(logging.INFO, "run", f"trainer '{trainer.name}' began run {self.run}", now)
         self._welcome(trainer)
         self._assign(role.duties)
@@ -286,6 +325,10 @@ class Handshake(Duties):
             self._say(logging.WARNING, f"lost {peer.name}", f"lost the connection to runner '{peer.name}'", now)
             if peer.duty == "end":
                 return self._forget(peer, Verb.EXPIRE, now)
+        elif isinstance(peer, Reader):
+            self._asker_lost(peer)
+        elif isinstance(peer, Service):
+            self._service_lost(peer, now)
         elif isinstance(peer, Trainer):
             self._say(logging.WARNING, "lost trainer", f"lost the connection to trainer '{peer.name}'", now)
         return self._source_lost(peer, now)
@@ -319,6 +362,10 @@ class Handshake(Duties):
                     fragment.move(Move.CUT)
                     self._settle(fragment, "handover_cut", now)
             self.reports.resolve(peer.session, 1 << 62, "handover_cut", {})
+        elif isinstance(peer, Reader):
+            self._asker_lost(peer)
+        elif isinstance(peer, Service):
+            self._service_lost(peer, now)
         self._source_lost(peer, now)
 
     # ---- time

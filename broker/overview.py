@@ -69,6 +69,13 @@ class Overview(BrokerState):
             },
             "unfinished_episodes": dict(self.unfinished),
             "round": self._round(sims, now),
+            "acting": {
+                "services": len(self.services),
+                "readers": len(self.readers),
+                "open_requests": sum(len(r.requests) for r in self.readers.values()),
+                "unserved_requests": len(self.unserved),
+                **self.acts,
+            },
             "malformed_messages": self.malformed,
             "waiting_for": self.waiting_for(),
         }

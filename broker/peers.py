@@ -6,10 +6,11 @@ every move of a peer; the conversation starts, and starts again, with HELLO alon
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 
 from rllink_zmq.messages import (
+    ACT,
     DELIVERED,
     BoxSpace,
     Column,
@@ -20,7 +21,7 @@ from rllink_zmq.messages import (
     Spaces,
     TrainerHello,
 )
-from rllink_zmq.wire import column_bytes
+from rllink_zmq.wire import Buffer, column_bytes
 
 from .events import Side
 from .fragments import Fragment
@@ -166,11 +167,43 @@ class Observer(Peer):
     __slots__ = ()
 
 
-class Reader(Peer):
-    """Gets policy and weights for the simulators of a process."""
+class Request:
+    """An ACT that has no answer yet. `service`: who computes it, None while nobody can; `since`: for how long."""
 
-    __slots__ = ()
+    __slots__ = ("frames", "key", "reader", "rows", "service", "since", "size")
+
+    def __init__(self, reader: Reader, message: ACT, frames: Sequence[Buffer], size: int, now: float) -> None:
+        self.reader = reader
+        self.key = (message.session, message.request)
+        self.rows = message.rows
+        self.frames = frames
+        self.size = size
+        self.service: Service | None = None
+        self.since = now
+
+
+class Reader(Peer):
+    """Asks for policy, weights and actions. `requests`: its open ones, by number; `act_bytes`: of their bodies."""
+
+    __slots__ = ("act_bytes", "requests")
     side = Side.FRONT
+
+    def __init__(self, session: bytes, now: float) -> None:
+        super().__init__(session, now)
+        self.requests: dict[int, Request] = {}
+        self.act_bytes = 0
+
+
+class Service(Peer):
+    """Computes actions. `open`: the requests it has, oldest first; `rows`: their observations."""
+
+    __slots__ = ("open", "rows", "run")
+
+    def __init__(self, session: bytes, now: float, run: str) -> None:
+        super().__init__(session, now)
+        self.run = run
+        self.open: dict[tuple[bytes, int], Request] = {}
+        self.rows = 0
 
 
 class Reports:

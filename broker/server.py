@@ -249,8 +249,9 @@ class Server:
             for action in actions:
                 kind = type(action)
                 if kind is Forward:
-                    if not self._send(Side.BACK, action.route, action.frames):  # type: ignore[union-attr]
-                        self._unreachable.append(Unreachable(Side.BACK, action.route))  # type: ignore[union-attr]
+                    forward = cast(Forward, action)
+                    if not self._send(forward.side, forward.route, forward.frames):
+                        self._unreachable.append(Unreachable(forward.side, forward.route))
                 elif kind is Send:
                     self._send_message(cast(Send, action))
                 elif kind is Publish:

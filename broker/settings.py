@@ -54,6 +54,15 @@ class Settings:
     weights_interval: float = 0.02
     """New weights are fetched from runners at most this often; only the newest matters."""
 
+    act_requests: int = 64
+    """Requests for actions that one peer may have open; more are answered with `over_credit`."""
+
+    act_bytes: int = 16 * MiB
+    """And the bytes of their observations, unless it is a single request."""
+
+    act_patience: float = 1.0
+    """A request that a service has not answered for this long goes to another one, too."""
+
     transfer_timeout: float = 5.0
     """A transfer (weights, policy) that does not move for this long is begun anew with another offerer."""
 

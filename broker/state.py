@@ -13,7 +13,7 @@ from rllink_zmq.wire import Buffer
 from . import peers
 from .events import Action, Log, Send, Side
 from .fragments import Fragment, Ledger, Verb
-from .peers import Peer, Runner, Simulator, Trainer
+from .peers import Peer, Reader, Request, Runner, Service, Simulator, Trainer
 from .settings import Settings
 
 
@@ -55,6 +55,11 @@ class BrokerState:
         self.weights_crc = 0
         self.policy_ready = ""
         self.policy_blob = b""
+        # single actions: who asks, who answers, and what waits for somebody who does
+        self.readers: dict[bytes, Reader] = {}
+        self.services: list[Service] = []
+        self.unserved: dict[tuple[bytes, int], Request] = {}
+        self.acts = {"answered": 0, "refused": 0, "moved": 0}
         self._pool: list[Runner] | None = None
         self._dirty: dict[Simulator, None] = {}
         self._ack_due: float | None = None
@@ -155,6 +160,15 @@ class BrokerState:
 
     def _source_lost(self, peer: Peer, now: float) -> None:
         raise NotImplementedError  # the artifacts'
+
+    def _serve_all(self, now: float) -> None:
+        raise NotImplementedError  # acting's
+
+    def _asker_lost(self, reader: Reader) -> None:
+        raise NotImplementedError  # acting's
+
+    def _service_lost(self, service: Service, now: float) -> None:
+        raise NotImplementedError  # acting's
 
     def _begin_run(self, trainer: Trainer, now: float) -> None:
         raise NotImplementedError  # the artifacts'

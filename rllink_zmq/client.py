@@ -30,6 +30,9 @@ log = logging.getLogger("rllink_zmq")
 Backpressure: TypeAlias = Literal["pause", "drop"]
 """What a simulator does while the trainer takes no more of its steps."""
 
+Inference: TypeAlias = Literal["local", "remote", "auto"]
+"""Who computes actions: this process with the policy it is sent, the runners, or the runners if this process can't."""
+
 
 def connect(
     address: str = "tcp://127.0.0.1:5555",
@@ -41,6 +44,7 @@ def connect(
     threads: int = 1,
     seed: int | None = None,
     on_backpressure: Backpressure = "pause",
+    inference: Inference = "local",
     timeout: float | None = 5.0,
     audit: str | os.PathLike[str] | None = None,
 ) -> Client:
@@ -50,7 +54,9 @@ def connect(
     can't use. `name`: for people. `episodes`: how many may be open at once. `threads`, `seed`: of the policy; clients
     of one process that give the same ones share it. `on_backpressure`: what to do while the trainer takes no more:
     "pause" in the next call for an action, or "drop" whole fragments, which are counted (`stats.dropped`), for those
-    that can't pause. `timeout`: seconds; None waits for as long as it takes, and says
+    that can't pause. `inference`: who computes actions: "local", here, by the policy that comes with the weights;
+    "remote", the runners, which are asked for each; "auto": here, unless ONNX Runtime is missing or refuses the policy.
+    `timeout`: seconds; None waits for as long as it takes, and says
     so in the log. `audit`: a directory for this process's audit log, which `rllink-zmq audit` compares with the
     learner's.
     Raises ConnectionTimeout, RefusedError, SettingsError (an address or `audit`), SpaceError (a space that doesn't
@@ -70,6 +76,8 @@ def connect(
     log_of_audit = None if audit is None else Log.shared(audit, "simulator")
     if log_of_audit is not None:
         log_of_audit.open()
+    if inference not in ("local", "remote", "auto"):
+        raise SettingsError(f"expected inference 'local', 'remote' or 'auto', got {inference!r}")
     session = SimulatorSession(
         os.urandom(16),
         name=name if name is not None else f"{socket.gethostname()}/{os.getpid()}",
@@ -80,8 +88,11 @@ def connect(
     reader = PolicyReader.join(address, threads, seed)
     client = Client(Flow(Connection(session, address), session, reader, layout, log_of_audit))
     client.flow.drops = on_backpressure == "drop"
+    client.flow.may_ask = inference == "auto"
     try:
         client.flow.open(timeout)
+        if inference == "remote":
+            client.flow.act_remotely()
     except BaseException:
         client.close(0)
         raise
@@ -166,8 +177,12 @@ class Client:
         """
         flow, reader = self.flow, self.flow.reader
         pairs = self._pairs(episodes, observations, "get_actions")
+        if flow.remote is not None:
+            return flow.request(pairs).results()
         while True:
             origin = flow.prepare(pairs, "acted", wait=True)
+            if flow.asks:
+                return flow.request(pairs).results()
             with reader.lock:
                 # Another thread may have switched the policy: a fragment has one version's actions only.
                 if origin is reader.origin and reader.policy is not None:
@@ -220,6 +235,8 @@ class Client:
         session = flow.session
         flow.closed, flow.look_at = True, 0.0
         flow.reader.leave()
+        if flow.remote is not None:
+            flow.remote.close()
         flow.connection.close()
         if flow.audit is not None:
             flow.audit.closed(session.session, len(session.unsettled))

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from rllink_zmq.client_flow import Flow
+from rllink_zmq.client_remote import PendingAction, PendingActions
 from rllink_zmq.errors import EpisodeError
 from rllink_zmq.fragments import FragmentBuilder, Kind
 from rllink_zmq.policy import Actions, Policy
@@ -31,6 +32,7 @@ class Episode:
         self._flow = flow
         self._cost = 1 if builder.sent else 0
         self._started: float | None = _now()
+        self._pending: PendingActions | None = None
 
     @property
     def steps(self) -> int:
@@ -50,6 +52,8 @@ class Episode:
         an observation that doesn't fit and after the end, RefusedError when the broker refuses this simulator.
         """
         flow, builder = self._flow, self.builder
+        if flow.remote is not None:
+            return self.get_action_async(observation).result()
         reader = flow.reader
         while True:
             if not (
@@ -61,6 +65,8 @@ class Episode:
             ):
                 self._asked("get_action")
                 flow.prepare([(builder, observation)], "acted", wait=True)
+                if flow.asks:
+                    return self.get_action_async(observation).result()
             with reader.lock:
                 policy = reader.policy
                 # Another thread may have switched the policy: this fragment has one version's actions only.
@@ -74,13 +80,29 @@ class Episode:
         flow.credit -= self._cost
         return acted.env_actions
 
+    def get_action_async(self, observation: Any) -> PendingAction:
+        """Ask the service for an action, and go on: `result()` of what is returned is the action, `done()` says whether
+        it is there. With `connect(inference="remote")` alone. One at a time for an episode; several episodes may have
+        one open each. Waits and raises as `get_action` does, but for the answer.
+        """
+        flow = self._flow
+        if flow.remote is None:
+            raise EpisodeError('get_action_async asks the action service: connect(..., inference="remote")')
+        self._asked("get_action_async")
+        if self._pending is not None and not self._pending.taken:
+            raise EpisodeError(f"episode '{self.id}' has asked for an action already: take its result() first")
+        self._pending = flow.request([(self.builder, observation)])
+        return PendingAction(self._pending)
+
     def can_act(self, observation: Any) -> bool:
-        """Whether `get_action(observation)` would return at once. Never waits.
+        """Whether `get_action(observation)` would return at once; with the service: whether it may ask. Never waits.
 
         When it would not, what has been built is sent, with `observation` as the last one of its fragment: the next
         call must have the same observation, and all of the last step's reward must have been logged before.
         """
-        if self.builder.origin is self._flow.reader.origin and self._goes_on("acted"):
+        flow = self._flow
+        acts = flow.reader if flow.remote is None else flow.remote
+        if self.builder.origin is acts.origin and self._goes_on("acted"):
             return True
         self._asked("can_act")
         return self._flow.prepare([(self.builder, observation)], "acted", wait=False) is not None
@@ -164,6 +186,8 @@ class Episode:
 
     def _leave(self) -> None:
         self.open = False
+        if self._pending is not None:
+            self._pending.forget()
         self.builder.limit = 0
         self._flow.builders.pop(self.id, None)
 

@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rllink_zmq.arrays import to_buffers
+from rllink_zmq.arrays import Array, to_buffers
 from rllink_zmq.audit import Log
 from rllink_zmq.client_policy import SWITCH_INTERVAL, PolicyReader
-from rllink_zmq.errors import ConnectionTimeout, EpisodeError
+from rllink_zmq.client_remote import Answer, PendingActions, RemotePolicy
+from rllink_zmq.errors import ConnectionTimeout, EpisodeError, PolicyError
 from rllink_zmq.fragments import Cut, End, FragmentBuilder, Kind, Layout, Origin, layout_of_spaces
 from rllink_zmq.messages import DELIVERED, FRAGMENT
 from rllink_zmq.session import SimulatorSession, State
@@ -53,7 +54,8 @@ class Waiting:
 
 class Flow:
     """One client's. `credit`: steps that may be taken until the next look; `look_at`: when that is due. `drops`: where
-    there is no room a fragment is built and dropped, rather than waited for."""
+    there is no room a fragment is built and dropped, rather than waited for. `remote`: the service that acts, if it is
+    not this process's own policy; `reserved`: steps whose actions it has been asked for."""
 
     def __init__(
         self,
@@ -72,6 +74,9 @@ class Flow:
         self.credit = 0
         self.look_at = 0.0
         self.closed = False
+        self.remote: RemotePolicy | None = None
+        self.may_ask = False
+        self.reserved = 0
         self._layout = layout
         self._reads_policy = False
         self._logged: Origin | None = None
@@ -92,6 +97,11 @@ class Flow:
             timeout,
         )
         self.measure()
+
+    @property
+    def connections(self) -> list[Connection]:
+        """What may bring something that this client waits for."""
+        return [self.connection] if self.remote is None else [self.connection, self.remote.connection]
 
     # ---- before a step
 
@@ -153,6 +163,11 @@ class Flow:
 
     def origin(self, kind: Kind) -> Origin | None:
         """Which weights the next fragment is of; None while there are none, or no layout."""
+        if kind == "acted" and self.remote is not None:
+            if self.remote.origin is None and self.session.run:
+                # Until the first answer: nothing is sent under this name.
+                self.remote.origin = Origin(self.session.run, max(0, self.session.version))
+            return self.remote.origin if self._layout_of(kind) is not None else None
         if kind == "acted":
             if not self._reads_policy:
                 self._reads_policy = True
@@ -168,12 +183,14 @@ class Flow:
         return self._logged
 
     def _layout_of(self, kind: Kind) -> Layout | None:
-        if kind == "acted":
+        if kind == "acted" and self.remote is None:
             return self.reader.layout
+        if kind == "acted" and self.remote is not None and self.remote.layout is not None:
+            return self.remote.layout
         if self._layout is None and self.session.trainer_spaces is not None:
             spaces = self.session.trainer_spaces
             self._layout = layout_of_spaces(from_wire(spaces.observation), from_wire(spaces.action))
-        if self._layout is None:
+        if self._layout is None and self.remote is None:
             self._reads_policy = True  # its manifest says it
         return self._layout or self.reader.layout
 
@@ -188,6 +205,64 @@ class Flow:
                 f"{fragment_bytes}: start the broker with a larger --fragment-bytes"
             )
         return min(self.session.fragment_steps, most)
+
+    # ---- actions of the service
+
+    @property
+    def asks(self) -> bool:
+        """The service acts: from the beginning, or since the policy turned out not to run here."""
+        return self.remote is not None
+
+    def act_remotely(self) -> None:
+        """From now on the service computes actions."""
+        self.remote = RemotePolicy(self.connection.address, self.session.name)
+        self.remote.connection.open()
+
+    def request(self, pairs: Pairs) -> PendingActions:
+        """Ask the service for an action for each of these episodes. Waits while there is no room for the steps, or for
+        one more request."""
+        remote = self.remote
+        assert remote is not None
+        self.prepare(pairs, "acted", wait=True)
+        if not remote.room:
+            self.wait_for(remote.connection, lambda: self._asking(remote), remote.why)
+        self.reserved += sum(builder.sent for builder, _ in pairs)
+        self.credit -= sum(builder.sent for builder, _ in pairs)
+        return PendingActions(self, remote, pairs)
+
+    @staticmethod
+    def _asking(remote: RemotePolicy) -> bool:
+        remote.look()
+        if remote.session.refusal is not None:
+            raise remote.session.refusal
+        return remote.room
+
+    def adopt(self, pairs: Pairs, answer: Answer) -> Array:
+        """Take the steps whose actions have come; what `env.step` wants, a row for each."""
+        remote, arrays, rows = self.remote, answer.arrays, len(pairs)
+        assert remote is not None
+        self.reserved -= sum(builder.sent for builder, _ in pairs)
+        try:
+            actions, logps = arrays["actions"], arrays["action_logp"].reshape(rows).tolist()
+            dist_inputs = arrays["action_dist_inputs"].reshape(rows, -1)
+        except (KeyError, ValueError) as e:
+            raise PolicyError(f"the action service answers without actions that a learner can use: {e}") from None
+        layout = self._layout_of("acted")
+        if layout is not None and layout.dist_inputs != dist_inputs.shape[1]:
+            layout = remote.layout = layout._replace(dist_inputs=dist_inputs.shape[1])
+        assert layout is not None
+        for i, (builder, observation) in enumerate(pairs):
+            builder.observe(observation)
+            if builder.origin is not answer.origin or builder.width != layout.dist_inputs:
+                # Other weights chose than those of the steps before.
+                if builder.steps:
+                    self.cut(builder, "no")
+                if not builder.t0:
+                    builder.began = self.connection.clock()
+                builder.begin(layout, "acted", answer.origin, self._length(layout, "acted", builder))
+                builder.observe(observation)
+            builder.act(actions[i], logps[i], dist_inputs[i])
+        return arrays.get("env_actions", actions)
 
     # ---- room
 
@@ -205,7 +280,7 @@ class Flow:
         credit = (session.window - session.unsettled_bytes - size) // self._step_bytes + 1
         if session.steps_limit:
             credit = min(credit, session.steps_limit - session.settled_steps - session.unsettled_steps - steps)
-        self.credit = credit
+        self.credit = credit - self.reserved
 
     def _room(self, needed: int) -> bool:
         if self.credit < needed:
@@ -305,6 +380,8 @@ class Flow:
         if self.closed:
             raise EpisodeError("this client is closed: connect() again")
         self.connection.look()
+        if self.remote is not None:
+            self.remote.look()
         session, now = self.session, time.monotonic()
         if session.refusal is not None:
             self.look_at = 0.0
@@ -313,10 +390,19 @@ class Flow:
             self._notice = session.notice
             if self._notice:
                 log.warning("the broker at %s says: %s", self.connection.address, self._notice)
-        if self._reads_policy:
-            self.reader.look(session, now)
+        if self._reads_policy and self.remote is None:
+            self._read_policy(now)
         self.look_at = now + LOOK_INTERVAL
         self.measure()
+
+    def _read_policy(self, now: float) -> None:
+        try:
+            self.reader.look(self.session, now)
+        except (PolicyError, ImportError) as e:
+            if not self.may_ask:
+                raise
+            log.warning("the policy can't run here (%s): runners are asked for actions", e)
+            self.act_remotely()
 
     def wait(self, done: Callable[[], bool], why: Callable[[], str], timeout: float | None = None) -> None:
         """Look until `done()`, and say `why()` in the log every few seconds. Raises ConnectionTimeout, RefusedError."""
@@ -330,11 +416,26 @@ class Flow:
             self.connection.wait(WAIT_SLICE)
             self.look()
 
+    def wait_for(
+        self, connection: Connection, done: Callable[[], bool], why: Callable[[], str], timeout: float | None = None
+    ) -> None:
+        """Wait until `done()`, with an ear at this connection, and say `why()` in the log. Raises ConnectionTimeout."""
+        started = time.monotonic()
+        waiting = Waiting(started)
+        while not done():
+            now = time.monotonic()
+            if timeout is not None and now - started >= timeout:
+                raise ConnectionTimeout(f"gave up after {timeout:g} s: {why()}")
+            waiting.say(why, now)
+            connection.wait(WAIT_SLICE)
+
     def why(self, kind: Kind) -> str:
         """Why `prepare` would wait, in words."""
         session, address = self.session, self.connection.address
         if session.state is not State.LIVE:
             return f"the connection is lost, trying again to reach {address}. {session.notice}".rstrip()
+        if self.origin(kind) is None and self.remote is not None:
+            return "no trainer has begun a run at the broker yet"
         if self.origin(kind) is None:
             missing = self.reader.missing() if self._reads_policy else ""
             return missing or "no trainer has begun a run at the broker yet"

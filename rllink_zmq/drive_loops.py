@@ -17,6 +17,7 @@ from gymnasium.vector import AutoresetMode
 from rllink_zmq.client import Client, Episode
 from rllink_zmq.client_flow import WAIT_SLICE, Waiting
 from rllink_zmq.client_policy import PolicyReader
+from rllink_zmq.client_remote import PendingAction
 from rllink_zmq.errors import SettingsError
 from rllink_zmq.fragments import Origin
 from rllink_zmq.transport import poll
@@ -128,18 +129,19 @@ def drive_many(
 def _wake(blocked: Sequence[_Seat], timeout: float) -> None:
     """Sleep until something comes for one of these, at most `timeout` seconds, and let those try again for which it
     may have changed something: with hundreds of them, asking all costs more than a step."""
-    ready = set(map(id, poll([seat.client.flow.connection for seat in blocked], None, timeout)))
+    ready = set(map(id, poll([c for seat in blocked for c in seat.client.flow.connections], None, timeout)))
     now = time.monotonic()
     asked: set[PolicyReader] = set()
     for seat in blocked:
         flow = seat.client.flow
         reader = flow.reader
-        no_policy = reader.origin is None and reader not in asked  # one of them reads the news for all
+        alone = flow.remote is None
+        no_policy = alone and reader.origin is None and reader not in asked  # one of them reads the news for all
         if no_policy:
             asked.add(reader)
         if (
             no_policy
-            or id(flow.connection) in ready
+            or any(id(connection) in ready for connection in flow.connections)
             or reader.origin is not seat.origin
             or flow.session.next_deadline() <= now
         ):
@@ -175,6 +177,7 @@ class _Seat:
         self._seed = seed
         self._episode: Episode | None = None
         self._observation: Any = None
+        self._asked: PendingAction | None = None
 
     @property
     def done(self) -> bool:
@@ -184,7 +187,7 @@ class _Seat:
         """Take some steps, fewer where it would have to wait."""
         episode = self._episode
         if episode is None:
-            if not self.client.ready:
+            if self.client.flow.remote is None and not self.client.ready:
                 return self._block()
             episode = self._episode = self.client.start_episode()
             self._observation, _ = self._env.reset(seed=self._seed)
@@ -192,10 +195,11 @@ class _Seat:
         env, tally, observation = self._env, self._tally, self._observation
         until = time.monotonic() + TURN_SECONDS
         for _ in range(TURN_STEPS):
-            if not episode.can_act(observation):
-                self._observation = observation
+            self._observation = observation
+            action = self._act(episode, observation)
+            if action is None:
                 return self._block()
-            observation, reward, terminated, truncated, _ = env.step(episode.get_action(observation))
+            observation, reward, terminated, truncated, _ = env.step(action)
             episode.log_returns(float(reward))
             tally.steps += 1
             self._steps_left -= 1
@@ -214,12 +218,27 @@ class _Seat:
             self.client.flow.look()  # nobody calls it any more: what is queued leaves now
         return None
 
+    def _act(self, episode: Episode, observation: Any) -> Any:
+        """The action, or None if it would have to be waited for."""
+        asked = self._asked
+        if asked is None:
+            if not episode.can_act(observation):
+                return None
+            if self.client.flow.remote is None:
+                return episode.get_action(observation)
+            asked = self._asked = episode.get_action_async(observation)
+        if not asked.done():
+            return None
+        self._asked = None
+        return asked.result()
+
     def _block(self) -> None:
         self.blocked = True
         self.origin = self.client.flow.reader.origin
 
     def cut_off(self) -> None:
         """End the episode where it is."""
+        self._asked = None
         if self._episode is not None and self._episode.steps:
             self._episode.end_episode(self._observation, truncated=True)
         self.leave()

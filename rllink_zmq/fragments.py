@@ -238,6 +238,11 @@ class FragmentBuilder:
         self._rewards[steps - 1] = total
         self.episode_return += value
 
+    @property
+    def width(self) -> int:
+        """Numbers of a row of `action_dist_inputs` in the fragment being built."""
+        return self._layout.dist_inputs if self._layout is not None else 0
+
     # ---- cutting
 
     @property

@@ -22,6 +22,8 @@ MAX_FRAMES = 4096
 MAX_BODY_BYTES = 1 << 30
 MAX_COLUMNS = 64
 MAX_NUMBERS = 65_536
+MAX_ROWS = 65_536
+"""Observations of one ACT."""
 MAX_RUNNERS = 1024
 MOST_WANTED = 1000
 """Runners that a pool may be scaled to: those that leave have to fit into the lists, too."""
@@ -186,10 +188,16 @@ class ObserverHello(_Part, tag="observer", tag_field="role", frozen=True):
 
 
 class ReaderHello(_Part, tag="reader", tag_field="role", frozen=True):
-    """Only gets policy and weights, for all simulators of a process: its questions stand behind no fragment."""
+    """Asks for policy, weights and single actions, and sends no fragments that its questions would stand behind."""
 
 
-Hello: TypeAlias = SimulatorHello | RunnerHello | TrainerHello | ObserverHello | ReaderHello
+class ServiceHello(_Part, tag="service", tag_field="role", frozen=True):
+    """A runner's second connection: it computes single actions, with weights of `run`."""
+
+    run: RunId
+
+
+Hello: TypeAlias = SimulatorHello | RunnerHello | TrainerHello | ObserverHello | ReaderHello | ServiceHello
 
 
 # ---- messages -------------------------------------------------------------------------------------------------
@@ -212,7 +220,8 @@ class HELLO(_Message, tag="HELLO", frozen=True):
 
 class WELCOME(_Message, tag="WELCOME", frozen=True):
     """broker -> any: the answer to HELLO `greeting`. A simulator resends all unsettled fragments in order; a runner
-    forgets what it has not taken. `window` and `steps_limit` are absolute; 0 as `steps_limit` = no limit."""
+    forgets what it has not taken. `window` and `steps_limit` are absolute; 0 as `steps_limit` = no limit. `requests`:
+    how many ACTs a reader may have open."""
 
     epoch: Annotated[bytes, Meta(min_length=8, max_length=8)]
     greeting: Count
@@ -226,6 +235,7 @@ class WELCOME(_Message, tag="WELCOME", frozen=True):
     weights: Address = ""
     spaces: Spaces | None = None
     text: Text = ""
+    requests: Count = 0
 
 
 class REFUSED(_Message, tag="REFUSED", frozen=True):
@@ -379,6 +389,31 @@ class CONFIG(_Message, tag="CONFIG", frozen=True):
     offset: Count = 0
 
 
+class ACT(_Message, tag="ACT", frozen=True):
+    """reader -> broker -> service, header and frames unchanged: an action for each of `rows` observations. `request`
+    rises in a session. `explore`: draw it, else the most likely one."""
+
+    session: Session
+    request: Annotated[int, Meta(ge=1, lt=1 << 53)]
+    rows: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
+    columns: Annotated[tuple[Column, ...], Meta(min_length=1, max_length=MAX_COLUMNS)]
+    explore: bool = True
+    module: Annotated[str, Meta(max_length=64)] = ""
+
+
+class ACTION(_Message, tag="ACTION", frozen=True):
+    """service -> broker -> reader, header and frames unchanged: the answer to `request` of `session`, by the weights
+    `version` of `run`. Or why there is none: `code` and `text`."""
+
+    session: Session
+    request: Count
+    run: RunId = ""
+    version: Version = -1
+    columns: Annotated[tuple[Column, ...], Meta(max_length=MAX_COLUMNS)] = ()
+    code: Annotated[str, Meta(max_length=64)] = ""
+    text: Text = ""
+
+
 class BYE(_Message, tag="BYE", frozen=True):
     """any -> broker: an orderly leave. A runner's untaken fragments go to others at once."""
 
@@ -404,6 +439,8 @@ Message: TypeAlias = (
     | STATE
     | GET_CONFIG
     | CONFIG
+    | ACT
+    | ACTION
     | BYE
 )
 

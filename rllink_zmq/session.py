@@ -21,6 +21,8 @@ from rllink_zmq.arrays import Buffer
 from rllink_zmq.errors import RefusedError
 from rllink_zmq.messages import (
     ACK,
+    ACT,
+    ACTION,
     BYE,
     DELIVERED,
     FRAGMENT,
@@ -372,11 +374,16 @@ class SimulatorSession(Endpoint):
 
 
 class ReaderSession(Endpoint):
-    """A process's own end for policy and weights. `on_message` gets what comes."""
+    """The end of who asks, for policy and weights (`ask`) and for single actions (`act`). `on_message` gets what comes.
+
+    `open_acts`: requests without an answer, by number; on WELCOME they are sent again. `requests`: how many may be."""
 
     def __init__(self, session: bytes, *, name: str = "", package: str = "", rng: random.Random | None = None) -> None:
         super().__init__(session, name, package, Timing(), rng or random.Random(session))
         self.on_message: Callable[[Message, Sequence[Buffer], float], None] | None = None
+        self.open_acts: dict[int, Outgoing] = {}
+        self.requests = 0
+        self._request = 0
 
     def hello(self) -> ReaderHello:
         return ReaderHello()
@@ -386,7 +393,27 @@ class ReaderSession(Endpoint):
         for message in messages:
             self._say(message, now)
 
+    def act(self, columns: tuple[Column, ...], rows: int, body: Sequence[Buffer], explore: bool, now: float) -> int:
+        """Ask for actions for `rows` observations, and return the request's number."""
+        self._request += 1
+        message = ACT(self.session, self._request, rows, columns, explore)
+        self.open_acts[self._request] = Outgoing(message, body)
+        if self.state is State.LIVE:
+            self._say(message, now, body)
+        return self._request
+
+    def forget(self, request: int) -> None:
+        """Its answer is not wanted any more."""
+        self.open_acts.pop(request, None)
+
+    def welcomed(self, message: WELCOME, now: float) -> None:
+        self.requests = message.requests
+        for act in self.open_acts.values():
+            self._say(act.message, now, act.body)
+
     def handle(self, message: Message, body: Sequence[Buffer], now: float) -> None:
+        if isinstance(message, ACTION) and self.open_acts.pop(message.request, None) is None:
+            return  # the second answer
         if self.on_message is not None:
             self.on_message(message, body, now)
 

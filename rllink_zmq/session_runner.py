@@ -19,6 +19,8 @@ import msgspec
 
 from rllink_zmq.arrays import Buffer
 from rllink_zmq.messages import (
+    ACT,
+    ACTION,
     BYE,
     CONFIG,
     DUTY,
@@ -43,6 +45,7 @@ from rllink_zmq.messages import (
     ObserverHello,
     Present,
     RunnerHello,
+    ServiceHello,
     Spaces,
     TrainerHello,
 )
@@ -395,6 +398,43 @@ class TrainerSession(Endpoint):
         """Ask for the ledger as of now: `pongs` rises when it is there."""
         if self.state is State.LIVE:
             self._say(PING(), now)
+
+
+class ServiceSession(Endpoint):
+    """A runner's end for single actions. `asked`: requests to be answered, in the order they came; what else comes goes
+    to `on_message`."""
+
+    def __init__(
+        self, session: bytes, run: str, *, name: str = "", package: str = "", rng: random.Random | None = None
+    ) -> None:
+        super().__init__(session, name, package, SERVICE_TIMING, rng or random.Random(session))
+        self.my_run = run
+        self.asked: list[tuple[ACT, Sequence[Buffer]]] = []
+        self.weights_address = ""
+        self.on_message: Callable[[Message, Sequence[Buffer], float], None] | None = None
+
+    def hello(self) -> ServiceHello:
+        return ServiceHello(self.my_run)
+
+    def welcomed(self, message: WELCOME, now: float) -> None:
+        self.weights_address = message.weights
+        self.asked.clear()  # the broker has given them to others, or gives them again
+
+    def handle(self, message: Message, body: Sequence[Buffer], now: float) -> None:
+        if isinstance(message, ACT):
+            self.asked.append((message, body))
+        elif self.on_message is not None:
+            self.on_message(message, body, now)
+
+    def ask(self, messages: Sequence[Message], now: float) -> None:
+        """Send these questions."""
+        for message in messages:
+            self._say(message, now)
+
+    def answer(self, message: ACTION, body: Sequence[Buffer], now: float) -> None:
+        """Answer a request. Nothing is sent while the broker is away: others do it."""
+        if self.state is State.LIVE:
+            self._say(message, now, body)
 
 
 class ObserverSession(Endpoint):

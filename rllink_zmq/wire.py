@@ -13,6 +13,8 @@ from rllink_zmq.arrays import Buffer as Buffer
 from rllink_zmq.arrays import column_bytes as column_bytes
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import (
+    ACT,
+    ACTION,
     CONFIG,
     FRAGMENT,
     MAX_BODY_BYTES,
@@ -83,6 +85,8 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
                 )
         if claimed != size:
             raise ProtocolError(f"the header's columns claim {claimed} bytes, the body has {size}")
+    elif type(message) is ACT or type(message) is ACTION:
+        _check_rows(message, size)
     elif type(message) is STATE or type(message) is CONFIG:
         if message.offset + size > message.size:
             end = message.offset + size
@@ -90,6 +94,21 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
     elif size:
         raise ProtocolError(f"a {type(message).__name__} has no body, {size} bytes came")
     return size
+
+
+def _check_rows(message: ACT | ACTION, size: int) -> None:
+    columns = message.columns
+    rows = message.rows if type(message) is ACT else (columns[0].shape[:1] or (0,))[0] if columns else 0
+    claimed = 0
+    for column in columns:
+        claimed += column_bytes(column)
+        if not column.shape or column.shape[0] != rows:
+            raise ProtocolError(
+                f"column '{column.name}' of request {message.request} must have {rows} rows, its shape is "
+                f"{list(column.shape)}"
+            )
+    if claimed != size:
+        raise ProtocolError(f"the header's columns claim {claimed} bytes, the body has {size}")
 
 
 def unpack(frames: Sequence[Buffer]) -> tuple[Message, list[Buffer]]:

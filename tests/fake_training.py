@@ -102,6 +102,30 @@ class Training:
             connection.close()
 
 
+class Restartable:
+    """A broker in a thread. `restart` makes an empty one at the same addresses."""
+
+    def __init__(self) -> None:
+        self._addresses = dict.fromkeys(("frontend", "backend", "weights"), "tcp://127.0.0.1:*")
+        self._start()
+
+    def _start(self) -> None:
+        self.server = Server(Settings(), admin=None, **self._addresses)
+        self.server.bind()
+        self._addresses = {name: getattr(self.server, name) for name in self._addresses}
+        self._thread = threading.Thread(target=self.server.run, name="broker")
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.server.stop()
+        self._thread.join(10)
+        self.server.close()
+
+    def restart(self) -> None:
+        self.stop()
+        self._start()
+
+
 @contextmanager
 def broker(**settings: Any) -> Iterator[Server]:
     """A broker on free ports."""

@@ -83,11 +83,12 @@ def broker(*arguments: str) -> Iterator[dict[str, str]]:
         yield json.loads(line)
 
 
-def simulators(addresses: dict[str, str], number: int = 4, env: str = "CartPole-v1") -> Any:
+def simulators(addresses: dict[str, str], number: int = 4, env: str = "CartPole-v1", more: Sequence[str] = ()) -> Any:
     """`rllink-zmq simulate` at this broker, for a `with`."""
     return rllink(
-        "simulate", "--env", env, "--broker", addresses["frontend"], "--num", str(number), stdout=subprocess.DEVNULL
-    )
+        "simulate", "--env", env, "--broker", addresses["frontend"], "--num", str(number), *more,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 def status(addresses: dict[str, str]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import ast
 import secrets
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +15,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from fake_training import Restartable
 from processes import ROOT, process
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.columns import Columns
 
-from broker.server import Server
-from broker.settings import Settings
 from rllink_zmq.arrays import from_body
 from rllink_zmq.messages import TrainerHello
 from rllink_zmq.policy import PolicyManifest, Tensor, Weight, pack_policy, policy_hash, unpack_policy
@@ -33,32 +31,7 @@ from rllink_zmq.transport import Connection
 
 RAW_DEALER = ROOT / "examples" / "raw_dealer.py"
 RUN = "0198a2b3c4d5-0badcafe"
-LOOPBACK = "tcp://127.0.0.1:*"
 PATIENCE_S = 90.0
-
-
-class Broker:
-    """A broker in a thread. `restart` makes an empty one at the same addresses."""
-
-    def __init__(self) -> None:
-        self._addresses = dict.fromkeys(("frontend", "backend", "weights"), LOOPBACK)
-        self._start()
-
-    def _start(self) -> None:
-        self.server = Server(Settings(), admin=None, **self._addresses)
-        self.server.bind()
-        self._addresses = {name: getattr(self.server, name) for name in self._addresses}
-        self._thread = threading.Thread(target=self.server.run, name="broker")
-        self._thread.start()
-
-    def stop(self) -> None:
-        self.server.stop()
-        self._thread.join(10)
-        self.server.close()
-
-    def restart(self) -> None:
-        self.stop()
-        self._start()
 
 
 class Learner:
@@ -97,7 +70,9 @@ class Learner:
 
 
 @contextmanager
-def learning(broker: Broker, blob: bytes, weights: bytes, spaces: tuple[gym.Space, gym.Space]) -> Iterator[Learner]:
+def learning(
+    broker: Restartable, blob: bytes, weights: bytes, spaces: tuple[gym.Space, gym.Space]
+) -> Iterator[Learner]:
     learner = Learner(broker.server.backend, blob, weights, spaces)
     for connection in learner.connections:
         connection.open()
@@ -108,8 +83,8 @@ def learning(broker: Broker, blob: bytes, weights: bytes, spaces: tuple[gym.Spac
 
 
 @pytest.fixture
-def broker() -> Iterator[Broker]:
-    broker = Broker()
+def broker() -> Iterator[Restartable]:
+    broker = Restartable()
     yield broker
     broker.stop()
 
@@ -140,7 +115,7 @@ def exported(spaces: tuple[gym.Space, gym.Space], module: Any) -> tuple[bytes, b
     return blob, weights_body(unpack_policy(blob)[0], module.get_state(inference_only=True))
 
 
-def raw_dealer(broker: Broker, *arguments: str, **options: Any) -> Any:
+def raw_dealer(broker: Restartable, *arguments: str, **options: Any) -> Any:
     return process(str(RAW_DEALER), "--broker", broker.server.frontend, "--seed", "7", *arguments, **options)
 
 
@@ -192,7 +167,7 @@ def test_raw_dealer_names_nothing_of_ours() -> None:
 
 
 def test_raw_dealer_acts_by_the_policy_and_is_delivered(
-    broker: Broker, spaces: tuple[gym.Space, gym.Space], module: Any, exported: tuple[bytes, bytes]
+    broker: Restartable, spaces: tuple[gym.Space, gym.Space], module: Any, exported: tuple[bytes, bytes]
 ) -> None:
     with learning(broker, *exported, spaces) as learner, raw_dealer(broker, "--episodes", "400") as running:
 
@@ -226,7 +201,7 @@ def test_raw_dealer_acts_by_the_policy_and_is_delivered(
 
 
 def test_raw_dealer_draws_from_any_other_policy_with_equal_probability(
-    broker: Broker, spaces: tuple[gym.Space, gym.Space]
+    broker: Restartable, spaces: tuple[gym.Space, gym.Space]
 ) -> None:
     manifest = PolicyManifest(
         format=1, module="Other", observation=Tensor("float32", (4,)), noise="gumbel", noise_shape=(2,),
@@ -248,7 +223,7 @@ def test_raw_dealer_draws_from_any_other_policy_with_equal_probability(
 
 
 def test_raw_dealer_goes_on_with_a_broker_that_was_restarted(
-    broker: Broker, spaces: tuple[gym.Space, gym.Space], exported: tuple[bytes, bytes]
+    broker: Restartable, spaces: tuple[gym.Space, gym.Space], exported: tuple[bytes, bytes]
 ) -> None:
     restarts = [100, 400]
     with learning(broker, *exported, spaces) as learner, raw_dealer(broker, "--episodes", "60") as running:
@@ -267,7 +242,7 @@ def test_raw_dealer_goes_on_with_a_broker_that_was_restarted(
 
 
 def test_raw_dealer_says_why_it_is_refused(
-    broker: Broker, spaces: tuple[gym.Space, gym.Space], exported: tuple[bytes, bytes]
+    broker: Restartable, spaces: tuple[gym.Space, gym.Space], exported: tuple[bytes, bytes]
 ) -> None:
     other = (gym.spaces.Box(-1, 1, (3,)), spaces[1])
     with learning(broker, *exported, other) as learner:

@@ -20,6 +20,8 @@ from rllink_zmq import wire
 from rllink_zmq.arrays import from_body, to_buffers
 from rllink_zmq.messages import (
     ACK,
+    ACT,
+    ACTION,
     BYE,
     CONFIG,
     DUTY,
@@ -41,6 +43,7 @@ from rllink_zmq.messages import (
     Assigned,
     BoxSpace,
     Claim,
+    Column,
     DiscreteSpace,
     Dropped,
     Handed,
@@ -49,6 +52,7 @@ from rllink_zmq.messages import (
     Present,
     ReaderHello,
     RunnerHello,
+    ServiceHello,
     SimulatorHello,
     Spaces,
     TrainerHello,
@@ -57,7 +61,7 @@ from rllink_zmq.messages import (
 RUNNER = bytes.fromhex("52" * 16)
 FILE = Path(__file__).parent / "golden" / "frames.json"
 
-SIM, RUNNER, TRAINER, OBSERVER, READER = (bytes([n]) * 16 for n in (0x51, 0x52, 0x54, 0x4F, 0x44))
+SIM, RUNNER, TRAINER, OBSERVER, READER, SERVICE = (bytes([n]) * 16 for n in (0x51, 0x52, 0x54, 0x4F, 0x44, 0x56))
 EPOCH = bytes(range(8))
 RUN = "0198a2b3c4d5-0badcafe"
 POLICY = "00112233445566778899aabbccddeeff"
@@ -138,6 +142,12 @@ EXAMPLES = (
         "reader -> broker",
         "It will ask for policy and weights.",
         HELLO(1, READER, 1, ReaderHello(), "host/4711/weights", "0.1.0"),
+    ),
+    Example(
+        "HELLO of a service",
+        "service -> broker",
+        "The second connection of a runner: it acts by this run's weights.",
+        HELLO(1, SERVICE, 1, ServiceHello(RUN), "runner-1@host", "0.1.0"),
     ),
     Example(
         "WELCOME",
@@ -273,6 +283,30 @@ EXAMPLES = (
     Example("CONFIG, unknown", "broker -> simulator", "There is no such policy here.", CONFIG(POLICY, 0)),
     Example("BYE", "any -> broker", "An orderly leave.", BYE()),
     Example(
+        "ACT",
+        "reader -> broker -> service",
+        "An action for one observation of CartPole, drawn from the distribution.",
+        ACT(READER, 7, 1, (Column("obs", "<f4", (1, 4)),)),
+        (np.array([[0.1, 0.2, 0.3, 0.4]], "<f4").tobytes(),),
+    ),
+    Example(
+        "ACTION",
+        "service -> broker -> reader",
+        "The action 1, with what a learner must know of it, by version 3 of the weights.",
+        ACTION(
+            READER, 7, RUN, 3,
+            (Column("actions", "<i8", (1,)), Column("action_logp", "<f4", (1,)),
+             Column("action_dist_inputs", "<f4", (1, 2))),
+        ),
+        (np.array([1], "<i8").tobytes() + np.array([-0.5, 0.25, 0.75], "<f4").tobytes(),),
+    ),
+    Example(
+        "ACTION that refuses",
+        "broker -> reader",
+        "Too many requests are open.",
+        ACTION(READER, 8, code="over_credit", text="64 requests (1024 bytes) are open; at most 64, and 16777216 bytes"),
+    ),
+    Example(
         "BYE of a runner",
         "runner -> broker",
         "An orderly leave; RLlib has the hand-overs up to 6.",
@@ -332,7 +366,7 @@ def test_the_file_has_these_examples_and_no_other() -> None:
 def test_every_message_and_every_role_has_an_example() -> None:
     assert {type(e.message) for e in EXAMPLES} == set(MESSAGES)
     roles = {type(e.message.peer) for e in EXAMPLES if isinstance(e.message, HELLO)}
-    assert roles == {SimulatorHello, RunnerHello, TrainerHello, ObserverHello, ReaderHello}
+    assert roles == {SimulatorHello, RunnerHello, TrainerHello, ObserverHello, ReaderHello, ServiceHello}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)

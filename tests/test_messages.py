@@ -29,6 +29,7 @@ PARTS = (
     messages.TrainerHello,
     messages.ObserverHello,
     messages.ReaderHello,
+    messages.ServiceHello,
 )
 STRUCTS = (*MESSAGES, *PARTS)
 

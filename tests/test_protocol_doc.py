@@ -31,6 +31,7 @@ PARTS: dict[str, type] = {
     "peer of a trainer": messages.TrainerHello,
     "peer of an observer": messages.ObserverHello,
     "peer of a reader": messages.ReaderHello,
+    "peer of a service": messages.ServiceHello,
     "Spaces": messages.Spaces,
     "Box": messages.BoxSpace,
     "Discrete": messages.DiscreteSpace,

@@ -170,3 +170,17 @@ def test_the_example_script_and_raw_dealer_train_together(addresses: dict[str, s
     assert len(lines) == 2 and "1 simulators" in lines[-1], out
     ledger = status(addresses)["ledger"]
     assert balanced(ledger) and only_staleness(ledger) and ledger["delivered"]["steps"] >= 3000
+
+
+def test_remote_simulators_train(addresses: dict[str, str], built: list[Algorithm]) -> None:
+    """Runners act for them, while they sample and while the learner learns; one that goes takes nothing with it."""
+    with simulators(addresses, more=("--inference", "remote")):
+        algorithm = attach(ppo(), addresses["backend"]).build_algo()
+        built.append(algorithm)
+        results = [algorithm.train() for _ in range(4)]
+        shown = status(addresses)
+    mine = results[-1]["env_runners"]
+    assert all(r["env_runners"]["num_env_steps_sampled"] >= 500 for r in results)
+    assert mine["rllink"]["lag_max"] <= 2 and mine["weights_seq_no"] >= 3
+    assert shown["acting"]["services"] == 2 and shown["acting"]["answered"] >= 2000
+    assert balanced(shown["ledger"]) and only_staleness(shown["ledger"])

@@ -19,6 +19,8 @@ from rllink_zmq import wire
 from rllink_zmq.arrays import from_body, to_buffers
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import (
+    ACT,
+    ACTION,
     CONFIG,
     FRAGMENT,
     MAX_BODY_BYTES,
@@ -207,7 +209,9 @@ def test_two_columns_of_one_name_are_found_by_who_reads_them() -> None:
         from_body(message.columns, body)
 
 
-@pytest.mark.parametrize("cls", [c for c in MESSAGES if c not in (FRAGMENT, STATE, CONFIG)], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "cls", [c for c in MESSAGES if c not in (FRAGMENT, STATE, CONFIG, ACT, ACTION)], ids=lambda c: c.__name__
+)
 def test_a_body_where_none_belongs(cls: type) -> None:
     example = next(e.message for e in EXAMPLES if type(e.message) is cls)
     assert "has no body, 1 bytes came" in str(refused([encode(example), b"x"]))
@@ -381,3 +385,15 @@ def test_text_that_is_not_utf8() -> None:
     refused([header.replace(b"abcd", b"ab\xff\xfe")])
     refused([header.replace(b"GET_CONFIG", b"GET_CONFI\xff")])
     refused([header.replace(b"policy", b"polic\xff")])
+
+
+@pytest.mark.parametrize("kind", ["ACT", "ACTION"])
+def test_rows_of_actions_fit_their_header(kind: str) -> None:
+    def message(*columns: Column) -> Any:
+        return ACT(b"s" * 16, 1, 2, columns) if kind == "ACT" else ACTION(b"s" * 16, 1, columns=columns)
+
+    two, three, flat = Column("a", "<f4", (2, 1)), Column("b", "<f4", (3, 1)), Column("c", "<f4", ())
+    assert wire.unpack([encode(message(two)), b"8 bytes!"])[0] == message(two)
+    assert "must have 2 rows" in str(refused([encode(message(two, three)), bytes(20)]))
+    assert "rows, its shape is []" in str(refused([encode(message(flat)), bytes(4)]))
+    assert "claim 8 bytes, the body has 4" in str(refused([encode(message(two)), bytes(4)]))

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from rllink_zmq.audit import check_directory
-from rllink_zmq.client import Backpressure
+from rllink_zmq.client import Backpressure, Inference
 from rllink_zmq.errors import RllinkError
 from rllink_zmq.transport import parse_address
 
@@ -179,6 +179,7 @@ Examples:
   rllink-zmq simulate --env CartPole-v1
   rllink-zmq simulate --env CartPole-v1 --num 200 --processes 2
   rllink-zmq simulate --env my_package:MySim-v0 --broker tcp://10.0.0.5:5555
+  rllink-zmq simulate --env CartPole-v1 --inference remote
   rllink-zmq simulate --env CartPole-v1 --episodes 100 --seed 1 --json
 
 Each simulator has its own connection and session, as if it were a process of its own. They wait for a broker and for
@@ -192,6 +193,10 @@ training to begin, and say what they wait for."""
     "--on-backpressure", type=click.Choice(["pause", "drop"]), default="pause", show_default=True,
     help="While the trainer takes no more steps: wait, or go on and drop whole fragments.",
 )  # fmt: skip
+@click.option(
+    "--inference", type=click.Choice(["local", "remote", "auto"]), default="local", show_default=True,
+    help="Who computes actions: these processes, the runners, or the runners where these can't.",
+)  # fmt: skip
 @click.option("--episodes", type=click.IntRange(1), help="Of each simulator; without it they run until Ctrl-C.")
 @click.option("--seed", type=int, help="Of the environments and of the policy's draws.")
 @click.option(
@@ -204,6 +209,7 @@ def command(
     num: int,
     processes: int,
     on_backpressure: Backpressure,
+    inference: Inference,
     episodes: int | None,
     seed: int | None,
     audit: str | None,
@@ -219,7 +225,7 @@ def command(
     plans, first = [], 0
     for i in range(processes):
         count = num // processes + (i < num % processes)
-        plans.append(Plan(env, broker, first, count, episodes, seed, audit, on_backpressure))
+        plans.append(Plan(env, broker, first, count, episodes, seed, audit, on_backpressure, inference))
         first += count
     started = time.monotonic()
     ending: AbstractContextManager[dict[str, Any]] = output.running() if json_wanted else nullcontext({})

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 
-from rllink_zmq.client import Backpressure, Client, connect, settle
+from rllink_zmq.client import Backpressure, Client, Inference, connect, settle
 from rllink_zmq.drive_loops import Tally, drive_many
 from rllink_zmq.errors import RllinkError, SettingsError
 
@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     seed: int | None
     audit: str | None = None
     on_backpressure: Backpressure = "pause"
+    inference: Inference = "local"
 
 
 class Report(NamedTuple):
@@ -119,6 +120,7 @@ class Work:
                     name=f"{host}/{os.getpid()}/{i}",
                     seed=None if plan.seed is None else plan.seed + plan.first,
                     on_backpressure=plan.on_backpressure,
+                    inference=plan.inference,
                     timeout=None,
                     audit=plan.audit,
                 )

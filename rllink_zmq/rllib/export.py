@@ -68,7 +68,7 @@ def export_policy(
         raise PolicyError(f"{name} is stateful (an LSTM?), and the graph keeps no state: turn it off, or {_REMOTE}")
     example = _Example(name, observation_space)
     head = _head(name, module.get_exploration_action_dist_cls(), action_space)
-    for_env = _ForEnv(action_space, normalize_actions, clip_actions)
+    for_env = ForEnv(action_space, normalize_actions, clip_actions)
     graph = _Graph(module, head, for_env)
     training = module.training
     module.eval()  # as forward_exploration does for the time of the call
@@ -269,7 +269,7 @@ def _gaussian(dist_inputs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Ten
     return action, logp.sum(-1, keepdim=True)
 
 
-class _ForEnv:
+class ForEnv:
     """RLlib's NormalizeAndClipActions (`unsquash_action`, `clip_action`), as it is and as graph."""
 
     def __init__(self, space: gym.Space[Any], normalize: bool, clip: bool) -> None:
@@ -325,7 +325,7 @@ _FLOATS = (torch.float32, torch.float64)
 class _Graph(torch.nn.Module):
     """What is traced."""
 
-    def __init__(self, module: TorchRLModule, head: _Head, for_env: _ForEnv) -> None:
+    def __init__(self, module: TorchRLModule, head: _Head, for_env: ForEnv) -> None:
         super().__init__()
         self.module = module
         self._head = head
@@ -511,7 +511,7 @@ def _rename(graph: Any, names: dict[str, str], numbers: Iterator[int]) -> None:
 # ---- the proof ----------------------------------------------------------------------------------------------------
 
 
-def _verify(blob: bytes, graph: _Graph, example: _Example, head: _Head, for_env: _ForEnv) -> None:
+def _verify(blob: bytes, graph: _Graph, example: _Example, head: _Head, for_env: ForEnv) -> None:
     """Acts with the blob and other weights than the module's, and compares with the module, RLlib's distribution and
     RLlib's env actions. Raises PolicyError if they differ: what was traced was not all the module does."""
     name = type(graph.module).__name__

@@ -49,6 +49,7 @@ class RunnerLink:
         self._held: deque[tuple[int, bytes]] = deque()
         self._full_at = -2
         self._stopped = threading.Event()
+        self.on_left: Callable[[], None] | None = None
         self._thread.start()
 
     @property
@@ -201,6 +202,8 @@ class RunnerLink:
         if self._call is not None and self._result is not None:
             due = min(due, self._go_on(self._call, self._result, now))
         if self._done():
+            if self.on_left is not None:
+                self.on_left()
             self._thread.stop()
         return due
 

@@ -46,6 +46,7 @@ from rllink_zmq.rllib.audit import runner_log
 from rllink_zmq.rllib.episodes import EpisodeBuilder, Finished
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.link import RunnerLink
+from rllink_zmq.rllib.service import ActService, ModuleActor
 from rllink_zmq.rllib.settings import LinkSettings, longest_chunk, sampling_rules
 
 logger = logging.getLogger("rllink_zmq")
@@ -104,6 +105,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self._weights_seq_no = 0
         self.held: Held | None = None
         self._link: RunnerLink | None = None
+        self._service: ActService | None = None
         self._manifest: PolicyManifest | None = None
         self._builder = EpisodeBuilder(
             *spaces, self.module, longest_chunk(self.config), runner_log(self.settings.audit)
@@ -136,10 +138,21 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self._link = RunnerLink(self.settings.broker, run, f"runner-{index}@{host}", local=not self.worker_index)
         if self.held is not None:
             self._offer(self.held)
+        if self.module is not None:
+            config = self.config
+            actor = ModuleActor(
+                self.module, manifest, self.spaces[INPUT_ENV_SINGLE_SPACES][1], bool(config.normalize_actions),
+                bool(config.clip_actions),
+            )  # fmt: skip
+            self._service = ActService(self.settings.broker, run, self._link.session.name, actor)
+            self._link.on_left = self._service.stop
         return self._link.session.session
 
     def leave(self) -> None:
         """Leave the broker. Untaken fragments go to other runners at once."""
+        if self._service is not None:
+            self._service.stop()
+            self._service = None
         if self._link is not None:
             self._link.stop()
             self._link = None

@@ -1,0 +1,126 @@
+"""Single actions: requests to whichever service has the least to do, answers to who asked.
+
+- A request is stateless. While it has no answer it may go to another service: when its own is lost or leaves, or has
+  not answered for `act_patience`. The first answer counts, later ones find no request.
+- Who asks has a credit of requests and bytes. What is over it is answered at once, and costs the others nothing.
+- Nobody there: requests wait, within that credit. Who asked is told by time alone, and decides what to do.
+"""
+
+from __future__ import annotations
+
+from rllink_zmq.messages import ACT, ACTION
+
+from . import peers
+from .events import Forward, Received, Side
+from .peers import Peer, Reader, Request, Service
+from .state import BrokerState
+
+
+class Acting(BrokerState):
+    """Requests in, answers out."""
+
+    def _act(self, reader: Peer, message: ACT, event: Received, now: float) -> None:
+        if not isinstance(reader, Reader):
+            return self._refuse(event.side, event.route, "unexpected", "only a reader sends ACT", now)
+        if message.session != reader.session:
+            return self._refuse(event.side, event.route, "malformed", "this request names another session", now)
+        if message.request in reader.requests:
+            return None  # a repeat: its answer will come
+        limit, room = self.settings.act_requests, self.settings.act_bytes
+        if reader.requests and (len(reader.requests) >= limit or reader.act_bytes + event.size > room):
+            self.acts["refused"] += 1
+            held = f"{len(reader.requests)} requests ({reader.act_bytes} bytes) are open"
+            text = f"{held}; at most {limit}, and {room} bytes: wait for answers before asking more"
+            return self._send(reader, ACTION(message.session, message.request, code="over_credit", text=text))
+        request = Request(reader, message, event.frames, event.size, now)
+        reader.requests[message.request] = request
+        reader.act_bytes += event.size
+        return self._serve(request, now)
+
+    def _serve(self, request: Request, now: float, but: Service | None = None) -> None:
+        """Give it to the service with the fewest observations to see to; `but`: not to this one."""
+        best: Service | None = None
+        for service in self.services:
+            if service is not but and (best is None or service.rows < best.rows):
+                best = service
+        if best is None:
+            self.unserved[request.key] = request
+            return
+        request.service, request.since = best, now
+        best.open[request.key] = request
+        best.rows += request.rows
+        self._actions.append(Forward(best.route, request.frames))
+
+    def _action(self, service: Peer, message: ACTION, event: Received, now: float) -> None:
+        if not isinstance(service, Service):
+            return self._refuse(event.side, event.route, "unexpected", "only a service sends ACTION", now)
+        reader = self.readers.get(message.session)
+        request = reader.requests.get(message.request) if reader is not None else None
+        if reader is None or request is None:
+            return None  # answered by another one, or nobody waits any longer
+        self._close(request)
+        self.acts["answered"] += 1
+        self._actions.append(Forward(reader.route, event.frames, Side.FRONT))
+        return None
+
+    def _close(self, request: Request) -> None:
+        """It is answered, or not wanted any more."""
+        reader, key = request.reader, request.key
+        del reader.requests[key[1]]
+        reader.act_bytes -= request.size
+        self.unserved.pop(key, None)
+        self._withdraw(request)
+
+    @staticmethod
+    def _withdraw(request: Request) -> None:
+        service = request.service
+        if service is not None and service.open.pop(request.key, None) is not None:
+            service.rows -= request.rows
+        request.service = None
+
+    # ---- who comes and goes
+
+    def _serve_all(self, now: float) -> None:
+        """A service has come: what waited is its."""
+        waiting, self.unserved = self.unserved, {}
+        for request in waiting.values():
+            self._serve(request, now)
+
+    def _asker_lost(self, reader: Reader) -> None:
+        for request in list(reader.requests.values()):
+            self._close(request)
+        if self.readers.get(reader.session) is reader:
+            del self.readers[reader.session]
+
+    def _service_lost(self, service: Service, now: float) -> None:
+        if service in self.services:
+            self.services.remove(service)
+        for request in list(service.open.values()):
+            self._withdraw(request)
+            self.acts["moved"] += 1
+            self._serve(request, now)
+
+    def _sweep_acts(self, now: float) -> None:
+        """What a service has not answered for too long goes to another one."""
+        if len(self.services) < 2:
+            return
+        for service in list(self.services):
+            late = [r for r in service.open.values() if now - r.since > self.settings.act_patience]
+            for request in late:
+                self._withdraw(request)
+                self.acts["moved"] += 1
+                self._serve(request, now, but=service)
+
+    def check_acting(self) -> None:
+        """Part of `check_invariants`."""
+        for reader in self.readers.values():
+            assert reader.state is peers.State.LIVE
+            assert reader.act_bytes == sum(r.size for r in reader.requests.values())
+            for request in reader.requests.values():
+                served = request.service is not None and request.service.open.get(request.key) is request
+                assert served != (self.unserved.get(request.key) is request)
+        for service in self.services:
+            assert service.state is peers.State.LIVE and service.run == self.run
+            assert service.rows == sum(r.rows for r in service.open.values())
+            assert all(r.reader.requests.get(r.key[1]) is r for r in service.open.values())
+        assert not (self.services and self.unserved)

@@ -1,0 +1,182 @@
+"""Actions from the service: runners compute them, the simulator keeps its fragment as it does with a policy of its own.
+
+A request is one observation or many. Several may be open at once, of different episodes. Each answer says which weights
+chose: where they have changed, a fragment ends before that step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rllink_zmq import __version__
+from rllink_zmq.arrays import from_body, to_buffers
+from rllink_zmq.errors import EpisodeError, PolicyError, ProtocolError
+from rllink_zmq.fragments import FragmentBuilder, Layout, Origin
+from rllink_zmq.messages import ACTION, Message
+from rllink_zmq.session import ReaderSession, State
+from rllink_zmq.transport import Connection
+from rllink_zmq.wire import Buffer
+
+if TYPE_CHECKING:
+    from rllink_zmq.client_flow import Flow
+
+log = logging.getLogger("rllink_zmq")
+
+OVER_CREDIT = "over_credit"
+
+
+class Answer(NamedTuple):
+    """What the service said: arrays by name, `rows` long each. Or an error's code and text."""
+
+    origin: Origin
+    arrays: dict[str, NDArray[Any]]
+    code: str = ""
+    text: str = ""
+
+
+class RemotePolicy:
+    """A connection to the service behind the broker at `address`.
+
+    `origin`: which weights chose the newest actions; another object whenever that changes. `layout`: of the fragments
+    that are made of them, once the first answer has shown it.
+    """
+
+    def __init__(self, address: str, name: str) -> None:
+        self.session = ReaderSession(os.urandom(16), name=f"{name}/acting"[:128], package=__version__)
+        self.session.on_message = self._answered
+        self.connection = Connection(self.session, address)
+        self.origin: Origin | None = None
+        self.layout: Layout | None = None
+        self.answers: dict[int, Answer] = {}
+
+    @property
+    def room(self) -> bool:
+        """Whether one more request may be sent."""
+        session = self.session
+        return session.state is State.LIVE and len(session.open_acts) < max(1, session.requests)
+
+    def ask(self, rows: NDArray[Any], *, explore: bool) -> int:
+        """Request actions for (B, *shape) observations; the number of the request."""
+        columns, body = to_buffers({"obs": rows})
+        copied = [bytes(buffer) for buffer in body]  # kept until the answer is there: the rows are the builder's
+        request = self.session.act(columns, len(rows), copied, explore, self.connection.clock())
+        self.connection.flush()
+        return request
+
+    def look(self) -> None:
+        """Read what has come."""
+        self.connection.look()
+
+    def why(self) -> str:
+        """Why there is no answer yet, in words."""
+        session = self.session
+        if session.refusal is not None:
+            return str(session.refusal)
+        if session.state is not State.LIVE:
+            return f"no connection to the action service at {self.connection.address}. {session.notice}".rstrip()
+        return (
+            f"{len(session.open_acts)} requests for actions are open at {self.connection.address} and no runner has "
+            f"answered: is a trainer running, with runners?"
+        )
+
+    def close(self) -> None:
+        self.connection.close(0)
+
+    def _answered(self, message: Message, body: Sequence[Buffer], now: float) -> None:
+        if not isinstance(message, ACTION):
+            return
+        try:
+            arrays = from_body(message.columns, body)
+        except ProtocolError as e:
+            self.answers[message.request] = Answer(Origin("", -1), {}, "malformed", str(e))
+            return
+        origin = Origin(message.run, message.version)
+        if not message.code:
+            if self.origin == origin:
+                origin = self.origin
+            elif self.origin is None or origin > self.origin:
+                self.origin = origin
+        self.answers[message.request] = Answer(origin, arrays, message.code, message.text)
+
+
+class PendingActions:
+    """Actions that were asked for: one for each of `pairs`. Get one with `get_action_async`; `result()` once."""
+
+    def __init__(self, flow: Flow, remote: RemotePolicy, pairs: Sequence[tuple[FragmentBuilder, Any]]) -> None:
+        self._flow = flow
+        self._remote = remote
+        self._pairs = pairs
+        self._answer: Answer | None = None
+        self.taken = False
+        self._request = 0
+        self._send()
+
+    def _send(self) -> None:
+        rows = np.stack([builder.observe(observation) for builder, observation in self._pairs])
+        self._request = self._remote.ask(rows, explore=True)
+
+    def done(self) -> bool:
+        """Whether `result` would return at once. Never waits. Raises RefusedError."""
+        if self._answer is None:
+            self._remote.look()
+            self._answer = self._remote.answers.pop(self._request, None)
+            if self._answer is not None and self._answer.code == OVER_CREDIT:
+                self._answer = None
+                self._send()
+            if self._answer is None:
+                if self._remote.session.refusal is not None:
+                    raise self._remote.session.refusal
+                self._flow.look_if_due()
+        return self._answer is not None
+
+    def results(self, timeout: float | None = None) -> NDArray[Any]:
+        """What `env.step` wants, a row for each episode. Waits, and says why in the log every 5 s. Raises EpisodeError
+        for a request that the service refuses, and the second time; PolicyError when it can't act; ConnectionTimeout
+        after `timeout` seconds, and then it may be called again."""
+        if self.taken:
+            raise EpisodeError("this action has been taken already: ask for the next one")
+        if not self.done():
+            self._flow.wait_for(self._remote.connection, self.done, self._remote.why, timeout)
+        self.taken = True
+        answer = self._answer
+        assert answer is not None
+        if answer.code:
+            self._flow.reserved -= _counted(self._pairs)
+            error = EpisodeError if answer.code == "malformed" else PolicyError
+            raise error(f"the action service refuses ({answer.code}): {answer.text}")
+        return self._flow.adopt(self._pairs, answer)
+
+    def forget(self) -> None:
+        """The answer is not wanted any more."""
+        if not self.taken:
+            self.taken = True
+            self._remote.session.forget(self._request)
+            self._remote.answers.pop(self._request, None)
+            self._flow.reserved -= _counted(self._pairs)
+
+
+class PendingAction:
+    """An action that was asked for with `Episode.get_action_async`."""
+
+    def __init__(self, pending: PendingActions) -> None:
+        self._pending = pending
+
+    def done(self) -> bool:
+        """Whether `result()` would return at once. Never waits."""
+        return self._pending.done()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The action, as `env.step` wants it. Once. Waits and raises as `Episode.get_action` does; raises
+        ConnectionTimeout after `timeout` seconds, and then it may be called again."""
+        row = self._pending.results(timeout)[0]
+        return int(row) if row.ndim == 0 and row.dtype.kind in "iu" else row
+
+
+def _counted(pairs: Sequence[tuple[FragmentBuilder, Any]]) -> int:
+    return sum(builder.sent for builder, _ in pairs)

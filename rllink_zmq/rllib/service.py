@@ -1,0 +1,274 @@
+"""The action service of a runner: requests that are pending become one batch, whenever the module is free.
+
+It has a connection and a thread of its own: it answers while `sample()` waits and while the learner learns, and a
+fragment never stands in front of a request. Its weights are the published ones, under the numbers that simulators know;
+a batch is of one version. It acts as RLlib's own runner does: the module's `forward_exploration` or
+`forward_inference`, RLlib's distribution (`GetActions`) and the env's action (`NormalizeAndClipActions`).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.rl_module import RLModule
+
+from rllink_zmq import __version__
+from rllink_zmq.arrays import column_of
+from rllink_zmq.errors import RllinkError
+from rllink_zmq.messages import ACT, ACTION, Column
+from rllink_zmq.policy import PolicyManifest
+from rllink_zmq.rllib.export import ForEnv
+from rllink_zmq.session import State
+from rllink_zmq.session_runner import ServiceSession
+from rllink_zmq.transport import Connection, Subscription, beside
+from rllink_zmq.transport_thread import ConnectionThread
+from rllink_zmq.weights import STALLED, Wanted
+from rllink_zmq.wire import Buffer
+
+logger = logging.getLogger("rllink_zmq")
+
+MAX_ROWS = 1024
+"""Observations of one batch."""
+
+SWITCH_INTERVAL = 0.1
+"""Seconds between two weights versions to act with: a switch cuts every fragment that is being built."""
+
+NEWS_INTERVAL = 0.05
+"""Seconds between two looks for newer weights while nobody asks."""
+
+
+class OwnPolicy(Wanted):
+    """Published weights, for a process that has the module itself."""
+
+    def told(self, run: str, version: int, policy: str, now: float) -> None:
+        super().told(run, version, "", now)
+
+    @property
+    def newest(self) -> tuple[int, bytes] | None:
+        """Version and body of this run's newest weights."""
+        held = self.weights
+        return (held.version, held.data) if held is not None and held.run == self.run else None
+
+
+class ModuleActor:
+    """A copy of `module` that acts. `version`: of its weights, -1 before the first. Not for two threads at once."""
+
+    def __init__(
+        self, module: RLModule, manifest: PolicyManifest, action_space: gym.Space[Any], normalize: bool, clip: bool
+    ) -> None:
+        self.manifest = manifest
+        self.version = -1
+        self._module: Any = copy.deepcopy(module.unwrapped())
+        self._module.eval()
+        self._state = self._module.state_dict()
+        self._device = next(iter(self._state.values())).device if self._state else torch.device("cpu")
+        self._for_env = ForEnv(action_space, normalize, clip)
+        self.dtype = np.dtype(manifest.observation.dtype)
+        self.shape = manifest.observation.shape
+
+    def apply(self, version: int, body: bytes) -> None:
+        """Act with these weights from now on. `body`: the manifest's, back to back. Raises RllinkError for another
+        size."""
+        if len(body) != self.manifest.weights_bytes:
+            raise RllinkError(f"weights {version} have {len(body)} bytes, expected {self.manifest.weights_bytes}")
+        offset = 0
+        with torch.no_grad():
+            for weight in self.manifest.weights:
+                count = int(np.prod(weight.shape, dtype=np.int64))
+                sent = np.frombuffer(body, np.dtype(weight.dtype).newbyteorder("<"), count, offset)
+                self._state[weight.name].copy_(torch.from_numpy(sent.reshape(weight.shape).copy()))
+                offset += weight.nbytes
+        self.version = version
+
+    def act(self, observations: NDArray[Any], explore: bool) -> dict[str, NDArray[Any]]:
+        """Columns of an answer for (B, *shape) observations of the policy's dtype."""
+        with torch.no_grad():
+            batch = {Columns.OBS: torch.from_numpy(observations).to(self._device)}
+            module = self._module
+            out = module.forward_exploration(batch) if explore else module.forward_inference(batch)
+            dist_inputs = out[Columns.ACTION_DIST_INPUTS]
+            drawn_from = module.get_exploration_action_dist_cls().from_logits(dist_inputs)
+            if explore:
+                actions = drawn_from.sample()
+            else:
+                greedy = module.get_inference_action_dist_cls().from_logits(dist_inputs).to_deterministic()
+                actions = greedy.sample()
+            logp = drawn_from.logp(actions)
+            columns = {"actions": actions, "action_logp": logp, "action_dist_inputs": dist_inputs}
+            if self._for_env.transforms:
+                columns["env_actions"] = self._for_env(actions.cpu())
+            return {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in columns.items()}
+
+
+class ActService:
+    """Answers ACT for one run. `max_wait`: seconds that the first request of a batch may wait for company."""
+
+    def __init__(
+        self, address: str, run: str, name: str, actor: ModuleActor, max_rows: int = MAX_ROWS, max_wait: float = 0.0
+    ) -> None:
+        self.actor = actor
+        self.run = run
+        self.batches = self.rows = 0
+        self._address = address
+        self._max_rows = max_rows
+        self._max_wait = max_wait
+        self._first_at: float | None = None
+        self._wanted = OwnPolicy()
+        self._subscription: Subscription | None = None
+        self._asked_greeting = 0
+        self._switched = float("-inf")
+        self._news_at = 0.0
+        self._columns: dict[tuple[int, bool], tuple[Column, ...]] = {}
+        self.session = ServiceSession(secrets.token_bytes(16), run, name=name, package=__version__)
+        self.session.on_message = self._wanted.answer
+        self._thread = ConnectionThread(Connection(self.session, address), self._step, f"{name}-acting")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Say BYE: what is open goes to others."""
+        self._thread.stop()
+        if self._subscription is not None and not self._thread.is_alive():
+            self._subscription.close()
+            self._subscription = None
+
+    # ---- in the thread
+
+    def _step(self, now: float) -> float:
+        session = self.session
+        if session.asked or now >= self._news_at:
+            self._news_at = now + NEWS_INTERVAL
+            self._read_weights(now)
+        if not session.asked or self.actor.version < 0:
+            self._first_at = None
+            return self._news_at
+        if self._first_at is None:
+            self._first_at = now
+        pending = sum(message.rows for message, _ in session.asked)
+        if now < self._first_at + self._max_wait and pending < self._max_rows:
+            return self._first_at + self._max_wait
+        self._first_at = None
+        rows = count = 0
+        for message, _ in session.asked:
+            if count and rows + message.rows > self._max_rows:
+                break
+            rows += message.rows
+            count += 1
+        batch, session.asked = session.asked[:count], session.asked[count:]
+        for explore in (True, False):
+            some = [(message, body) for message, body in batch if message.explore is explore]
+            if some:
+                self._answer(some, explore, now)
+        return now if session.asked else self._news_at
+
+    def _answer(self, batch: Sequence[tuple[ACT, Sequence[Buffer]]], explore: bool, now: float) -> None:
+        """One forward pass for all that fits; a reason for each that doesn't."""
+        actor = self.actor
+        fit: list[ACT] = []
+        bodies: list[Buffer] = []
+        for message, body in batch:
+            why = self._misfit(message)
+            if why:
+                self._say(message, ACTION(message.session, message.request, code="malformed", text=why), b"", now)
+                continue
+            fit.append(message)
+            bodies.extend(body)
+        if not fit:
+            return
+        rows = sum(message.rows for message in fit)
+        try:
+            observations = np.frombuffer(bytearray().join(bodies), actor.dtype).reshape(rows, *actor.shape)
+            arrays = actor.act(observations, explore)
+        except Exception as e:  # a user's module may raise anything; who asked is told, and the service goes on
+            logger.warning("the module can't act: %s: %s", type(e).__name__, e)
+            text = f"{type(e).__name__}: {e}"[:1000]
+            for message in fit:
+                self._say(message, ACTION(message.session, message.request, code="failed", text=text), b"", now)
+            return
+        self.batches += 1
+        self.rows += rows
+        if rows == len(fit):
+            # Each asks for one: their columns' bytes lie side by side, so that an answer is one slice.
+            flat = [array.reshape(rows, -1).view(np.uint8) for array in arrays.values()]
+            beside_each_other = np.concatenate(flat, axis=1)
+            width, data = beside_each_other.shape[1], beside_each_other.tobytes()
+            columns = self._columns_of(arrays, 1)
+            for i, message in enumerate(fit):
+                self._give(message, columns, data[i * width : (i + 1) * width], now)
+            return
+        first = 0
+        for message in fit:
+            last = first + message.rows
+            answer = b"".join(array[first:last].tobytes() for array in arrays.values())
+            self._give(message, self._columns_of(arrays, message.rows), answer, now)
+            first = last
+
+    def _columns_of(self, arrays: dict[str, NDArray[Any]], rows: int) -> tuple[Column, ...]:
+        key = (rows, "env_actions" in arrays)
+        columns = self._columns.get(key)
+        if columns is None:
+            columns = tuple(column_of(name, array[:1].repeat(rows, 0)) for name, array in arrays.items())
+            if rows <= 64:
+                self._columns[key] = columns
+        return columns
+
+    def _give(self, message: ACT, columns: tuple[Column, ...], body: bytes, now: float) -> None:
+        self._say(message, ACTION(message.session, message.request, self.run, self.actor.version, columns), body, now)
+
+    def _say(self, message: ACT, answer: ACTION, body: bytes, now: float) -> None:
+        self.session.answer(answer, [body] if body else [], now)
+
+    def _misfit(self, message: ACT) -> str:
+        """Why this request can't be answered; '' when it can."""
+        actor, column = self.actor, message.columns[0]
+        if message.module:
+            return f"there is no module '{message.module}' here: leave it out"
+        if len(message.columns) != 1 or column.name != "obs":
+            names = ", ".join(c.name for c in message.columns)
+            return f"expected one column 'obs', got {names}"
+        if column.shape[1:] != actor.shape or np.dtype(column.dtype) != actor.dtype:
+            return (
+                f"expected observations of {actor.dtype}{list(actor.shape)}, got {np.dtype(column.dtype)}"
+                f"{list(column.shape[1:])}: start the simulator with the trainer's environment"
+            )
+        return ""
+
+    # ---- weights
+
+    def _read_weights(self, now: float) -> None:
+        session, wanted = self.session, self._wanted
+        if session.state is not State.LIVE:
+            return
+        wanted.told(session.run, session.version, "", now)
+        address = beside(self._address, session.weights_address) if session.weights_address else ""
+        if self._subscription is not None and self._subscription.address != address:
+            self._subscription.close()
+            self._subscription = None
+        if self._subscription is None and address:
+            self._subscription = Subscription(address)
+        if self._subscription is not None:
+            for message, body in self._subscription.read():
+                wanted.news(message, body, now)
+        moved = wanted.moved
+        if session.greeting != self._asked_greeting or (moved is not None and now - moved >= STALLED):
+            self._asked_greeting = session.greeting
+            wanted.restart(now)
+        session.ask(wanted.asks(now), now)
+        newest = wanted.newest
+        if newest is None or wanted.run != self.run or newest[0] <= self.actor.version:
+            return
+        if self.actor.version >= 0 and now - self._switched < SWITCH_INTERVAL:
+            return
+        try:
+            self.actor.apply(*newest)
+        except RllinkError as e:
+            logger.warning("the action service keeps its weights: %s", e)
+        self._switched = now

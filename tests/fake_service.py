@@ -1,0 +1,87 @@
+"""An action service without RLlib, in a thread: what clients need to be tested on real sockets."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from fake_training import RUNS, until
+from numpy.typing import NDArray
+
+from broker.server import Server
+from rllink_zmq.arrays import from_body, to_buffers
+from rllink_zmq.messages import ACT, ACTION
+from rllink_zmq.session import State
+from rllink_zmq.session_runner import ServiceSession
+from rllink_zmq.transport import Connection
+
+
+class Service:
+    """Answers with the parity of the first number of an observation, as the weights `version`. `asked`: (request, rows)
+    of all that came. `held`: answers nothing meanwhile; `refuses`: with this code."""
+
+    def __init__(self, backend: str, run: str = RUNS[0]) -> None:
+        self.version = 0
+        self.held = False
+        self.refuses = ""
+        self.asked: list[tuple[int, NDArray[Any]]] = []
+        self.session = ServiceSession(os.urandom(16), run, name="fake service")
+        self._connection = Connection(self.session, backend)
+        self._stop = False
+        self._thread = threading.Thread(target=self._work)
+
+    def start(self) -> None:
+        self._thread.start()
+        until(lambda: self.session.state is State.LIVE, "the service greets")
+
+    def stop(self) -> None:
+        self._stop = True
+        self._thread.join()
+
+    def answer(self, message: ACT, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        actions = rows[:, 0].astype(np.int64) % 2
+        return {
+            "actions": actions,
+            "action_logp": np.full(len(rows), -0.5, np.float32),
+            "action_dist_inputs": np.stack([actions, 1 - actions], axis=1).astype(np.float32),
+        }
+
+    def _work(self) -> None:
+        session = self.session
+        self._connection.open()
+        while not self._stop:
+            self._connection.wait(0.005)
+            self._connection.look()
+            if self.held:
+                continue
+            asked, session.asked = session.asked, []
+            for message, body in asked:
+                rows = from_body(message.columns, body)["obs"]
+                self.asked.append((message.request, rows))
+                now = time.monotonic()
+                if self.refuses:
+                    session.answer(
+                        ACTION(message.session, message.request, code=self.refuses, text="no such thing"), (), now
+                    )
+                    continue
+                columns, buffers = to_buffers(self.answer(message, rows))
+                header = ACTION(message.session, message.request, session.my_run, self.version, columns)
+                session.answer(header, buffers, now)
+            self._connection.flush()
+        self._connection.close()
+
+
+@contextmanager
+def service(server: Server, **options: Any) -> Iterator[Service]:
+    """A service at `server`."""
+    fake = Service(server.backend, **options)
+    fake.start()
+    try:
+        yield fake
+    finally:
+        fake.stop()

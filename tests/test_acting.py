@@ -1,0 +1,194 @@
+"""The broker's part in single actions: who is asked, who is told, and what becomes of a request whose service goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from core_bench import NEXT_RUN, RUN, Bench, Said, fragment, messages, session, training
+
+from broker.events import Side
+from rllink_zmq.messages import (
+    ACT,
+    ACTION,
+    REFUSED,
+    WELCOME,
+    Column,
+    ReaderHello,
+    ServiceHello,
+)
+
+COLUMNS = (Column("obs", "|u1", (1,)),)
+
+
+@pytest.fixture
+def bench(benches: Callable[..., Bench]) -> Bench:
+    """A training, a service "b1" and a reader "s1"."""
+    bench = training(benches(act_requests=4, act_bytes=100))
+    serves(bench, "b1")
+    reads(bench, "s1")
+    return bench
+
+
+def serves(bench: Bench, name: str, run: str = RUN) -> Said:
+    return bench.hello(name, ServiceHello(run))
+
+
+def reads(bench: Bench, name: str) -> WELCOME:
+    (welcome,) = messages(bench.hello(name, ReaderHello()), WELCOME)
+    return welcome  # type: ignore[no-any-return]
+
+
+def act(name: str, request: int, rows: int = 1) -> ACT:
+    return ACT(session(name), request, rows, (Column("obs", "|u1", (rows,)),))
+
+
+def asks(bench: Bench, name: str, request: int, rows: int = 1) -> Said:
+    return bench.send(name, act(name, request, rows), bytes(rows))
+
+
+def answers(bench: Bench, by: str, name: str, request: int) -> Said:
+    return bench.send(by, ACTION(session(name), request, RUN, 0, COLUMNS), b"a")
+
+
+def acting(bench: Bench) -> dict[str, Any]:
+    shown: dict[str, Any] = bench.broker.status(bench.now)["acting"]
+    return shown
+
+
+def test_a_request_goes_to_the_service_and_its_answer_back_unchanged(bench: Bench) -> None:
+    assert asks(bench, "s1", 1) == [("b1", act("s1", 1))]
+    assert acting(bench)["open_requests"] == 1
+    assert answers(bench, "b1", "s1", 1) == [("s1", ACTION(session("s1"), 1, RUN, 0, COLUMNS))]
+    assert answers(bench, "b1", "s1", 1) == [], "the second answer finds no request"
+    assert (acting(bench)["open_requests"], acting(bench)["answered"]) == (0, 1)
+
+
+def test_readers_are_told_their_credit(bench: Bench) -> None:
+    assert reads(bench, "s2").requests == 4
+
+
+def test_the_service_with_the_fewest_observations_is_asked(bench: Bench) -> None:
+    serves(bench, "b2")
+    assert asks(bench, "s1", 1, rows=8)[0][0] == "b1"
+    assert [asks(bench, "s1", n)[0][0] for n in (2, 3)] == ["b2", "b2"]
+    answers(bench, "b1", "s1", 1)
+    assert asks(bench, "s1", 4)[0][0] == "b1"
+
+
+def test_a_repeated_request_is_computed_once(bench: Bench) -> None:
+    asks(bench, "s1", 1)
+    assert asks(bench, "s1", 1) == []
+
+
+def test_over_its_credit_a_reader_is_told_at_once_and_the_service_hears_nothing(bench: Bench) -> None:
+    for n in range(1, 5):
+        asks(bench, "s1", n)
+    ((to, refused),) = asks(bench, "s1", 5)
+    assert (to, refused.code, refused.request) == ("s1", "over_credit", 5)
+    assert "4 requests (4 bytes) are open; at most 4" in refused.text
+    reads(bench, "s2")
+    assert asks(bench, "s2", 1) == [("b1", act("s2", 1))], "others are served"
+    answers(bench, "b1", "s1", 1)
+    assert asks(bench, "s1", 6) == [("b1", act("s1", 6))]
+    assert acting(bench)["refused"] == 1
+
+
+def test_one_request_may_be_as_large_as_a_message(bench: Bench) -> None:
+    assert asks(bench, "s1", 1, rows=101)[0][0] == "b1"
+    assert asks(bench, "s1", 2)[0][1].code == "over_credit"
+
+
+def test_requests_wait_for_the_first_service(benches: Callable[..., Bench]) -> None:
+    bench = training(benches())
+    reads(bench, "s1")
+    assert asks(bench, "s1", 1) == []
+    assert acting(bench)["unserved_requests"] == 1
+    assert ("b1", act("s1", 1)) in serves(bench, "b1")
+    assert acting(bench)["unserved_requests"] == 0
+
+
+@pytest.mark.parametrize("how", ["lost", "bye", "greets again"])
+def test_what_a_service_has_not_answered_goes_to_another(bench: Bench, how: str) -> None:
+    serves(bench, "b2")
+    assert asks(bench, "s1", 1)[0][0] == "b1"
+    if how == "lost":
+        said = bench.unreachable("b1")
+    elif how == "bye":
+        said = bench.bye("b1")
+    else:
+        said = bench.hello("b1/again", ServiceHello(RUN))
+    assert ("b2", act("s1", 1)) in said
+    assert acting(bench)["moved"] == 1
+    assert answers(bench, "b2", "s1", 1)[0][0] == "s1"
+
+
+def test_a_service_that_hangs_is_not_waited_for(bench: Bench) -> None:
+    serves(bench, "b2")
+    asks(bench, "s1", 1)
+    said = bench.wait(bench.broker.settings.act_patience + 1.1)
+    assert ("b2", act("s1", 1)) in said
+    assert answers(bench, "b1", "s1", 1)[0][0] == "s1", "whoever is first"
+    assert answers(bench, "b2", "s1", 1) == []
+
+
+def test_the_only_service_keeps_what_it_has(bench: Bench) -> None:
+    asks(bench, "s1", 1)
+    assert messages(bench.wait(5.0), ACT) == []
+    assert answers(bench, "b1", "s1", 1)[0][0] == "s1"
+
+
+@pytest.mark.parametrize("how", ["lost", "bye"])
+def test_who_is_gone_is_not_answered(bench: Bench, how: str) -> None:
+    asks(bench, "s1", 1)
+    if how == "lost":
+        bench.unreachable("s1")
+    else:
+        bench.bye("s1")
+    assert answers(bench, "b1", "s1", 1) == []
+    assert acting(bench)["open_requests"] == 0
+
+
+def test_who_comes_back_asks_again(bench: Bench) -> None:
+    asks(bench, "s1", 1)
+    bench.hello("s1/again", ReaderHello())
+    assert bench.send("s1/again", act("s1", 1), b"\0") == [("b1", act("s1", 1))]
+    assert answers(bench, "b1", "s1", 1)[0][0] == "s1/again"
+
+
+def test_a_service_of_an_ended_run_is_refused(bench: Bench) -> None:
+    asks(bench, "s1", 1)
+    bench.bye("t")
+    said = bench.hello("t2", training_terms(NEXT_RUN))
+    assert messages(said, REFUSED, "b1")[0].code == "old_run"
+    assert acting(bench)["services"] == 0 and acting(bench)["unserved_requests"] == 1
+    assert messages(serves(bench, "b1"), REFUSED)[0].code == "old_run"
+    assert ("b3", act("s1", 1)) in serves(bench, "b3", NEXT_RUN)
+
+
+def training_terms(run: str) -> Any:
+    from core_bench import terms
+
+    return terms(run)
+
+
+def test_a_service_of_a_run_that_has_not_begun_waits_for_it(bench: Bench) -> None:
+    serves(bench, "b3", NEXT_RUN)
+    asks(bench, "s1", 1)
+    bench.bye("t")
+    assert ("b3", act("s1", 1)) in bench.hello("t2", training_terms(NEXT_RUN))
+
+
+def test_who_may_say_what(bench: Bench) -> None:
+    bench.simulator("s2")
+    for name, message, body, text in (
+        ("s2", act("s2", 1), b"\0", "only a reader sends ACT"),
+        ("r1", act("r1", 1), b"\0", "only a reader sends ACT"),
+        ("r1", ACTION(session("s1"), 1), b"", "only a service sends ACTION"),
+        ("s1", act("s9", 1), b"\0", "this request names another session"),
+        ("s1", fragment("s1", 1), None, "only a simulator sends FRAGMENT"),
+    ):
+        said = bench.send(name, message, *([] if body is None else [body]))
+        assert [m.text for m in messages(said, REFUSED)] == [text]
+    assert bench.broker.routes[Side.FRONT][b"s1"].session == session("s1")
