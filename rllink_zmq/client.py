@@ -19,6 +19,7 @@ from rllink_zmq.audit import Log
 from rllink_zmq.client_episode import Episode as Episode
 from rllink_zmq.client_flow import WAIT_SLICE, Flow
 from rllink_zmq.client_policy import PolicyReader
+from rllink_zmq.client_remote import request
 from rllink_zmq.errors import EpisodeError, SettingsError, SpaceError
 from rllink_zmq.fragments import FragmentBuilder, layout_of_spaces
 from rllink_zmq.session import SimulatorSession, State
@@ -178,11 +179,11 @@ class Client:
         flow, reader = self.flow, self.flow.reader
         pairs = self._pairs(episodes, observations, "get_actions")
         if flow.remote is not None:
-            return flow.request(pairs).results()
+            return request(flow, flow.remote, pairs).results()
         while True:
             origin = flow.prepare(pairs, "acted", wait=True)
             if flow.asks:
-                return flow.request(pairs).results()
+                return self.get_actions(episodes, observations)
             with reader.lock:
                 # Another thread may have switched the policy: a fragment has one version's actions only.
                 if origin is reader.origin and reader.policy is not None:

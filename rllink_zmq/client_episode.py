@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from rllink_zmq.client_flow import Flow
-from rllink_zmq.client_remote import PendingAction, PendingActions
+from rllink_zmq.client_remote import PendingAction, PendingActions, request
 from rllink_zmq.errors import EpisodeError
 from rllink_zmq.fragments import FragmentBuilder, Kind
 from rllink_zmq.policy import Actions, Policy
@@ -91,7 +91,7 @@ class Episode:
         self._asked("get_action_async")
         if self._pending is not None and not self._pending.taken:
             raise EpisodeError(f"episode '{self.id}' has asked for an action already: take its result() first")
-        self._pending = flow.request([(self.builder, observation)])
+        self._pending = request(flow, flow.remote, [(self.builder, observation)])
         return PendingAction(self._pending)
 
     def can_act(self, observation: Any) -> bool:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
-from rllink_zmq.arrays import Array, to_buffers
+from rllink_zmq.arrays import to_buffers
 from rllink_zmq.audit import Log
 from rllink_zmq.client_policy import SWITCH_INTERVAL, PolicyReader
-from rllink_zmq.client_remote import Answer, PendingActions, RemotePolicy
+from rllink_zmq.client_remote import Pairs, RemotePolicy
 from rllink_zmq.errors import ConnectionTimeout, EpisodeError, PolicyError
 from rllink_zmq.fragments import Cut, End, FragmentBuilder, Kind, Layout, Origin, layout_of_spaces
 from rllink_zmq.messages import DELIVERED, FRAGMENT
@@ -34,9 +33,6 @@ SAY_FIRST, SAY_EVERY = 4.0, 5.0
 """Seconds until a wait says what it waits for, and says it again."""
 UNSENT_STEPS = 256
 """Length of a fragment that is thrown away."""
-
-Pairs = Sequence[tuple[FragmentBuilder, Any]]
-"""Episodes and the observation each has now."""
 
 
 class Waiting:
@@ -137,9 +133,9 @@ class Flow:
             if not builder.steps:
                 if not builder.t0:
                     builder.began = self.connection.clock()
-                layout = self._layout_of(kind)
+                layout = self.layout_of(kind)
                 assert layout is not None  # or there were no origin
-                builder.begin(layout, kind, origin, self._length(layout, kind, builder))
+                builder.begin(layout, kind, origin, self.length(layout, kind, builder))
                 if builder.step_bytes > self._step_bytes:
                     self._step_bytes = builder.step_bytes
                     self.measure()
@@ -167,14 +163,14 @@ class Flow:
             if self.remote.origin is None and self.session.run:
                 # Until the first answer: nothing is sent under this name.
                 self.remote.origin = Origin(self.session.run, max(0, self.session.version))
-            return self.remote.origin if self._layout_of(kind) is not None else None
+            return self.remote.origin if self.layout_of(kind) is not None else None
         if kind == "acted":
             if not self._reads_policy:
                 self._reads_policy = True
                 self.look()
             return self.reader.origin
         session = self.session
-        if not session.run or self._layout_of(kind) is None:
+        if not session.run or self.layout_of(kind) is None:
             return None
         told, logged, now = Origin(session.run, max(0, session.version)), self._logged, time.monotonic()
         if logged is None or logged.run != told.run or (logged != told and now >= self._logged_at + SWITCH_INTERVAL):
@@ -182,7 +178,7 @@ class Flow:
             self._logged, self._logged_at = told, now
         return self._logged
 
-    def _layout_of(self, kind: Kind) -> Layout | None:
+    def layout_of(self, kind: Kind) -> Layout | None:
         if kind == "acted" and self.remote is None:
             return self.reader.layout
         if kind == "acted" and self.remote is not None and self.remote.layout is not None:
@@ -194,7 +190,7 @@ class Flow:
             self._reads_policy = True  # its manifest says it
         return self._layout or self.reader.layout
 
-    def _length(self, layout: Layout, kind: Kind, builder: FragmentBuilder) -> int:
+    def length(self, layout: Layout, kind: Kind, builder: FragmentBuilder) -> int:
         if not builder.sent:
             return UNSENT_STEPS
         fragment_bytes = self.session.fragment_bytes
@@ -217,52 +213,6 @@ class Flow:
         """From now on the service computes actions."""
         self.remote = RemotePolicy(self.connection.address, self.session.name)
         self.remote.connection.open()
-
-    def request(self, pairs: Pairs) -> PendingActions:
-        """Ask the service for an action for each of these episodes. Waits while there is no room for the steps, or for
-        one more request."""
-        remote = self.remote
-        assert remote is not None
-        self.prepare(pairs, "acted", wait=True)
-        if not remote.room:
-            self.wait_for(remote.connection, lambda: self._asking(remote), remote.why)
-        self.reserved += sum(builder.sent for builder, _ in pairs)
-        self.credit -= sum(builder.sent for builder, _ in pairs)
-        return PendingActions(self, remote, pairs)
-
-    @staticmethod
-    def _asking(remote: RemotePolicy) -> bool:
-        remote.look()
-        if remote.session.refusal is not None:
-            raise remote.session.refusal
-        return remote.room
-
-    def adopt(self, pairs: Pairs, answer: Answer) -> Array:
-        """Take the steps whose actions have come; what `env.step` wants, a row for each."""
-        remote, arrays, rows = self.remote, answer.arrays, len(pairs)
-        assert remote is not None
-        self.reserved -= sum(builder.sent for builder, _ in pairs)
-        try:
-            actions, logps = arrays["actions"], arrays["action_logp"].reshape(rows).tolist()
-            dist_inputs = arrays["action_dist_inputs"].reshape(rows, -1)
-        except (KeyError, ValueError) as e:
-            raise PolicyError(f"the action service answers without actions that a learner can use: {e}") from None
-        layout = self._layout_of("acted")
-        if layout is not None and layout.dist_inputs != dist_inputs.shape[1]:
-            layout = remote.layout = layout._replace(dist_inputs=dist_inputs.shape[1])
-        assert layout is not None
-        for i, (builder, observation) in enumerate(pairs):
-            builder.observe(observation)
-            if builder.origin is not answer.origin or builder.width != layout.dist_inputs:
-                # Other weights chose than those of the steps before.
-                if builder.steps:
-                    self.cut(builder, "no")
-                if not builder.t0:
-                    builder.began = self.connection.clock()
-                builder.begin(layout, "acted", answer.origin, self._length(layout, "acted", builder))
-                builder.observe(observation)
-            builder.act(actions[i], logps[i], dist_inputs[i])
-        return arrays.get("env_actions", actions)
 
     # ---- room
 
@@ -404,22 +354,15 @@ class Flow:
             log.warning("the policy can't run here (%s): runners are asked for actions", e)
             self.act_remotely()
 
-    def wait(self, done: Callable[[], bool], why: Callable[[], str], timeout: float | None = None) -> None:
-        """Look until `done()`, and say `why()` in the log every few seconds. Raises ConnectionTimeout, RefusedError."""
-        started = time.monotonic()
-        waiting = Waiting(started)
-        while not done():
-            now = time.monotonic()
-            if timeout is not None and now - started >= timeout:
-                raise ConnectionTimeout(f"gave up after {timeout:g} s: {why()}")
-            waiting.say(why, now)
-            self.connection.wait(WAIT_SLICE)
-            self.look()
-
-    def wait_for(
-        self, connection: Connection, done: Callable[[], bool], why: Callable[[], str], timeout: float | None = None
+    def wait(
+        self,
+        done: Callable[[], bool],
+        why: Callable[[], str],
+        timeout: float | None = None,
+        at: Connection | None = None,
     ) -> None:
-        """Wait until `done()`, with an ear at this connection, and say `why()` in the log. Raises ConnectionTimeout."""
+        """Look until `done()`, and say `why()` in the log every few seconds; `at`: with an ear at this connection, at
+        which `done` looks itself. Raises ConnectionTimeout, RefusedError."""
         started = time.monotonic()
         waiting = Waiting(started)
         while not done():
@@ -427,7 +370,9 @@ class Flow:
             if timeout is not None and now - started >= timeout:
                 raise ConnectionTimeout(f"gave up after {timeout:g} s: {why()}")
             waiting.say(why, now)
-            connection.wait(WAIT_SLICE)
+            (at or self.connection).wait(WAIT_SLICE)
+            if at is None:
+                self.look()
 
     def why(self, kind: Kind) -> str:
         """Why `prepare` would wait, in words."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rllink_zmq import __version__
-from rllink_zmq.arrays import from_body, to_buffers
+from rllink_zmq.arrays import Array, from_body, to_buffers
 from rllink_zmq.errors import EpisodeError, PolicyError, ProtocolError
 from rllink_zmq.fragments import FragmentBuilder, Layout, Origin
 from rllink_zmq.messages import ACTION, Message
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("rllink_zmq")
 
 OVER_CREDIT = "over_credit"
+
+Pairs: TypeAlias = Sequence[tuple[FragmentBuilder, Any]]
+"""Episodes, and the observation each has now."""
 
 
 class Answer(NamedTuple):
@@ -70,14 +73,14 @@ class RemotePolicy:
         return request
 
     def look(self) -> None:
-        """Read what has come."""
+        """Read what has come. Raises RefusedError."""
         self.connection.look()
+        if self.session.refusal is not None:
+            raise self.session.refusal
 
     def why(self) -> str:
         """Why there is no answer yet, in words."""
         session = self.session
-        if session.refusal is not None:
-            return str(session.refusal)
         if session.state is not State.LIVE:
             return f"no connection to the action service at {self.connection.address}. {session.notice}".rstrip()
         return (
@@ -106,59 +109,99 @@ class RemotePolicy:
 
 
 class PendingActions:
-    """Actions that were asked for: one for each of `pairs`. Get one with `get_action_async`; `result()` once."""
+    """Actions that were asked for: one for each of `pairs`. Get one with `request`; `results()` once."""
 
-    def __init__(self, flow: Flow, remote: RemotePolicy, pairs: Sequence[tuple[FragmentBuilder, Any]]) -> None:
+    def __init__(self, flow: Flow, remote: RemotePolicy, pairs: Pairs) -> None:
         self._flow = flow
         self._remote = remote
         self._pairs = pairs
+        self._counted = sum(builder.sent for builder, _ in pairs)
         self._answer: Answer | None = None
         self.taken = False
-        self._request = 0
-        self._send()
+        flow.reserved += self._counted
+        flow.credit -= self._counted
+        self._request = self._send()
 
-    def _send(self) -> None:
+    def _send(self) -> int:
         rows = np.stack([builder.observe(observation) for builder, observation in self._pairs])
-        self._request = self._remote.ask(rows, explore=True)
+        return self._remote.ask(rows, explore=True)
 
     def done(self) -> bool:
-        """Whether `result` would return at once. Never waits. Raises RefusedError."""
+        """Whether `results` would return at once. Never waits. Raises RefusedError."""
         if self._answer is None:
             self._remote.look()
             self._answer = self._remote.answers.pop(self._request, None)
             if self._answer is not None and self._answer.code == OVER_CREDIT:
-                self._answer = None
-                self._send()
+                self._answer, self._request = None, self._send()
             if self._answer is None:
-                if self._remote.session.refusal is not None:
-                    raise self._remote.session.refusal
                 self._flow.look_if_due()
         return self._answer is not None
 
-    def results(self, timeout: float | None = None) -> NDArray[Any]:
+    def results(self, timeout: float | None = None) -> Array:
         """What `env.step` wants, a row for each episode. Waits, and says why in the log every 5 s. Raises EpisodeError
         for a request that the service refuses, and the second time; PolicyError when it can't act; ConnectionTimeout
         after `timeout` seconds, and then it may be called again."""
         if self.taken:
             raise EpisodeError("this action has been taken already: ask for the next one")
         if not self.done():
-            self._flow.wait_for(self._remote.connection, self.done, self._remote.why, timeout)
-        self.taken = True
+            self._flow.wait(self.done, self._remote.why, timeout, at=self._remote.connection)
+        self._take()
         answer = self._answer
         assert answer is not None
         if answer.code:
-            self._flow.reserved -= _counted(self._pairs)
             error = EpisodeError if answer.code == "malformed" else PolicyError
             raise error(f"the action service refuses ({answer.code}): {answer.text}")
-        return self._flow.adopt(self._pairs, answer)
+        return self._adopt(answer)
 
     def forget(self) -> None:
         """The answer is not wanted any more."""
         if not self.taken:
-            self.taken = True
+            self._take()
             self._remote.session.forget(self._request)
             self._remote.answers.pop(self._request, None)
-            self._flow.reserved -= _counted(self._pairs)
+
+    def _take(self) -> None:
+        self.taken = True
+        self._flow.reserved -= self._counted
+
+    def _adopt(self, answer: Answer) -> Array:
+        """The steps whose actions have come are the episodes'."""
+        flow, remote, arrays, rows = self._flow, self._remote, answer.arrays, len(self._pairs)
+        try:
+            actions, logps = arrays["actions"], arrays["action_logp"].reshape(rows).tolist()
+            dist_inputs = arrays["action_dist_inputs"].reshape(rows, -1)
+        except (KeyError, ValueError) as e:
+            raise PolicyError(f"the action service answers without actions that a learner can use: {e}") from None
+        layout = flow.layout_of("acted")
+        assert layout is not None  # or nothing had been asked
+        if layout.dist_inputs != dist_inputs.shape[1]:
+            layout = remote.layout = layout._replace(dist_inputs=dist_inputs.shape[1])
+        for i, (builder, observation) in enumerate(self._pairs):
+            builder.observe(observation)
+            if builder.origin is not answer.origin or builder.width != layout.dist_inputs:
+                # Other weights chose than those of the steps before.
+                if builder.steps:
+                    flow.cut(builder, "no")
+                if not builder.t0:
+                    builder.began = flow.connection.clock()
+                builder.begin(layout, "acted", answer.origin, flow.length(layout, "acted", builder))
+                builder.observe(observation)
+            builder.act(actions[i], logps[i], dist_inputs[i])
+        return arrays.get("env_actions", actions)
+
+
+def request(flow: Flow, remote: RemotePolicy, pairs: Pairs) -> PendingActions:
+    """Ask the service for an action for each of these episodes. Waits while there is no room for the steps, or for one
+    more request. Raises RefusedError, and what `Flow.prepare` does."""
+
+    def room() -> bool:
+        remote.look()
+        return remote.room
+
+    flow.prepare(pairs, "acted", wait=True)
+    if not room():
+        flow.wait(room, remote.why, at=remote.connection)
+    return PendingActions(flow, remote, pairs)
 
 
 class PendingAction:
@@ -176,7 +219,3 @@ class PendingAction:
         ConnectionTimeout after `timeout` seconds, and then it may be called again."""
         row = self._pending.results(timeout)[0]
         return int(row) if row.ndim == 0 and row.dtype.kind in "iu" else row
-
-
-def _counted(pairs: Sequence[tuple[FragmentBuilder, Any]]) -> int:
-    return sum(builder.sent for builder, _ in pairs)
