@@ -16,7 +16,7 @@ from broker_load import _router, dealer, hello
 from msgspec.structs import replace
 from processes import questions
 
-from rllink_zmq.messages import ACT, ACTION, WELCOME, Column, ReaderHello, encode
+from rllink_zmq.messages import ACT, ACTION, PONG, WELCOME, Column, ReaderHello, encode
 from rllink_zmq.wire import pack, parse_header
 
 VECTOR = (4,), "<f4"
@@ -134,8 +134,10 @@ def _run(poller: Any, crowd: Sequence[Asker], seconds: float, rate: float, flood
             asker = by_socket[socket]
             if flood and asker is crowd[0]:
                 continue
-            latencies.append(asker.answered())
-            idle.append(asker)
+            took = asker.answered()
+            if took is not None:
+                latencies.append(took)
+                idle.append(asker)
     while flood and crowd[0].drain():
         crowd[0].socket.poll(100)
     return latencies, time.perf_counter() - started
@@ -173,9 +175,11 @@ class Asker:
         self.socket.send(encode(ACT(self.session, self._request, 1, self._columns)), zmq.SNDMORE)
         self.socket.send(self._body)
 
-    def answered(self) -> float:
-        """Read the answer: seconds that it took."""
+    def answered(self) -> float | None:
+        """Read the answer: seconds that it took. None for a probe of one that was silent."""
         message = parse_header(self.socket.recv_multipart()[0])
+        if isinstance(message, PONG):
+            return None
         if not isinstance(message, ACTION) or message.code:
             raise measure.BenchmarkError(f"no action: {message}")
         return time.perf_counter() - self._asked
