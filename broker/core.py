@@ -297,6 +297,7 @@ class Broker(Handshake, Artifacts, Acting, Overview):
                 fragment.move(Verb.TAKE)
                 runner.unlease(fragment)
                 fragment.k = message.k
+                fragment.round = self.version
                 taken.append(fragment)
                 self.round_steps += fragment.header.steps
                 self.taken_steps += fragment.header.steps

@@ -61,9 +61,10 @@ MAX_REASONS = 48
 
 
 class Fragment:
-    """One fragment in flight. `frames` is what came, header first; `size` the bytes of its body."""
+    """One fragment in flight. `frames` is what came, header first; `size` the bytes of its body. `round`: the weights
+    version of the round that its steps count for, None while they do for none."""
 
-    __slots__ = ("credited", "frames", "header", "k", "runner", "simulator", "size", "state")
+    __slots__ = ("credited", "frames", "header", "k", "round", "runner", "simulator", "size", "state")
 
     def __init__(self, simulator: Simulator, header: FRAGMENT, frames: Sequence[Buffer], size: int) -> None:
         self.simulator = simulator
@@ -74,6 +75,7 @@ class Fragment:
         self.runner: Runner | None = None
         self.k = 0
         self.credited = False
+        self.round: int | None = None
 
     def move(self, verb: Verb) -> None:
         """Raises `KeyError` for a move that `TABLE` doesn't list."""

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TypeVar
 
 from rllink_zmq.errors import ProtocolError
@@ -29,6 +30,7 @@ from rllink_zmq.messages import (
 
 from .duties import Duties
 from .events import Received, Side
+from .fragments import Fragment
 from .fragments import State as Life
 from .fragments import Verb as Move
 from .peers import Observer, Peer, Reader, Runner, Service, Simulator, State, Trainer, Verb, mismatch, step_bytes
@@ -223,11 +225,22 @@ class Handshake(Duties):
         self._source_lost(runner, now)  # what was asked on the old connection is not waited for
         self._give(runner, role.returned, role.dropped, now)
         for k in sorted((k for k in runner.takes if k > role.committed), reverse=True):
-            self._requeue(runner.takes.pop(k), Move.UNTAKE)
+            never_acted_upon = runner.takes.pop(k)
+            self._uncount(never_acted_upon)
+            self._requeue(never_acted_upon, Move.UNTAKE)
         self.reports.add(runner.session, role, now)
         self._apply_reports(runner, role, now)
         self._welcome(runner)
         self._tell_duty(runner)
+
+    def _uncount(self, fragments: Iterable[Fragment]) -> None:
+        """These will be taken anew: their steps have not been."""
+        for fragment in fragments:
+            if fragment.round is not None:
+                self.taken_steps -= fragment.header.steps
+                if fragment.round == self.version:
+                    self.round_steps -= fragment.header.steps
+                fragment.round = None
 
     def _apply_reports(self, runner: Runner, role: RunnerHello, now: float) -> None:
         """Fragments that were resent to this broker before the runner that handed them over could say so."""

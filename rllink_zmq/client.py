@@ -17,6 +17,7 @@ import numpy as np
 from rllink_zmq import __version__
 from rllink_zmq.audit import Log
 from rllink_zmq.client_episode import Episode as Episode
+from rllink_zmq.client_episode import explores
 from rllink_zmq.client_flow import WAIT_SLICE, Flow
 from rllink_zmq.client_policy import PolicyReader
 from rllink_zmq.client_remote import request
@@ -151,10 +152,15 @@ class Client:
             version=session.version,
         )
 
-    def start_episode(self, episode_id: str | None = None, training_enabled: bool = True) -> Episode:
+    def start_episode(
+        self, episode_id: str | None = None, training_enabled: bool = True, *, explore: bool | None = None
+    ) -> Episode:
         """A new episode. `episode_id`: 1 to 64 characters, of no other open episode; None makes one that is unique.
-        `training_enabled=False`: it acts, and sends nothing. Raises EpisodeError, RefusedError."""
+        `training_enabled=False`: it acts, and sends nothing: as the trainer's evaluation config says, or as `explore`
+        does (False: the most likely actions). Raises EpisodeError, RefusedError."""
         flow = self.flow
+        if training_enabled and explore is not None:
+            raise EpisodeError("explore is for episodes that are not trained on: training_enabled=False")
         flow.look_if_due()
         if episode_id is None:
             self._started += 1
@@ -168,7 +174,7 @@ class Client:
                 f"{len(flow.builders)} episodes are open, and connect() was told episodes={flow.session.episodes}: end "
                 f"one first, or connect with the number that is open at once"
             )
-        builder = flow.builders[episode_id] = FragmentBuilder(episode_id, sent=training_enabled)
+        builder = flow.builders[episode_id] = FragmentBuilder(episode_id, sent=training_enabled, explore=explore)
         return Episode(flow, builder)
 
     def get_actions(self, episodes: Sequence[Episode], observations: Sequence[Any]) -> Any:
@@ -190,7 +196,8 @@ class Client:
                     began = time.perf_counter()
                     rows = np.stack([builder.observe(observation) for builder, observation in pairs])
                     taken = time.perf_counter()
-                    acted = reader.policy.act(rows)
+                    drawn = np.array([explores(builder, reader.policy) for builder, _ in pairs])
+                    acted = reader.policy.act(rows, explore=drawn)
                     chosen = time.perf_counter()
                     break
         logps = acted.action_logp.tolist()

@@ -74,7 +74,7 @@ class Episode:
                     if not builder.steps:
                         acted = _act_timed(builder, policy, observation)
                         break
-                    acted = policy.act_one(builder.observe(observation))
+                    acted = policy.act_one(builder.observe(observation), builder.sent or explores(builder, policy))
                     builder.act(acted.actions, acted.action_logp, acted.action_dist_inputs)
                     break
         flow.credit -= self._cost
@@ -192,12 +192,19 @@ class Episode:
         self._flow.builders.pop(self.id, None)
 
 
+def explores(builder: FragmentBuilder, policy: Policy) -> bool:
+    """Whether the actions of this episode are drawn."""
+    if builder.sent:
+        return True
+    return policy.manifest.evaluation_explores if builder.explore is None else builder.explore
+
+
 def _act_timed(builder: FragmentBuilder, policy: Policy, observation: Any) -> Actions:
     """A fragment's first step, with an eye on the clock."""
     began = _clock()
     row = builder.observe(observation)
     taken = _clock()
-    acted = policy.act_one(row)
+    acted = policy.act_one(row, builder.sent or explores(builder, policy))
     chosen = _clock()
     builder.act(acted.actions, acted.action_logp, acted.action_dist_inputs)
     builder.timings |= {"observation": taken - began, "inference": chosen - taken, "action": _clock() - chosen}

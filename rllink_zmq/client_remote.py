@@ -64,11 +64,13 @@ class RemotePolicy:
         session = self.session
         return session.state is State.LIVE and len(session.open_acts) < max(1, session.requests)
 
-    def ask(self, rows: NDArray[Any], *, explore: bool) -> int:
+    def ask(self, rows: NDArray[Any], *, explore: bool | None, evaluation: bool) -> int:
         """Request actions for (B, *shape) observations; the number of the request."""
         columns, body = to_buffers({"obs": rows})
         copied = [bytes(buffer) for buffer in body]  # kept until the answer is there: the rows are the builder's
-        request = self.session.act(columns, len(rows), copied, explore, self.connection.clock())
+        request = self.session.act(
+            columns, len(rows), copied, self.connection.clock(), explore=explore, evaluation=evaluation
+        )
         self.connection.flush()
         return request
 
@@ -124,7 +126,8 @@ class PendingActions:
 
     def _send(self) -> int:
         rows = np.stack([builder.observe(observation) for builder, observation in self._pairs])
-        return self._remote.ask(rows, explore=True)
+        first = self._pairs[0][0]
+        return self._remote.ask(rows, explore=first.explore, evaluation=not first.sent)
 
     def done(self) -> bool:
         """Whether `results` would return at once. Never waits. Raises RefusedError."""
@@ -198,6 +201,8 @@ def request(flow: Flow, remote: RemotePolicy, pairs: Pairs) -> PendingActions:
         remote.look()
         return remote.room
 
+    if len({(builder.sent, builder.explore) for builder, _ in pairs}) > 1:
+        raise EpisodeError("one request to the service is for episodes that are all trained on, or all not: ask twice")
     flow.prepare(pairs, "acted", wait=True)
     if not room():
         flow.wait(room, remote.why, at=remote.connection)

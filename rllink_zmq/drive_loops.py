@@ -73,13 +73,16 @@ def drive(
     steps: int | None = None,
     seed: int | None = None,
     stop: Stop | None = None,
+    training_enabled: bool = True,
 ) -> Summary:
     """Run `env` with the client's policy for so many `episodes`, or `steps`, or until `stop()`; for ever with none.
 
     `seed`: of the first reset. An episode that is cut off by `steps` or `stop` is ended as truncated. Raises what
-    `Episode.get_action` does.
+    `Episode.get_action` does. `training_enabled`: as of `Client.start_episode`.
     """
-    return drive_many([(client, env)], episodes=episodes, steps=steps, seed=seed, stop=stop)
+    return drive_many(
+        [(client, env)], episodes=episodes, steps=steps, seed=seed, stop=stop, training_enabled=training_enabled
+    )
 
 
 def drive_many(
@@ -90,12 +93,13 @@ def drive_many(
     seed: int | None = None,
     stop: Stop | None = None,
     tally: Tally | None = None,
+    training_enabled: bool = True,
 ) -> Summary:
     """`drive` for many clients with an environment each, in turn, in this thread. `episodes` and `steps` are for each
     of them; the i-th environment's first reset has `seed` + i. `tally`: counts that a caller wants to watch."""
     count = tally or Tally()
     all_seats = [
-        _Seat(client, env, count, episodes, steps, None if seed is None else seed + i)
+        _Seat(client, env, count, episodes, steps, None if seed is None else seed + i, training_enabled)
         for i, (client, env) in enumerate(seats)
     ]
     active = [seat for seat in all_seats if not seat.done]
@@ -166,8 +170,10 @@ class _Seat:
         episodes: int | None,
         steps: int | None,
         seed: int | None,
+        training_enabled: bool,
     ) -> None:
         self.client = client
+        self._training_enabled = training_enabled
         self.blocked = False
         self.origin: Origin | None = None
         self._env = env
@@ -189,7 +195,7 @@ class _Seat:
         if episode is None:
             if self.client.flow.remote is None and not self.client.ready:
                 return self._block()
-            episode = self._episode = self.client.start_episode()
+            episode = self._episode = self.client.start_episode(training_enabled=self._training_enabled)
             self._observation, _ = self._env.reset(seed=self._seed)
             self._seed = None
         env, tally, observation = self._env, self._tally, self._observation

@@ -107,14 +107,16 @@ class FragmentBuilder:
 
     For each step: `observe`, then `act` (the policy chose) or `log` (the simulator did), then `reward` any number of
     times. `begin` comes before the first step of a fragment. `steps`: of the fragment being built; `limit`: how many it
-    may have; `episode_return`: of all steps so far, in float64. `sent` = False: what is built is thrown away;
+    may have; `episode_return`: of all steps so far, in float64. `sent` = False: what is built is thrown away, and
+    `explore` says whether its actions are drawn (None = as the trainer's evaluation does);
     `dropping`: this fragment is. For whoever keeps the time: `began`: when the first step was taken; `timings`: of this
     fragment, as in FRAGMENT.
     """
 
-    def __init__(self, episode: str, *, sent: bool = True) -> None:
+    def __init__(self, episode: str, *, sent: bool = True, explore: bool | None = None) -> None:
         self.episode = episode
         self.sent = sent
+        self.explore = explore
         self.dropping = False
         self._where = f"episode '{episode}'"
         self._layout: Layout | None = None

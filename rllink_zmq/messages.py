@@ -391,13 +391,14 @@ class CONFIG(_Message, tag="CONFIG", frozen=True):
 
 class ACT(_Message, tag="ACT", frozen=True):
     """reader -> broker -> service, header and frames unchanged: an action for each of `rows` observations. `request`
-    rises in a session. `explore`: draw it, else the most likely one."""
+    rises in a session. `explore`: draw it, else the most likely one; None = as training does, or `evaluation`."""
 
     session: Session
     request: Annotated[int, Meta(ge=1, lt=1 << 53)]
     rows: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
     columns: Annotated[tuple[Column, ...], Meta(min_length=1, max_length=MAX_COLUMNS)]
-    explore: bool = True
+    explore: bool | None = None
+    evaluation: bool = False
     module: Annotated[str, Meta(max_length=64)] = ""
 
 

@@ -92,7 +92,8 @@ class Weight(Struct, frozen=True, array_like=True):
 
 class PolicyManifest(Struct, frozen=True):
     """What a client must know to run the graph. `module` is the RLModule's class. `action` is what RLlib trains on,
-    `env_action` what `env.step` wants. `action_dist_inputs`: how many for one action. `opset`: ONNX's."""
+    `env_action` what `env.step` wants. `action_dist_inputs`: how many for one action. `opset`: ONNX's.
+    `evaluation_explores`: whether episodes that are not trained on draw their actions, or take the most likely ones."""
 
     format: Literal[1]
     module: Annotated[str, Meta(max_length=256)]
@@ -104,6 +105,7 @@ class PolicyManifest(Struct, frozen=True):
     action_dist_inputs: Annotated[int, Meta(ge=1, lt=1 << 24)]
     opset: Annotated[int, Meta(ge=1, lt=1000)]
     weights: Annotated[tuple[Weight, ...], Meta(max_length=16_384)]
+    evaluation_explores: bool = True
 
     @property
     def weights_bytes(self) -> int:
@@ -242,11 +244,17 @@ class Policy:
             offset += weight.nbytes
         self.version = version
 
-    def act(self, observations: NDArray[Any], noise: NDArray[Any] | None = None) -> Actions:
+    def act(
+        self,
+        observations: NDArray[Any],
+        noise: NDArray[Any] | None = None,
+        *,
+        explore: bool | NDArray[np.bool_] = True,
+    ) -> Actions:
         """Actions for B >= 1 observations, in new arrays.
 
         `observations`: (B, *observation.shape), of a dtype that casts to the policy's within its kind.
-        `noise`: (B, *noise_shape), drawn if None; zeros give the most likely actions.
+        `noise`: (B, *noise_shape), drawn if None. `explore`: False for the most likely actions, or (B,) of which.
         Raises PolicyError before the first `apply`, and for other shapes.
         """
         import onnxruntime
@@ -258,6 +266,7 @@ class Policy:
         fed = self._rows(observations, "observations", rows, manifest.observation.shape, manifest.observation.dtype)
         if noise is None:
             noise = self._draw(rows)
+            noise[~np.broadcast_to(np.asarray(explore, bool), (rows,))] = 0.0
         if self._batch_session is None:
             # Batch 1 has a session of its own, whose shapes are all known. Many a process never needs this one.
             self._batch_session = self._open(batch=None)
@@ -274,10 +283,11 @@ class Policy:
         env_actions = outputs[3].reshape(rows, *manifest.env_action.shape) if self._transforms else actions.copy()
         return Actions(env_actions, actions, outputs[1].reshape(rows), outputs[2])
 
-    def act_one(self, observation: NDArray[Any]) -> Actions:
+    def act_one(self, observation: NDArray[Any], explore: bool = True) -> Actions:
         """The action for one observation: the same as `act` for a batch of one, at a fraction of its cost.
 
-        `observation`: exactly of shape `observation.shape`; values are cast. The answer's `env_actions` is new: an int
+        `observation`: exactly of shape `observation.shape`; values are cast. `explore`: False for the most likely
+        action. The answer's `env_actions` is new: an int
         for Discrete, else an array. `actions` is an int for Discrete, `action_logp` a float; `actions` otherwise and
         `action_dist_inputs` (k,) are views that THE NEXT CALL OVERWRITES: copy them to keep them.
         Raises PolicyError before the first `apply`, and for another shape.
@@ -292,7 +302,7 @@ class Policy:
         if used == self._noise_rows:
             self._refill()
             used = 0
-        self._noise_row[...] = self._noise_views[used]
+        self._noise_row[...] = self._noise_views[used] if explore else 0.0
         self._noise_used = used + 1
         self._session.run_with_iobinding(bound)
         if self._scalar:

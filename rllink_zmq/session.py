@@ -393,10 +393,19 @@ class ReaderSession(Endpoint):
         for message in messages:
             self._say(message, now)
 
-    def act(self, columns: tuple[Column, ...], rows: int, body: Sequence[Buffer], explore: bool, now: float) -> int:
+    def act(
+        self,
+        columns: tuple[Column, ...],
+        rows: int,
+        body: Sequence[Buffer],
+        now: float,
+        *,
+        explore: bool | None = None,
+        evaluation: bool = False,
+    ) -> int:
         """Ask for actions for `rows` observations, and return the request's number."""
         self._request += 1
-        message = ACT(self.session, self._request, rows, columns, explore)
+        message = ACT(self.session, self._request, rows, columns, explore, evaluation)
         self.open_acts[self._request] = Outgoing(message, body)
         if self.state is State.LIVE:
             self._say(message, now, body)

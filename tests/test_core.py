@@ -659,6 +659,20 @@ def test_a_simulator_of_many_episodes_has_the_share_of_each(bench: Bench) -> Non
     assert bench.simulator("s2").steps_limit == 2000
 
 
+def test_steps_that_are_taken_anew_count_once(trained: Bench) -> None:
+    """TAKEN was lost with the connection: the runner has never acted upon it."""
+    trained.send("s1", fragment("s1", 1, steps=10))
+    trained.take("r1", 1, claim("s1", 1))
+    assert (trained.broker.round_steps, trained.broker.taken_steps) == (10, 10)
+    trained.runner("r1/again", committed=0)
+    assert (trained.broker.round_steps, trained.broker.taken_steps) == (0, 0)
+    trained.take("r1/again", 2, claim("s1", 1))
+    assert (trained.broker.round_steps, trained.broker.taken_steps) == (10, 10)
+    trained.weights("r1/again", 1)
+    trained.runner("r1/and again", committed=0)
+    assert (trained.broker.round_steps, trained.broker.taken_steps) == (0, 0), "another round by now"
+
+
 def test_steps_are_credited_when_they_are_taken(benches: Callable[..., Bench]) -> None:
     """Not at the ack: the learner trains between the two, and sampling must overlap with it."""
     bench = training(benches(), steps_ahead=100)

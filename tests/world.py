@@ -177,7 +177,8 @@ class World(Links):
         runners, driver = len(broker.pool()), self.driver
         if runners != self.pool_seen[0]:
             self.pool_seen = runners, driver.version
-        if taken and driver.rounds == 1 and driver.version > self.pool_seen[1] + 1:
+        same = broker.version == driver.version  # else what it counts is of the round before
+        if taken and same and driver.rounds == 1 and driver.version > self.pool_seen[1] + 1:
             most = self.rules.quota + len(self.runners) * self.longest
             self.over_quota = max(self.over_quota, broker.round_steps - most)
 

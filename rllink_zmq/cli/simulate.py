@@ -180,6 +180,7 @@ Examples:
   rllink-zmq simulate --env CartPole-v1 --num 200 --processes 2
   rllink-zmq simulate --env my_package:MySim-v0 --broker tcp://10.0.0.5:5555
   rllink-zmq simulate --env CartPole-v1 --inference remote
+  rllink-zmq simulate --env CartPole-v1 --evaluate --episodes 20
   rllink-zmq simulate --env CartPole-v1 --episodes 100 --seed 1 --json
 
 Each simulator has its own connection and session, as if it were a process of its own. They wait for a broker and for
@@ -197,6 +198,10 @@ training to begin, and say what they wait for."""
     "--inference", type=click.Choice(["local", "remote", "auto"]), default="local", show_default=True,
     help="Who computes actions: these processes, the runners, or the runners where these can't.",
 )  # fmt: skip
+@click.option(
+    "--evaluate", is_flag=True,
+    help="Nothing is trained on; actions as the trainer's evaluation config says. Best with --episodes.",
+)  # fmt: skip
 @click.option("--episodes", type=click.IntRange(1), help="Of each simulator; without it they run until Ctrl-C.")
 @click.option("--seed", type=int, help="Of the environments and of the policy's draws.")
 @click.option(
@@ -210,6 +215,7 @@ def command(
     processes: int,
     on_backpressure: Backpressure,
     inference: Inference,
+    evaluate: bool,
     episodes: int | None,
     seed: int | None,
     audit: str | None,
@@ -225,7 +231,7 @@ def command(
     plans, first = [], 0
     for i in range(processes):
         count = num // processes + (i < num % processes)
-        plans.append(Plan(env, broker, first, count, episodes, seed, audit, on_backpressure, inference))
+        plans.append(Plan(env, broker, first, count, episodes, seed, audit, on_backpressure, inference, evaluate))
         first += count
     started = time.monotonic()
     ending: AbstractContextManager[dict[str, Any]] = output.running() if json_wanted else nullcontext({})

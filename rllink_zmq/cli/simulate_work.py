@@ -40,6 +40,7 @@ class Plan(NamedTuple):
     audit: str | None = None
     on_backpressure: Backpressure = "pause"
     inference: Inference = "local"
+    evaluate: bool = False
 
 
 class Report(NamedTuple):
@@ -139,7 +140,10 @@ class Work:
         plan = self._plan
         seed = None if plan.seed is None else plan.seed + plan.first
         seats = zip(self._clients, self._envs, strict=True)
-        drive_many(seats, episodes=plan.episodes, seed=seed, stop=stopped, tally=self._tally)
+        drive_many(
+            seats, episodes=plan.episodes, seed=seed, stop=stopped, tally=self._tally,
+            training_enabled=not plan.evaluate,
+        )  # fmt: skip
         return plan.episodes is not None and self._tally.episodes >= plan.episodes * plan.number
 
     def close(self, timeout: float) -> None:

@@ -55,14 +55,17 @@ def attach(
     steps_ahead: int = 0,
     fragment_steps: int = 0,
     runner_timeout_s: float = 0.0,
+    act_rows: int = 0,
+    act_wait_s: float = 0.0,
     spaces_timeout: float | None = None,
     audit: str | os.PathLike[str] | None = None,
 ) -> C:
     """Have `config`'s samples come from the simulators behind the broker whose backend is at `broker`.
 
     Changes and returns `config`. `lag_limit` (learner updates), `steps_ahead`, `fragment_steps` (env steps),
-    `runner_timeout_s`: see `LinkSettings`; 0 = the default. A config without an env and without spaces takes the
-    spaces of the first simulator: that waits up to `spaces_timeout` seconds (None = for ever, saying so every 5 s).
+    `runner_timeout_s`, `act_rows`, `act_wait_s` (the action service): see `LinkSettings`; 0 = the default. A config
+    without an env and without spaces takes the spaces of the first simulator: that waits up to `spaces_timeout` seconds
+    (None = for ever, saying so every 5 s).
     `audit`: a directory in which runners and learners log each fragment, on their own hosts, for `rllink-zmq audit`.
 
     Raises `SettingsError` for an algorithm, a setting or an address that can't be used, `SpaceError` for spaces that
@@ -80,6 +83,8 @@ def attach(
         steps_ahead=steps_ahead,
         fragment_steps=fragment_steps,
         runner_timeout_s=runner_timeout_s,
+        act_rows=act_rows,
+        act_wait_s=act_wait_s,
         audit=folder,
     )
     config.environment(env_config={KEY: settings.as_dict()})

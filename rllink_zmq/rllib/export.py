@@ -49,12 +49,14 @@ def export_policy(
     *,
     normalize_actions: bool = True,
     clip_actions: bool = False,
+    evaluation_explores: bool = True,
 ) -> bytes:
     """The blob of `module`'s exploring policy (see `rllink_zmq.policy`), with no weights in it.
 
     The spaces are one environment's. Observations of float64 become float32, as RLlib's `NumpyToTensor` does; other
     dtypes reach the module as they are. Actions may be Discrete, MultiDiscrete or a one-dimensional float Box.
-    `normalize_actions` and `clip_actions` are those of the `AlgorithmConfig`. As in RLlib, `start` of a Discrete space
+    `normalize_actions` and `clip_actions` are those of the `AlgorithmConfig`, `evaluation_explores` is its evaluation
+    config's `explore`. As in RLlib, `start` of a Discrete space
     is not added. The module is unchanged afterwards; the blob of two modules of one architecture is the same.
 
     Raises PolicyError, naming the module's class, for a module that is stateful, chooses actions itself, has another
@@ -86,6 +88,7 @@ def export_policy(
             action_dist_inputs=width,
             opset=OPSET,
             weights=weights,
+            evaluation_explores=evaluation_explores,
         )
         blob = pack_policy(manifest, _canonical(model, manifest))
         _verify(blob, graph, example, head, for_env)

@@ -46,8 +46,8 @@ from rllink_zmq.rllib.audit import runner_log
 from rllink_zmq.rllib.episodes import EpisodeBuilder, Finished
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.link import RunnerLink
-from rllink_zmq.rllib.service import ActService, ModuleActor
-from rllink_zmq.rllib.settings import LinkSettings, longest_chunk, sampling_rules
+from rllink_zmq.rllib.service import MAX_ROWS, ActService, ModuleActor
+from rllink_zmq.rllib.settings import LinkSettings, explores, longest_chunk, sampling_rules
 
 logger = logging.getLogger("rllink_zmq")
 
@@ -144,7 +144,11 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
                 self.module, manifest, self.spaces[INPUT_ENV_SINGLE_SPACES][1], bool(config.normalize_actions),
                 bool(config.clip_actions),
             )  # fmt: skip
-            self._service = ActService(self.settings.broker, run, self._link.session.name, actor)
+            self._service = ActService(
+                self.settings.broker, run, self._link.session.name, actor,
+                max_rows=self.settings.act_rows or MAX_ROWS, max_wait=self.settings.act_wait_s,
+                explores=explores(config)[0],
+            )  # fmt: skip
             self._link.on_left = self._service.stop
         return self._link.session.session
 

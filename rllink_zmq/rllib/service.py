@@ -110,12 +110,22 @@ class ModuleActor:
 
 
 class ActService:
-    """Answers ACT for one run. `max_wait`: seconds that the first request of a batch may wait for company."""
+    """Answers ACT for one run. `max_rows`: observations of one batch; `max_wait`: seconds that its first request may
+    wait for company. `explores`: whether training draws its actions; evaluation does as the manifest says."""
 
     def __init__(
-        self, address: str, run: str, name: str, actor: ModuleActor, max_rows: int = MAX_ROWS, max_wait: float = 0.0
+        self,
+        address: str,
+        run: str,
+        name: str,
+        actor: ModuleActor,
+        *,
+        max_rows: int = MAX_ROWS,
+        max_wait: float = 0.0,
+        explores: bool = True,
     ) -> None:
         self.actor = actor
+        self._explores = explores
         self.run = run
         self.batches = self.rows = 0
         self._address = address
@@ -164,7 +174,7 @@ class ActService:
             count += 1
         batch, session.asked = session.asked[:count], session.asked[count:]
         for explore in (True, False):
-            some = [(message, body) for message, body in batch if message.explore is explore]
+            some = [(message, body) for message, body in batch if self._draws(message) is explore]
             if some:
                 self._answer(some, explore, now)
         return now if session.asked else self._news_at
@@ -225,6 +235,11 @@ class ActService:
 
     def _say(self, message: ACT, answer: ACTION, body: bytes, now: float) -> None:
         self.session.answer(answer, [body] if body else [], now)
+
+    def _draws(self, message: ACT) -> bool:
+        if message.explore is not None:
+            return message.explore
+        return self.actor.manifest.evaluation_explores if message.evaluation else self._explores
 
     def _misfit(self, message: ACT) -> str:
         """Why this request can't be answered; '' when it can."""

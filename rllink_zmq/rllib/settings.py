@@ -50,6 +50,13 @@ class LinkSettings:
     runners: int = -1
     """How many runners the pool was last scaled to; -1 = the config's `num_env_runners`. Travels with checkpoints."""
 
+    act_rows: int = 0
+    """Observations of one batch of the action service, at most. Default 1,024."""
+
+    act_wait_s: float = 0.0
+    """Seconds that the first request of a batch may wait for others. By default none does: a batch is what came while
+    the module was busy with the one before."""
+
     audit: str = ""
     """A directory for the audit logs of runners and learners, each on its own host; "" = none."""
 
@@ -64,6 +71,14 @@ class LinkSettings:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def explores(config: AlgorithmConfig) -> tuple[bool, bool]:
+    """Whether actions are drawn in training, and in evaluation."""
+    own, evaluation = bool(config.explore), config.evaluation_config
+    if isinstance(evaluation, AlgorithmConfig):
+        return own, bool(evaluation.explore)
+    return own, bool((evaluation or {}).get("explore", own))
 
 
 def is_round(config: AlgorithmConfig) -> bool:
@@ -91,7 +106,9 @@ def trainer_terms(config: AlgorithmConfig) -> Terms:
     settings = LinkSettings.of(config)
     if not 0 <= settings.runner_timeout_s < math.inf:
         raise SettingsError(f"runner_timeout_s must be positive (0 = the default), it is {settings.runner_timeout_s}")
-    for name in ("lag_limit", "steps_ahead", "fragment_steps"):
+    if not 0 <= settings.act_wait_s <= 1.0:
+        raise SettingsError(f"act_wait_s must be from 0 to 1 s, it is {settings.act_wait_s}")
+    for name in ("lag_limit", "steps_ahead", "fragment_steps", "act_rows"):
         if getattr(settings, name) < 0:
             raise SettingsError(f"{name} must be at least 1 (0 = the default), it is {getattr(settings, name)}")
     rounds = is_round(config)

@@ -25,7 +25,7 @@ from rllink_zmq.messages import Duty, TrainerHello
 from rllink_zmq.policy import policy_hash, unpack_policy
 from rllink_zmq.rllib.export import check_connectors, export_policy
 from rllink_zmq.rllib.pool import Pool
-from rllink_zmq.rllib.settings import KEY, LinkSettings, trainer_terms
+from rllink_zmq.rllib.settings import KEY, LinkSettings, explores, trainer_terms
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import TrainerSession
 from rllink_zmq.spaces import spaces_to_wire
@@ -65,6 +65,7 @@ class Trainer:
             action_space,
             normalize_actions=bool(config.normalize_actions),
             clip_actions=bool(config.clip_actions),
+            evaluation_explores=explores(config)[1],
         )
         self.manifest = unpack_policy(blob)[0]
         self.run = new_run_id()
