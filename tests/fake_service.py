@@ -23,13 +23,15 @@ from rllink_zmq.transport import Connection
 
 class Service:
     """Answers with the parity of the first number of an observation, as the weights `version`. `asked`: (request, rows)
-    of all that came. `held`: answers nothing meanwhile; `refuses`: with this code."""
+    of all that came; `how`: whether it is to explore, and for evaluation. `held`: answers nothing meanwhile; `refuses`:
+    with this code."""
 
     def __init__(self, backend: str, run: str = RUNS[0]) -> None:
         self.version = 0
         self.held = False
         self.refuses = ""
         self.asked: list[tuple[int, NDArray[Any]]] = []
+        self.how: list[tuple[bool | None, bool]] = []
         self.session = ServiceSession(os.urandom(16), run, name="fake service")
         self._connection = Connection(self.session, backend)
         self._stop = False
@@ -63,6 +65,7 @@ class Service:
             for message, body in asked:
                 rows = from_body(message.columns, body)["obs"]
                 self.asked.append((message.request, rows))
+                self.how.append((message.explore, message.evaluation))
                 now = time.monotonic()
                 if self.refuses:
                     session.answer(

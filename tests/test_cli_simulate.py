@@ -72,6 +72,15 @@ def test_so_many_episodes_each(world, arguments):
     assert "episodes 15  steps 45" in err
 
 
+def test_evaluation_is_not_trained_on(world):
+    server, fake = world
+    with simulate(server.frontend, "--num", "2", "--episodes", "5", "--seed", "1", "--evaluate") as running:
+        code, result, err = ended(running)
+    assert code == 0, err
+    assert result["episodes"] == 10 and result["episode_return_mean"] == pytest.approx(np.mean([1, 3, 6, 10, 15]))
+    assert result["outcomes"] == {} and not fake.taken
+
+
 @pytest.mark.parametrize("arguments", [["--num", "2"], ["--num", "4", "--processes", "2"]])
 @pytest.mark.parametrize(("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_all(world, arguments, signum, expected):

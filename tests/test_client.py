@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from fake_training import ACTIONS, OBSERVATIONS, PATIENCE, RUNS, broker, training, until
-from test_policy import BODY, discrete_blob
+from test_policy import BODY, B, W, discrete_blob
 
 from broker.peers import State as PeerState
 from rllink_zmq import client_flow, connect
@@ -158,6 +158,26 @@ def test_episodes_that_are_not_trained_on_send_nothing(world):
         episode.end_episode(obs())
         assert client.stats.steps == client.stats.fragments == 0
     assert not fake.taken
+
+
+def test_evaluation_acts_as_the_trainer_says_or_as_it_is_told(served):
+    best = [int(np.argmax(obs(i / 50) @ W + B)) for i in range(100)]
+
+    def played(client, **how):
+        episode = client.start_episode(training_enabled=False, **how)
+        actions = [step(episode, i / 50) for i in range(100)]
+        episode.end_episode(obs())
+        return actions
+
+    with training(served, blob=discrete_blob(evaluation_explores=False)):
+        with connect(served.frontend, seed=1) as client:
+            assert played(client) == best
+            assert played(client, explore=True) != best
+            episodes = [client.start_episode(training_enabled=False) for _ in range(1)]
+            assert client.get_actions(episodes, [obs(7 / 50)]).tolist() == [best[7]]
+            episodes[0].abandon()
+            with pytest.raises(EpisodeError, match="explore is for episodes that are not trained on"):
+                client.start_episode(explore=False)
 
 
 def test_actions_of_the_simulators_own(world):

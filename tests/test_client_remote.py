@@ -109,6 +109,20 @@ def test_one_request_for_many_episodes(world: World) -> None:
         until(lambda: learner.steps == 4, "all is taken")
 
 
+def test_evaluation_says_so(world: World) -> None:
+    server, learner, acting = world
+    with connect(server.frontend, inference="remote", episodes=2, **SPACES) as client:
+        trained = client.start_episode()
+        for how in ({}, {"explore": False}):
+            with client.start_episode(training_enabled=False, **how) as episode:
+                episode.get_action(obs(1))
+        assert acting.how == [(None, True), (False, True)]
+        with client.start_episode(training_enabled=False) as episode:
+            with pytest.raises(EpisodeError, match="ask twice"):
+                client.get_actions([trained, episode], [obs(), obs()])
+    assert not learner.taken
+
+
 def test_an_action_that_is_not_waited_for_any_longer(world: World) -> None:
     server, learner, acting = world
     with connect(server.frontend, inference="remote", **SPACES) as client:

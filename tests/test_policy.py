@@ -124,8 +124,18 @@ def test_actions_are_what_weights_and_noise_make_of_observations(policy):
 
 
 def test_no_noise_is_the_most_likely_action(policy):
-    acted = policy.act(OBSERVATIONS, np.zeros((2500, 2)))
-    np.testing.assert_array_equal(acted.actions, np.argmax(OBSERVATIONS @ W + B, -1))
+    best = np.argmax(OBSERVATIONS @ W + B, -1)
+    np.testing.assert_array_equal(policy.act(OBSERVATIONS, np.zeros((2500, 2))).actions, best)
+    np.testing.assert_array_equal(policy.act(OBSERVATIONS, explore=False).actions, best)
+    assert [policy.act_one(row, explore=False).actions for row in OBSERVATIONS[:100]] == best[:100].tolist()
+
+
+def test_some_explore_and_some_do_not(policy):
+    best = np.argmax(OBSERVATIONS @ W + B, -1)
+    explore = np.arange(2500) % 2 == 0
+    drawn = policy.act(OBSERVATIONS, explore=explore).actions
+    np.testing.assert_array_equal(drawn[~explore], best[~explore])
+    assert (drawn[explore] != best[explore]).any()
 
 
 def test_act_one_is_act_with_the_same_noise(policy):

@@ -39,7 +39,7 @@ ACTION_SPACES = {
 class Made:
     """A PPO module, its export, and the actor of a service."""
 
-    def __init__(self, action_space: gym.Space[Any]) -> None:
+    def __init__(self, action_space: gym.Space[Any], **options: Any) -> None:
         self.action_space = action_space
         self.config = (
             PPOConfig()
@@ -50,7 +50,7 @@ class Made:
         self.module: Any = self.config.get_rl_module_spec(
             spaces={DEFAULT_MODULE_ID: (BOX, action_space)}, inference_only=True
         ).build()
-        self.blob = export_policy(self.module, BOX, action_space)
+        self.blob = export_policy(self.module, BOX, action_space, **options)
         self.manifest: PolicyManifest = unpack_policy(self.blob)[0]
         self.body = weights_body(self.manifest, self.module.get_state())
         self.actor = ModuleActor(self.module, self.manifest, action_space, True, False)
@@ -196,3 +196,16 @@ def test_a_module_that_raises_is_told_to_all_who_asked(monkeypatch: pytest.Monke
     assert [(m.request, m.code, m.text) for m, _ in said] == [
         (1, "failed", "ValueError: no GPU left"), (2, "failed", "ValueError: no GPU left"),
     ]  # fmt: skip
+
+
+def test_what_nobody_says_is_as_training_or_evaluation_does() -> None:
+    made = Made(ACTION_SPACES["discrete"])
+    service = ActService.__new__(ActService)
+    service.actor, service._explores = made.actor, True
+    greedy = Made(ACTION_SPACES["discrete"], evaluation_explores=False).actor
+    for actor, evaluation, said, expected in (
+        (made.actor, False, None, True), (made.actor, True, None, True), (greedy, True, None, False),
+        (greedy, False, None, True), (greedy, True, True, True), (made.actor, False, False, False),
+    ):  # fmt: skip
+        service.actor = actor
+        assert service._draws(ACT(b"s" * 16, 1, 1, (), explore=said, evaluation=evaluation)) is expected
