@@ -26,16 +26,27 @@ class Acting(BrokerState):
             return self._refuse(event.side, event.route, "malformed", "this request names another session", now)
         if message.request in reader.requests:
             return None  # a repeat: its answer will come
-        limit, room = self.settings.act_requests, self.settings.act_bytes
-        if reader.requests and (len(reader.requests) >= limit or reader.act_bytes + event.size > room):
+        text = self._over_credit(reader, event.size)
+        if text:
             self.acts["refused"] += 1
-            held = f"{len(reader.requests)} requests ({reader.act_bytes} bytes) are open"
-            text = f"{held}; at most {limit}, and {room} bytes: wait for answers before asking more"
             return self._send(reader, ACTION(message.session, message.request, code="over_credit", text=text))
         request = Request(reader, message, event.frames, event.size, now)
         reader.requests[message.request] = request
         reader.act_bytes += event.size
+        self.act_bytes += event.size
         return self._serve(request, now)
+
+    def _over_credit(self, reader: Reader, size: int) -> str:
+        """Why a request of `size` bytes is one too many, in words; '' when it is not."""
+        settings, count = self.settings, len(reader.requests)
+        if count and (count >= settings.act_requests or reader.act_bytes + size > settings.act_bytes):
+            held = f"{count} requests ({reader.act_bytes} bytes) are open"
+            return f"{held}; at most {settings.act_requests}, and {settings.act_bytes} bytes: wait for answers first"
+        if self.act_bytes and self.act_bytes + size > settings.act_memory:
+            return (
+                f"{self.act_bytes} bytes of requests are open, of all who ask; at most {settings.act_memory} are held"
+            )
+        return ""
 
     def _serve(self, request: Request, now: float, but: Service | None = None) -> None:
         """Give it to the service with the fewest observations to see to; `but`: not to this one."""
@@ -68,6 +79,7 @@ class Acting(BrokerState):
         reader, key = request.reader, request.key
         del reader.requests[key[1]]
         reader.act_bytes -= request.size
+        self.act_bytes -= request.size
         self.unserved.pop(key, None)
         self._withdraw(request)
 
@@ -123,4 +135,5 @@ class Acting(BrokerState):
             assert service.state is peers.State.LIVE and service.run == self.run
             assert service.rows == sum(r.rows for r in service.open.values())
             assert all(r.reader.requests.get(r.key[1]) is r for r in service.open.values())
+        assert self.act_bytes == sum(reader.act_bytes for reader in self.readers.values()) >= 0
         assert not (self.services and self.unserved)

@@ -60,6 +60,9 @@ class Settings:
     act_bytes: int = 16 * MiB
     """And the bytes of their observations, unless it is a single request."""
 
+    act_memory: int = 256 * MiB
+    """The bytes of all open requests for actions together."""
+
     act_patience: float = 1.0
     """A request that a service has not answered for this long goes to another one, too."""
 

@@ -59,6 +59,7 @@ class BrokerState:
         self.readers: dict[bytes, Reader] = {}
         self.services: list[Service] = []
         self.unserved: dict[tuple[bytes, int], Request] = {}
+        self.act_bytes = 0
         self.acts = {"answered": 0, "refused": 0, "moved": 0}
         self._pool: list[Runner] | None = None
         self._dirty: dict[Simulator, None] = {}

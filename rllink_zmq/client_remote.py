@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("rllink_zmq")
 
 OVER_CREDIT = "over_credit"
+AGAIN = 0.02
+"""Seconds until a request that was too much is sent again."""
 
 Pairs: TypeAlias = Sequence[tuple[FragmentBuilder, Any]]
 """Episodes, and the observation each has now."""
@@ -119,6 +122,7 @@ class PendingActions:
         self._pairs = pairs
         self._counted = sum(builder.sent for builder, _ in pairs)
         self._answer: Answer | None = None
+        self._again_at: float | None = None
         self.taken = False
         flow.reserved += self._counted
         flow.credit -= self._counted
@@ -135,7 +139,9 @@ class PendingActions:
             self._remote.look()
             self._answer = self._remote.answers.pop(self._request, None)
             if self._answer is not None and self._answer.code == OVER_CREDIT:
-                self._answer, self._request = None, self._send()
+                self._answer, self._again_at = None, time.monotonic() + AGAIN
+            if self._again_at is not None and time.monotonic() >= self._again_at:
+                self._again_at, self._request = None, self._send()
             if self._answer is None:
                 self._flow.look_if_due()
         return self._answer is not None

@@ -100,6 +100,19 @@ def test_one_request_may_be_as_large_as_a_message(bench: Bench) -> None:
     assert asks(bench, "s1", 2)[0][1].code == "over_credit"
 
 
+def test_all_requests_together_have_a_limit(benches: Callable[..., Bench]) -> None:
+    bench = training(benches(act_memory=10))
+    for name in ("s1", "s2"):
+        reads(bench, name)
+    assert asks(bench, "s1", 1, rows=8) == []
+    assert asks(bench, "s2", 1, rows=3)[0][1].code == "over_credit"
+    assert asks(bench, "s2", 2, rows=2) == []
+    bench.bye("s1")
+    assert asks(bench, "s2", 3, rows=8) == []
+    bench.unreachable("s2")
+    assert bench.broker.act_bytes == 0
+
+
 def test_requests_wait_for_the_first_service(benches: Callable[..., Bench]) -> None:
     bench = training(benches())
     reads(bench, "s1")

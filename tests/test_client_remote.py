@@ -201,6 +201,16 @@ def test_a_refusal_is_an_error_with_its_reason_and_the_next_one_may_go_through(
         assert client.flow.reserved == 0
 
 
+def test_what_is_too_much_is_asked_again_after_a_moment(world: World) -> None:
+    server, _, acting = world
+    with connect(server.frontend, inference="remote", **SPACES) as client:
+        acting.refuses = "over_credit"
+        asked = client.start_episode().get_action_async(obs(1))
+        until(lambda: asked.done() or len(acting.asked) >= 3, "it has been asked again")
+        acting.refuses = ""
+        assert asked.result() == 1
+
+
 def test_an_observation_that_does_not_fit_is_not_sent(world: World) -> None:
     server, _learner, acting = world
     with connect(server.frontend, inference="remote", **SPACES) as client:
