@@ -313,8 +313,8 @@ class Broker(Handshake, Artifacts, Acting, Overview):
                 len(self.pool()),
             ),
         )  # fmt: skip
-        if not allowed:
-            self._expel(runner, "old_run", f"run {runner.run} has ended, the broker serves {self.run or 'none'}", now)
+        if runner.run < self.run:
+            self._expel(runner, "old_run", f"run {runner.run} has ended, the broker serves {self.run}", now)
         return None
 
     def _returned(self, runner: Peer, message: RETURNED, event: Received, now: float) -> None:

@@ -17,13 +17,15 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("bench_*.py"))
 KEYS = {"name", "date", "quick", "seconds", "machine", "load_before", "targets", "figures", "rounds", "notes"}
 TARGET_KEYS = {"what", "figure", "sense", "limit", "spread", "met"}
 FIGURES = {
+    "actions": {"one", "many", "images", "tail"},
     "broker": {"small", "large", "core"},
     "idle": {"percent_of_a_core", "heartbeats_percent"},
     "many": {"seconds_until_all_delivered", "broker_rss", "dropped_steps", "steps_per_s"},
+    "remote": {"local", "remote"},
     "simulator": {"untrained", "balancing"},
     "weights": {"bytes", "subscribers", "ours", "bare"},
 }
-TARGETS = {"broker": 3, "idle": 1, "many": 3, "simulator": 3, "weights": 1}
+TARGETS = {"actions": 6, "broker": 3, "idle": 1, "many": 3, "remote": 1, "simulator": 3, "weights": 1}
 
 
 def run(name: str, results: Path) -> dict[str, Any]:
@@ -41,9 +43,11 @@ def run(name: str, results: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "name",
     [
+        pytest.param("actions", marks=[pytest.mark.ray, pytest.mark.long]),
         "broker",
         "idle",
         pytest.param("many", marks=pytest.mark.ray),
+        pytest.param("remote", marks=[pytest.mark.ray, pytest.mark.long]),
         pytest.param("simulator", marks=[pytest.mark.ray, pytest.mark.long]),
         pytest.param("weights", marks=pytest.mark.ray),
     ],

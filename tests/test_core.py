@@ -659,6 +659,16 @@ def test_a_simulator_of_many_episodes_has_the_share_of_each(bench: Bench) -> Non
     assert bench.simulator("s2").steps_limit == 2000
 
 
+def test_a_take_before_the_trainer_greets_is_granted_nothing_and_forgiven(bench: Bench) -> None:
+    """A restarted broker serves no run yet; the runner claims what the one before leased it on a connection that was
+    read late."""
+    bench.runner("r1")
+    ((to, taken),) = bench.take("r1", 1, claim("s1", 1))
+    assert (to, taken.refused) == ("r1", [claim("s1", 1)])
+    bench.trainer()
+    assert [r["state"] for r in bench.broker.status(bench.now)["runners"]] == ["live"]
+
+
 def test_steps_that_are_taken_anew_count_once(trained: Bench) -> None:
     """TAKEN was lost with the connection: the runner has never acted upon it."""
     trained.send("s1", fragment("s1", 1, steps=10))

@@ -60,7 +60,7 @@ CHECKPOINT_EVERY_S = 60.0
 CHECKPOINTS_KEPT = 2
 POOL_FILE = "rllink-pool.json"
 RUNNERS = 2
-LINK_KEYS = ("lag_limit", "steps_ahead", "fragment_steps")
+LINK_KEYS = {"lag_limit": int, "steps_ahead": int, "fragment_steps": int, "act_rows": int, "act_wait_s": float}
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,10 @@ def make_config(options: TrainOptions) -> AlgorithmConfig:
     for name, value in link.items():
         if name not in LINK_KEYS:
             raise SettingsError(f"--config: 'rllink' has no setting {name!r}; it has {', '.join(LINK_KEYS)}")
-        if type(value) is not int:
-            raise SettingsError(f"--config: {name!r} of 'rllink' must be a whole number, it is {value!r}")
+        kind = LINK_KEYS[name]
+        if type(value) is not int and type(value) is not kind:
+            what = "a whole number" if kind is int else "a number"
+            raise SettingsError(f"--config: {name!r} of 'rllink' must be {what}, it is {value!r}")
     for name in own:
         if not hasattr(config, name) or inspect.ismethod(getattr(config, name)):
             close = difflib.get_close_matches(name, list(vars(config)), 3)

@@ -1,0 +1,109 @@
+"""What asking for each action costs a training: PPO on CartPole, 64 simulators, remote against local, three seeds.
+
+The same budget of env steps for both. `rllink-zmq broker`, `train` and `simulate`, each in its own process; the mean
+return after each iteration is read from what `train` prints. They take turns; a plot goes beside the JSON.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from typing import Any, NamedTuple
+
+import measure
+from processes import broker, command
+
+SIMULATORS = 64
+STEPS = 80_000
+LATE = 20_000
+"""Env steps at the end whose mean return is compared."""
+ITERATION = re.compile(r"iteration\s+(\d+)\s+steps\s+([\d,]+)\s+return\s+([\d.]+)")
+WAYS = ("local", "remote")
+
+
+class Point(NamedTuple):
+    steps: int
+    episode_return: float
+
+
+def train(inference: str, seed: int, steps: int, simulators: int) -> tuple[list[Point], float]:
+    """The learning curve of one training, and the seconds between its first and last iteration."""
+    points: list[Point] = []
+    with broker() as addresses:
+        with (
+            command(
+                "simulate", "--env", "CartPole-v1", "--broker", addresses["frontend"], "--num", str(simulators),
+                "--inference", inference, "--seed", str(seed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            ),
+            command(
+                "train", "--broker", addresses["backend"], "--env", "CartPole-v1", "--stop-steps", str(steps),
+                "--seed", str(seed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            ) as training,
+        ):  # fmt: skip
+            assert training.stderr is not None
+            began = last = 0.0
+            for line in training.stderr:
+                found = ITERATION.search(line)
+                if found:
+                    last = time.monotonic()
+                    began = began or last
+                    points.append(Point(int(found[2].replace(",", "")), float(found[3])))
+            if training.wait(60):
+                raise measure.BenchmarkError(f"train has ended with {training.returncode}")
+            training.stderr.close()
+    return points, last - began
+
+
+def main() -> None:
+    options = measure.options(__doc__)
+    report = measure.Report("remote", options)
+    steps, simulators, seeds = (6_000, 8, 1) if options.quick else (STEPS, SIMULATORS, 3)
+    curves: dict[str, list[list[Point]]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for seed, way in measure.rounds(seeds, WAYS):
+        points, took = train(way, seed, steps, simulators)
+        curves[way].append(points)
+        seconds[way].append(took)
+    late = {
+        way: [
+            measure.median([p.episode_return for p in points if p.steps > points[-1].steps - LATE]) for points in of
+        ]
+        for way, of in curves.items()
+    }  # fmt: skip
+    rows = [
+        (way, measure.median(late[way]), min(late[way]), max(late[way]), measure.median(seconds[way])) for way in WAYS
+    ]
+    report.table(
+        f"PPO, CartPole, {simulators} simulators, {steps:,} env steps, {seeds} seeds",
+        ("", "late return", "lowest", "highest", "seconds"),
+        rows,
+    )
+    report.figures = {way: {"late_return": late[way], "seconds": seconds[way]} for way in WAYS}
+    report.rounds = {way: [[tuple(p) for p in points] for points in of] for way, of in curves.items()}
+    part = measure.median(late["remote"]) / measure.median(late["local"])
+    report.targets.append(measure.Target("late return, remote's part of local's", part, "at least", 0.9))
+    if not options.quick:
+        _plot(report, curves)
+    report.show()
+
+
+def _plot(report: Any, curves: dict[str, list[list[Point]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for way, color in zip(WAYS, ("tab:blue", "tab:orange"), strict=True):
+        for i, points in enumerate(curves[way]):
+            axes.plot(*zip(*points, strict=True), color=color, alpha=0.7, label=way if not i else None)
+    axes.set(xlabel="env steps", ylabel="mean return", title=f"PPO, {SIMULATORS} CartPole simulators, three seeds")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(report.path.with_suffix(".png"), dpi=110)
+
+
+if __name__ == "__main__":
+    main()
