@@ -98,7 +98,8 @@ It exits with 1 when --stop-return was asked for and not reached."""
 @click.option(
     "--config",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="YAML of AlgorithmConfig settings, `model_config`, and `rllink: {lag_limit, steps_ahead, fragment_steps}`.",
+    help="YAML of AlgorithmConfig settings, `model_config`, and `rllink: {lag_limit, steps_ahead, fragment_steps, "
+    "act_rows, act_wait_s}`.",
 )
 @click.option("--stop-return", type=float, help="Stop when the mean return is this high.")
 @click.option("--stop-steps", type=click.IntRange(1), help="Stop after so many env steps.")
