@@ -44,6 +44,7 @@ from rllink_zmq.messages import (
     PING,
     PONG,
     POOL,
+    PROTOCOL_VERSION,
     REFUSED,
     RETURNED,
     STATE,
@@ -161,6 +162,14 @@ def test_a_runner_a_trainer_and_an_observer_are_welcomed(bench: Bench) -> None:
     assert bench.trainer().run == RUN
     (welcome,) = [m for _, m in bench.hello("o", ObserverHello())]
     assert welcome.spaces == SPACES
+
+
+def test_another_version_of_the_package_is_no_obstacle(bench: Bench) -> None:
+    """A broker that is restarted with a newer package meets everybody else's older one: the protocol's version counts."""
+    for name, peer in (("s1", SimulatorHello()), ("r1", RunnerHello(RUN)), ("t", terms()), ("s2", ReaderHello())):
+        said = bench.send(name, HELLO(PROTOCOL_VERSION, session(name), 1, peer, name, "99.0"))
+        assert len(messages(said, WELCOME, name)) == 1
+    assert not [log for log in bench.logs if "99.0" in log]
 
 
 def test_a_reader_gets_policy_and_weights_and_is_no_simulator(trained: Bench) -> None:
