@@ -1,7 +1,8 @@
 """Single actions: requests to whichever service has the least to do, answers to who asked.
 
 - A request is stateless. While it has no answer it may go to another service: when its own is lost or leaves, or has
-  not answered for `act_patience`. The first answer counts, later ones find no request.
+  answered nothing for `act_patience`; until it answers it comes last then. The first answer counts, later ones find no
+  request.
 - Who asks has a credit of requests and bytes. What is over it is answered at once, and costs the others nothing.
 - Nobody there: requests wait, within that credit. Who asked is told by time alone, and decides what to do.
 """
@@ -26,33 +27,43 @@ class Acting(BrokerState):
             return self._refuse(event.side, event.route, "malformed", "this request names another session", now)
         if message.request in reader.requests:
             return None  # a repeat: its answer will come
-        text = self._over_credit(reader, event.size)
-        if text:
+        size = event.size
+        code, text = self._over_credit(reader, size)
+        if code:
             self.acts["refused"] += 1
-            return self._send(reader, ACTION(message.session, message.request, code="over_credit", text=text))
-        request = Request(reader, message, event.frames, event.size, now)
+            return self._send(reader, ACTION(message.session, message.request, code=code, text=text))
+        request = Request(reader, message, event.frames, size, now)
         reader.requests[message.request] = request
-        reader.act_bytes += event.size
-        self.act_bytes += event.size
+        reader.act_bytes += size
+        self.act_bytes += size
         return self._serve(request, now)
 
-    def _over_credit(self, reader: Reader, size: int) -> str:
-        """Why a request of `size` bytes is one too many, in words; '' when it is not."""
+    def _over_credit(self, reader: Reader, size: int) -> tuple[str, str]:
+        """Why a request of `size` bytes is too much: a code and words; '' when it is not."""
         settings, count = self.settings, len(reader.requests)
+        if size > settings.act_memory:
+            return (
+                "too_large",
+                f"a request of {size} bytes; at most {settings.act_memory} are held: ask for fewer at once",
+            )
         if count and (count >= settings.act_requests or reader.act_bytes + size > settings.act_bytes):
             held = f"{count} requests ({reader.act_bytes} bytes) are open"
-            return f"{held}; at most {settings.act_requests}, and {settings.act_bytes} bytes: wait for answers first"
-        if self.act_bytes and self.act_bytes + size > settings.act_memory:
+            most = f"at most {settings.act_requests}, and {settings.act_bytes} bytes"
+            return "over_credit", f"{held}; {most}: wait for answers first"
+        if self.act_bytes + size > settings.act_memory:
             return (
-                f"{self.act_bytes} bytes of requests are open, of all who ask; at most {settings.act_memory} are held"
+                "over_credit",
+                f"{self.act_bytes} bytes of all requests are open; {settings.act_memory} are held at most",
             )
-        return ""
+        return "", ""
 
     def _serve(self, request: Request, now: float, but: Service | None = None) -> None:
         """Give it to the service with the fewest observations to see to; `but`: not to this one."""
         best: Service | None = None
         for service in self.services:
-            if service is not but and (best is None or service.rows < best.rows):
+            if service is but:
+                continue
+            if best is None or (service.late, service.rows) < (best.late, best.rows):
                 best = service
         if best is None:
             self.unserved[request.key] = request
@@ -65,6 +76,7 @@ class Acting(BrokerState):
     def _action(self, service: Peer, message: ACTION, event: Received, now: float) -> None:
         if not isinstance(service, Service):
             return self._refuse(event.side, event.route, "unexpected", "only a service sends ACTION", now)
+        service.answered, service.late = now, False
         reader = self.readers.get(message.session)
         request = reader.requests.get(message.request) if reader is not None else None
         if reader is None or request is None:
@@ -113,12 +125,16 @@ class Acting(BrokerState):
             self._serve(request, now)
 
     def _sweep_acts(self, now: float) -> None:
-        """What a service has not answered for too long goes to another one."""
+        """What a service has goes to another one when it has answered nothing for too long: a queue that moves is
+        only long, and copies would make it longer."""
         if len(self.services) < 2:
             return
         for service in list(self.services):
-            late = [r for r in service.open.values() if now - r.since > self.settings.act_patience]
-            for request in late:
+            patience = self.settings.act_patience
+            if now - service.answered <= patience:
+                continue
+            for request in [r for r in service.open.values() if now - r.since > patience]:
+                service.late = True
                 self._withdraw(request)
                 self.acts["moved"] += 1
                 self._serve(request, now, but=service)

@@ -37,9 +37,10 @@ from .peers import Observer, Peer, Reader, Runner, Service, Simulator, State, Tr
 
 P = TypeVar("P", bound=Peer)
 
-ROLES: dict[type, str] = {
-    SimulatorHello: "a simulator", ReaderHello: "a reader", RunnerHello: "a runner", TrainerHello: "a trainer",
-    ObserverHello: "an observer", ServiceHello: "a runner's service",
+ROLES: dict[type, tuple[str, type[Peer]]] = {
+    SimulatorHello: ("a simulator", Simulator), ReaderHello: ("a reader", Reader), RunnerHello: ("a runner", Runner),
+    TrainerHello: ("a trainer", Trainer), ObserverHello: ("an observer", Observer),
+    ServiceHello: ("a runner's service", Service),
 }  # fmt: skip
 
 
@@ -59,11 +60,11 @@ class Handshake(Duties):
                 f"{hello.protocol}: install the same version of rllink-zmq on both",
             )
         if in_front != (event.side is Side.FRONT):
-            name = ROLES[type(role)]
+            name = ROLES[type(role)][0]
             right, wrong = ("frontend", "backend") if in_front else ("backend", "frontend")
             return no("wrong_socket", f"{name} must connect to the broker's {right}, this is the {wrong}")
         other = self.routes[event.side].get(event.route)
-        if other is not None and other.session != hello.session:
+        if other is not None and (other.session != hello.session or type(other) is not ROLES[type(role)][1]):
             self._lose(other, now)
         if isinstance(role, SimulatorHello):
             return self._hello_simulator(hello, role, event, now)
@@ -328,7 +329,7 @@ class Handshake(Duties):
     def _lose(self, peer: Peer, now: float) -> None:
         """The connection is gone; the process may come back."""
         self._pool = None
-        del self.routes[peer.side][peer.route]
+        self._unroute(peer)
         peer.move(Verb.LOSE, now)
         if isinstance(peer, Simulator):
             self.simulators_live -= 1
@@ -346,6 +347,11 @@ class Handshake(Duties):
             self._say(logging.WARNING, "lost trainer", f"lost the connection to trainer '{peer.name}'", now)
         return self._source_lost(peer, now)
 
+    def _unroute(self, peer: Peer) -> None:
+        routes = self.routes[peer.side]
+        if routes.get(peer.route) is peer:
+            del routes[peer.route]
+
     def _bye(self, peer: Peer, message: BYE, event: Received, now: float) -> None:
         if isinstance(peer, Runner):
             self._give(peer, message.returned, message.dropped, now)
@@ -354,7 +360,7 @@ class Handshake(Duties):
     def _leave(self, peer: Peer, now: float) -> None:
         """A live or lost peer will not be waited for any longer."""
         if peer.state is State.LIVE:
-            del self.routes[peer.side][peer.route]
+            self._unroute(peer)
             if isinstance(peer, Simulator):
                 self.simulators_live -= 1
         self._forget(peer, Verb.LEAVE, now)

@@ -195,15 +195,18 @@ class Reader(Peer):
 
 
 class Service(Peer):
-    """Computes actions. `open`: the requests it has, oldest first; `rows`: their observations."""
+    """Computes actions. `open`: the requests it has, oldest first; `rows`: their observations. `answered`: when it last
+    did. `late`: something had to be moved from it, and it has not answered since."""
 
-    __slots__ = ("open", "rows", "run")
+    __slots__ = ("answered", "late", "open", "rows", "run")
 
     def __init__(self, session: bytes, now: float, run: str) -> None:
         super().__init__(session, now)
         self.run = run
         self.open: dict[tuple[bytes, int], Request] = {}
         self.rows = 0
+        self.answered = now
+        self.late = False
 
 
 class Reports:

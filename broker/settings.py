@@ -64,7 +64,7 @@ class Settings:
     """The bytes of all open requests for actions together."""
 
     act_patience: float = 1.0
-    """A request that a service has not answered for this long goes to another one, too."""
+    """Requests of a service that answers nothing for this long go to another one, too."""
 
     transfer_timeout: float = 5.0
     """A transfer (weights, policy) that does not move for this long is begun anew with another offerer."""

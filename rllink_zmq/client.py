@@ -20,7 +20,7 @@ from rllink_zmq.client_episode import Episode as Episode
 from rllink_zmq.client_episode import explores
 from rllink_zmq.client_flow import WAIT_SLICE, Flow
 from rllink_zmq.client_policy import PolicyReader
-from rllink_zmq.client_remote import request
+from rllink_zmq.client_remote import PendingActions, request
 from rllink_zmq.errors import EpisodeError, SettingsError, SpaceError
 from rllink_zmq.fragments import FragmentBuilder, layout_of_spaces
 from rllink_zmq.session import SimulatorSession, State
@@ -185,7 +185,12 @@ class Client:
         flow, reader = self.flow, self.flow.reader
         pairs = self._pairs(episodes, observations, "get_actions")
         if flow.remote is not None:
-            return request(flow, flow.remote, pairs).results()
+            pending = self.get_actions_async(episodes, observations)
+            try:
+                return pending.results()
+            except BaseException:
+                pending.forget()
+                raise
         while True:
             origin = flow.prepare(pairs, "acted", wait=True)
             if flow.asks:
@@ -210,6 +215,13 @@ class Client:
         flow.credit -= sum(builder.sent for builder, _ in pairs)
         return acted.env_actions
 
+    def get_actions_async(self, episodes: Sequence[Episode], observations: Sequence[Any]) -> PendingActions:
+        """`Episode.get_action_async` for several episodes of this client, in one request: `results()` of what is
+        returned is what `get_actions` returns."""
+        if self.flow.remote is None:
+            raise EpisodeError('get_actions_async asks the action service: connect(..., inference="remote")')
+        return request(self.flow, self.flow.remote, self._pairs(episodes, observations, "get_actions_async"))
+
     def can_act(self, episodes: Sequence[Episode], observations: Sequence[Any]) -> bool:
         """`Episode.can_act` for several episodes of this client: whether `get_actions` would return at once."""
         return self.flow.prepare(self._pairs(episodes, observations, "can_act"), "acted", wait=False) is not None
@@ -224,6 +236,8 @@ class Client:
             )
         for episode in episodes:
             episode.check_open(call)
+            if episode.asks:
+                raise EpisodeError(f"{call}: episode '{episode.id}' has asked for an action: take its result() first")
             if episode.builder is not self.flow.builders.get(episode.id):
                 raise EpisodeError(f"{call}: episode '{episode.id}' is another client's")
         return [(e.builder, o) for e, o in zip(episodes, observations, strict=True)]

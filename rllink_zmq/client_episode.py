@@ -40,6 +40,11 @@ class Episode:
         return self.builder.t0 + self.builder.steps
 
     @property
+    def asks(self) -> bool:
+        """Whether an action that the service was asked for has not been taken yet."""
+        return self._pending is not None and not self._pending.taken
+
+    @property
     def episode_return(self) -> float:
         """The sum of all rewards so far."""
         return self.builder.episode_return
@@ -89,7 +94,7 @@ class Episode:
         if flow.remote is None:
             raise EpisodeError('get_action_async asks the action service: connect(..., inference="remote")')
         self._asked("get_action_async")
-        if self._pending is not None and not self._pending.taken:
+        if self.asks:
             raise EpisodeError(f"episode '{self.id}' has asked for an action already: take its result() first")
         self._pending = request(flow, flow.remote, [(self.builder, observation)])
         return PendingAction(self._pending)
@@ -102,6 +107,9 @@ class Episode:
         """
         flow = self._flow
         acts = flow.reader if flow.remote is None else flow.remote
+        if flow.remote is not None and not flow.remote.room:
+            flow.look_if_due()
+            return False
         if self.builder.origin is acts.origin and self._goes_on("acted"):
             return True
         self._asked("can_act")
@@ -112,8 +120,11 @@ class Episode:
 
         `action`: in the action space as RLlib trains on it (for Box before unsquashing and clipping). `action_logp`:
         its log-probability, which the losses of PPO and APPO need. Waits like `get_action`.
-        Raises EpisodeError for an observation or action that doesn't fit, and after the end.
+        Raises EpisodeError for an observation or action that doesn't fit, and after the end. An action that the service
+        was asked for is given up.
         """
+        if self._pending is not None:
+            self._pending.forget()
         if not self._goes_on("logged"):
             self.check_open("log_action")
             self._flow.prepare([(self.builder, observation)], "logged", wait=True)

@@ -179,14 +179,17 @@ class Flow:
         return self._logged
 
     def layout_of(self, kind: Kind) -> Layout | None:
-        if kind == "acted" and self.remote is None:
+        remote = self.remote
+        if kind == "acted" and remote is None:
             return self.reader.layout
-        if kind == "acted" and self.remote is not None and self.remote.layout is not None:
-            return self.remote.layout
-        if self._layout is None and self.session.trainer_spaces is not None:
-            spaces = self.session.trainer_spaces
+        if kind == "acted" and remote is not None and remote.layout is not None:
+            return remote.layout
+        spaces = self.session.trainer_spaces or (remote.session.spaces if remote is not None else None)
+        if self._layout is None and spaces is not None:
             self._layout = layout_of_spaces(from_wire(spaces.observation), from_wire(spaces.action))
-        if self._layout is None and self.remote is None:
+        if self._layout is None and remote is not None and self.session.run:
+            remote.ask_spaces()
+        elif self._layout is None:
             self._reads_policy = True  # its manifest says it
         return self._layout or self.reader.layout
 
@@ -352,6 +355,7 @@ class Flow:
             if not self.may_ask:
                 raise
             log.warning("the policy can't run here (%s): runners are asked for actions", e)
+            self.reader.hang_up()
             self.act_remotely()
 
     def wait(

@@ -87,7 +87,7 @@ class PolicyReader:
                 return
             for key in [key for key, reader in self._all.items() if reader is self]:
                 del self._all[key]
-            self._hang_up()
+            self.hang_up()
             if self._subscription is not None:
                 self._subscription.close()
                 self._subscription = None
@@ -146,7 +146,7 @@ class PolicyReader:
         if wants:
             self._idle_from = now
         if session.refusal is not None or now - self._idle_from >= IDLE:
-            return self._hang_up()
+            return self.hang_up()
         if session.state is not State.LIVE:
             return None
         moved = wanted.moved
@@ -157,7 +157,8 @@ class PolicyReader:
         connection.flush()
         return None
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
+        """Close the connection for weights, until somebody wants some."""
         if self._connection is not None:
             self._connection.close(0)
             self._connection = None

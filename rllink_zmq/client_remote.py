@@ -7,6 +7,7 @@ chose: where they have changed, a fragment ends before that step.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("rllink_zmq")
 
 OVER_CREDIT = "over_credit"
-AGAIN = 0.02
-"""Seconds until a request that was too much is sent again."""
+AGAIN, AGAIN_MOST = 0.02, 1.0
+"""Seconds until a request that was too much is sent again; twice as long each time."""
+
+ASK_SPACES = 1.0
+"""Seconds between two greetings of one that was given no spaces, and has been told none yet."""
 
 Pairs: TypeAlias = Sequence[tuple[FragmentBuilder, Any]]
 """Episodes, and the observation each has now."""
@@ -60,6 +64,15 @@ class RemotePolicy:
         self.origin: Origin | None = None
         self.layout: Layout | None = None
         self.answers: dict[int, Answer] = {}
+        self._spaces_at = 0.0
+
+    def ask_spaces(self) -> None:
+        """The trainer's spaces are wanted: WELCOME tells them, and the last one came before the trainer."""
+        now = self.connection.clock()
+        if self.session.spaces is None and now >= self._spaces_at:
+            self._spaces_at = now + ASK_SPACES
+            self.session.greet_again(now)
+            self.connection.flush()
 
     @property
     def room(self) -> bool:
@@ -119,31 +132,41 @@ class PendingActions:
     def __init__(self, flow: Flow, remote: RemotePolicy, pairs: Pairs) -> None:
         self._flow = flow
         self._remote = remote
-        self._pairs = pairs
-        self._counted = sum(builder.sent for builder, _ in pairs)
+        # What was sent is what the fragments get: the caller's arrays may be others by the time of the answer.
+        self._rows = np.stack([builder.observe(observation) for builder, observation in pairs])
+        self._builders = [builder for builder, _ in pairs]
+        self._counted = sum(builder.sent for builder in self._builders)
         self._answer: Answer | None = None
-        self._again_at: float | None = None
+        self._pause = AGAIN
+        self._again_at = math.inf
         self.taken = False
+        self._request = self._send()
         flow.reserved += self._counted
         flow.credit -= self._counted
-        self._request = self._send()
 
     def _send(self) -> int:
-        rows = np.stack([builder.observe(observation) for builder, observation in self._pairs])
-        first = self._pairs[0][0]
-        return self._remote.ask(rows, explore=first.explore, evaluation=not first.sent)
+        first = self._builders[0]
+        return self._remote.ask(self._rows, explore=first.explore, evaluation=not first.sent)
+
+    @property
+    def due(self) -> float:
+        """When `done` has something to do, if nothing comes."""
+        return min(self._again_at, self._remote.session.next_deadline())
 
     def done(self) -> bool:
-        """Whether `results` would return at once. Never waits. Raises RefusedError."""
+        """Whether there is nothing to wait for. Never waits. Raises RefusedError."""
+        if self.taken or self._answer is not None:
+            return True
+        self._remote.look()
+        self._answer = self._remote.answers.pop(self._request, None)
+        now = time.monotonic()
+        if self._answer is not None and self._answer.code == OVER_CREDIT:
+            self._answer, self._again_at = None, now + self._pause
+            self._pause = min(2 * self._pause, AGAIN_MOST)
+        if now >= self._again_at:
+            self._again_at, self._request = math.inf, self._send()
         if self._answer is None:
-            self._remote.look()
-            self._answer = self._remote.answers.pop(self._request, None)
-            if self._answer is not None and self._answer.code == OVER_CREDIT:
-                self._answer, self._again_at = None, time.monotonic() + AGAIN
-            if self._again_at is not None and time.monotonic() >= self._again_at:
-                self._again_at, self._request = None, self._send()
-            if self._answer is None:
-                self._flow.look_if_due()
+            self._flow.look_if_due()
         return self._answer is not None
 
     def results(self, timeout: float | None = None) -> Array:
@@ -151,19 +174,19 @@ class PendingActions:
         for a request that the service refuses, and the second time; PolicyError when it can't act; ConnectionTimeout
         after `timeout` seconds, and then it may be called again."""
         if self.taken:
-            raise EpisodeError("this action has been taken already: ask for the next one")
+            raise EpisodeError("this action has been taken already, or was given up: ask for the next one")
         if not self.done():
             self._flow.wait(self.done, self._remote.why, timeout, at=self._remote.connection)
         self._take()
         answer = self._answer
         assert answer is not None
         if answer.code:
-            error = EpisodeError if answer.code == "malformed" else PolicyError
+            error = PolicyError if answer.code == "failed" else EpisodeError
             raise error(f"the action service refuses ({answer.code}): {answer.text}")
         return self._adopt(answer)
 
     def forget(self) -> None:
-        """The answer is not wanted any more."""
+        """The answer is not wanted any more: the step has not been taken."""
         if not self.taken:
             self._take()
             self._remote.session.forget(self._request)
@@ -175,7 +198,7 @@ class PendingActions:
 
     def _adopt(self, answer: Answer) -> Array:
         """The steps whose actions have come are the episodes'."""
-        flow, remote, arrays, rows = self._flow, self._remote, answer.arrays, len(self._pairs)
+        flow, remote, arrays, rows = self._flow, self._remote, answer.arrays, len(self._rows)
         try:
             actions, logps = arrays["actions"], arrays["action_logp"].reshape(rows).tolist()
             dist_inputs = arrays["action_dist_inputs"].reshape(rows, -1)
@@ -185,8 +208,8 @@ class PendingActions:
         assert layout is not None  # or nothing had been asked
         if layout.dist_inputs != dist_inputs.shape[1]:
             layout = remote.layout = layout._replace(dist_inputs=dist_inputs.shape[1])
-        for i, (builder, observation) in enumerate(self._pairs):
-            builder.observe(observation)
+        for i, builder in enumerate(self._builders):
+            builder.observe(self._rows[i])
             if builder.origin is not answer.origin or builder.width != layout.dist_inputs:
                 # Other weights chose than those of the steps before.
                 if builder.steps:
@@ -194,9 +217,9 @@ class PendingActions:
                 if not builder.t0:
                     builder.began = flow.connection.clock()
                 builder.begin(layout, "acted", answer.origin, flow.length(layout, "acted", builder))
-                builder.observe(observation)
+                builder.observe(self._rows[i])
             builder.act(actions[i], logps[i], dist_inputs[i])
-        return arrays.get("env_actions", actions)
+        return arrays.get("env_actions", actions).copy()  # the caller's own: the message's bytes can't be written
 
 
 def request(flow: Flow, remote: RemotePolicy, pairs: Pairs) -> PendingActions:
@@ -204,6 +227,7 @@ def request(flow: Flow, remote: RemotePolicy, pairs: Pairs) -> PendingActions:
     more request. Raises RefusedError, and what `Flow.prepare` does."""
 
     def room() -> bool:
+        flow.look_if_due()
         remote.look()
         return remote.room
 
@@ -224,6 +248,15 @@ class PendingAction:
     def done(self) -> bool:
         """Whether `result()` would return at once. Never waits."""
         return self._pending.done()
+
+    @property
+    def due(self) -> float:
+        """When `done()` has something to do though nothing has come, on the monotonic clock."""
+        return self._pending.due
+
+    def forget(self) -> None:
+        """Give it up: the step has not been taken, and the episode goes on as if nothing had been asked."""
+        self._pending.forget()
 
     def result(self, timeout: float | None = None) -> Any:
         """The action, as `env.step` wants it. Once. Waits and raises as `Episode.get_action` does; raises

@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode
 from rllink_zmq.client import Client, Episode
 from rllink_zmq.client_flow import WAIT_SLICE, Waiting
 from rllink_zmq.client_policy import PolicyReader
-from rllink_zmq.client_remote import PendingAction
+from rllink_zmq.client_remote import PendingAction, PendingActions
 from rllink_zmq.errors import SettingsError
 from rllink_zmq.fragments import Origin
 from rllink_zmq.transport import poll
@@ -148,6 +148,7 @@ def _wake(blocked: Sequence[_Seat], timeout: float) -> None:
             or any(id(connection) in ready for connection in flow.connections)
             or reader.origin is not seat.origin
             or flow.session.next_deadline() <= now
+            or seat.due <= now
         ):
             seat.blocked = False
         elif now >= flow.look_at + LOOK_ANYWAY:
@@ -156,7 +157,7 @@ def _wake(blocked: Sequence[_Seat], timeout: float) -> None:
 
 def _why(seats: Sequence[_Seat]) -> Callable[[], str]:
     others = f" ({len(seats)} simulators)" if len(seats) > 1 else ""
-    return lambda: seats[0].client.flow.why("acted") + others
+    return lambda: seats[0].why() + others
 
 
 class _Seat:
@@ -184,6 +185,16 @@ class _Seat:
         self._episode: Episode | None = None
         self._observation: Any = None
         self._asked: PendingAction | None = None
+
+    @property
+    def due(self) -> float:
+        """When to try again though nothing has come: a request that is to be sent again."""
+        return self._asked.due if self._asked is not None else float("inf")
+
+    def why(self) -> str:
+        """What it waits for."""
+        flow = self.client.flow
+        return flow.remote.why() if flow.remote is not None and self._asked is not None else flow.why("acted")
 
     @property
     def done(self) -> bool:
@@ -303,6 +314,7 @@ class _Vector:
         space = envs.single_action_space
         self._actions = np.zeros((envs.num_envs, *(space.shape or ())), space.dtype)
         self._episodes: list[Episode | None] = [client.start_episode() for _ in range(envs.num_envs)]
+        self._asked: PendingActions | None = None
 
     def _acting(self) -> tuple[list[int], list[Episode]]:
         acting = [(i, episode) for i, episode in enumerate(self._episodes) if episode is not None]
@@ -316,15 +328,35 @@ class _Vector:
         while True:
             if stop is not None and stop():
                 return False
-            if not episodes or self._client.can_act(episodes, [self._observations[i] for i in at]):
+            if self._ready(at, episodes):
                 return True
-            waiting.say(lambda: flow.why("acted"), time.monotonic())
-            poll([flow.connection], None, WAIT_SLICE)
+            waiting.say(self._why, time.monotonic())
+            poll(flow.connections, None, WAIT_SLICE)
+
+    def _why(self) -> str:
+        flow = self._client.flow
+        return flow.remote.why() if flow.remote is not None and self._asked is not None else flow.why("acted")
+
+    def _ready(self, at: list[int], episodes: list[Episode]) -> bool:
+        """Whether `step` will not wait; with the service: its answer is there."""
+        if not episodes:
+            return True
+        if self._asked is None:
+            observations = [self._observations[i] for i in at]
+            if not self._client.can_act(episodes, observations):
+                return False
+            if self._client.flow.remote is None:
+                return True
+            self._asked = self._client.get_actions_async(episodes, observations)
+        return self._asked.done()
 
     def step(self, tally: Tally) -> None:
         """One step of all environments."""
         at, episodes = self._acting()
-        if episodes:
+        if episodes and self._asked is not None:
+            asked, self._asked = self._asked, None
+            self._actions[at] = asked.results()
+        elif episodes:
             self._actions[at] = self._client.get_actions(episodes, [self._observations[i] for i in at])
         observations, rewards, terminated, truncated, infos = self._envs.step(self._actions)
         tally.steps += len(at)
@@ -348,6 +380,8 @@ class _Vector:
 
     def cut_off(self) -> None:
         """End all episodes where they are."""
+        if self._asked is not None:
+            self._asked.forget()
         for i, episode in enumerate(self._episodes):
             if episode is not None and episode.steps:
                 episode.end_episode(self._observations[i], truncated=True)

@@ -376,13 +376,15 @@ class SimulatorSession(Endpoint):
 class ReaderSession(Endpoint):
     """The end of who asks, for policy and weights (`ask`) and for single actions (`act`). `on_message` gets what comes.
 
-    `open_acts`: requests without an answer, by number; on WELCOME they are sent again. `requests`: how many may be."""
+    `open_acts`: requests without an answer, by number; on WELCOME they are sent again. `requests`: how many may be.
+    `spaces`: the trainer's, if it was there at the last WELCOME."""
 
     def __init__(self, session: bytes, *, name: str = "", package: str = "", rng: random.Random | None = None) -> None:
         super().__init__(session, name, package, Timing(), rng or random.Random(session))
         self.on_message: Callable[[Message, Sequence[Buffer], float], None] | None = None
         self.open_acts: dict[int, Outgoing] = {}
         self.requests = 0
+        self.spaces: Spaces | None = None
         self._request = 0
 
     def hello(self) -> ReaderHello:
@@ -411,12 +413,18 @@ class ReaderSession(Endpoint):
             self._say(message, now, body)
         return self._request
 
+    def greet_again(self, now: float) -> None:
+        """Hear WELCOME once more: what it tells may have changed."""
+        if self.state is State.LIVE:
+            self._move(Verb.REGREET)
+            self._greet(now)
+
     def forget(self, request: int) -> None:
         """Its answer is not wanted any more."""
         self.open_acts.pop(request, None)
 
     def welcomed(self, message: WELCOME, now: float) -> None:
-        self.requests = message.requests
+        self.requests, self.spaces = message.requests, message.spaces
         for act in self.open_acts.values():
             self._say(act.message, now, act.body)
 

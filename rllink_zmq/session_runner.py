@@ -401,15 +401,15 @@ class TrainerSession(Endpoint):
 
 
 class ServiceSession(Endpoint):
-    """A runner's end for single actions. `asked`: requests to be answered, in the order they came; what else comes goes
-    to `on_message`."""
+    """A runner's end for single actions. `asked`: requests to be answered, by (session, number), in the order they
+    came; what else comes goes to `on_message`."""
 
     def __init__(
         self, session: bytes, run: str, *, name: str = "", package: str = "", rng: random.Random | None = None
     ) -> None:
         super().__init__(session, name, package, SERVICE_TIMING, rng or random.Random(session))
         self.my_run = run
-        self.asked: list[tuple[ACT, Sequence[Buffer]]] = []
+        self.asked: dict[tuple[bytes, int], tuple[ACT, Sequence[Buffer]]] = {}
         self.weights_address = ""
         self.on_message: Callable[[Message, Sequence[Buffer], float], None] | None = None
 
@@ -422,7 +422,7 @@ class ServiceSession(Endpoint):
 
     def handle(self, message: Message, body: Sequence[Buffer], now: float) -> None:
         if isinstance(message, ACT):
-            self.asked.append((message, body))
+            self.asked[message.session, message.request] = (message, body)
         elif self.on_message is not None:
             self.on_message(message, body, now)
 

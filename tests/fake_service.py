@@ -61,8 +61,8 @@ class Service:
             self._connection.look()
             if self.held:
                 continue
-            asked, session.asked = session.asked, []
-            for message, body in asked:
+            asked, session.asked = session.asked, {}
+            for message, body in asked.values():
                 rows = from_body(message.columns, body)["obs"]
                 self.asked.append((message.request, rows))
                 self.how.append((message.explore, message.evaluation))

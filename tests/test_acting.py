@@ -15,6 +15,7 @@ from rllink_zmq.messages import (
     REFUSED,
     WELCOME,
     Column,
+    ObserverHello,
     ReaderHello,
     ServiceHello,
 )
@@ -144,6 +145,46 @@ def test_a_service_that_hangs_is_not_waited_for(bench: Bench) -> None:
     assert ("b2", act("s1", 1)) in said
     assert answers(bench, "b1", "s1", 1)[0][0] == "s1", "whoever is first"
     assert answers(bench, "b2", "s1", 1) == []
+
+
+def test_a_service_that_hangs_comes_last_until_it_answers(bench: Bench) -> None:
+    serves(bench, "b2")
+    asks(bench, "s1", 1)
+    bench.wait(bench.broker.settings.act_patience + 1.1)
+    answers(bench, "b2", "s1", 1)
+    assert [asks(bench, "s1", n)[0][0] for n in (2, 3)] == ["b2", "b2"], "though b1 has nothing to do"
+    answers(bench, "b1", "s1", 1)
+    assert asks(bench, "s1", 4)[0][0] == "b1"
+
+
+def test_a_long_queue_that_moves_is_not_computed_twice(bench: Bench) -> None:
+    serves(bench, "b2")
+    for n in range(1, 5):
+        asks(bench, "s1", n, rows=4)
+    for n in range(1, 5):
+        said = bench.wait(0.9)
+        assert messages(said, ACT) == []
+        by = "b1" if n % 2 else "b2"
+        answers(bench, by, "s1", n)
+        answers(bench, "b2" if n % 2 else "b1", "s1", 99)
+
+
+def test_another_role_on_a_connection_ends_the_one_before(bench: Bench) -> None:
+    """Whoever does that: neither the broker nor what it holds for others may suffer."""
+    asks(bench, "s1", 1)
+    bench.simulator("s1")
+    assert session("s1") not in bench.broker.readers and bench.broker.act_bytes == 0
+    bench.bye("s1")
+    reads(bench, "s1")
+    bench.simulator("s5")
+    reads(bench, "s5")
+    bench.unreachable("s5")
+    bench.wait(60.0)
+    assert bench.broker.simulators_live == 0 and bench.broker.windows == 0
+    bench.hello("b1", ObserverHello())
+    assert bench.broker.services == []
+    bench.bye("b1")
+    serves(bench, "b1")
 
 
 def test_the_only_service_keeps_what_it_has(bench: Bench) -> None:

@@ -160,7 +160,7 @@ def test_another_service_answers_when_the_first_is_gone(world: World) -> None:
         episode = client.start_episode()
         acting.held = True
         asked = episode.get_action_async(obs(3))
-        until(lambda: acting.session.asked != [], "the first one has it")
+        until(lambda: acting.session.asked != {}, "the first one has it")
         with service(server) as other:
             acting.stop()
             assert asked.result() == 1
@@ -178,7 +178,7 @@ def test_the_broker_may_be_restarted() -> None:
                 episode.log_returns(1.0)
                 acting.held = True
                 asked = episode.get_action_async(obs(2))
-                until(lambda: acting.session.asked != [], "the service has it")
+                until(lambda: acting.session.asked != {}, "the service has it")
                 broker.restart()
                 acting.held = False
                 assert asked.result(timeout=20) == 0
@@ -219,6 +219,7 @@ def test_an_observation_that_does_not_fit_is_not_sent(world: World) -> None:
             episode.get_action(np.zeros(4, np.float32))
         with pytest.raises(EpisodeError, match="finite"):
             episode.get_action(obs(np.nan))
+        assert client.flow.reserved == 0
         assert episode.get_action(obs(1)) == 1
         assert len(acting.asked) == 1
 
@@ -286,3 +287,70 @@ def test_a_vector_asks_once_a_step(world: World) -> None:
         summary = drive_vector(client, envs, episodes=6)
     assert summary.episodes == 6
     assert {rows.shape for _, rows in acting.asked} <= {(3, 3)}
+
+
+def test_what_was_sent_is_what_is_trained_on(world: World) -> None:
+    """The simulation may write into its own array meanwhile, and into the action."""
+    server, learner, acting = world
+    with connect(server.frontend, inference="remote", **SPACES) as client:
+        episode = client.start_episode()
+        seen = obs(1)
+        acting.held = True
+        asked = episode.get_action_async(seen)
+        seen[0] = 6.0
+        acting.held = False
+        assert asked.result() == 1
+        episode.log_returns(1.0)
+        actions = client.get_actions([episode], [obs(2)])
+        actions[0] = 1
+        episode.log_returns(1.0)
+        episode.end_episode(obs(3))
+        until(lambda: learner.steps == 2, "all is taken")
+    assert np.concatenate([a["obs"] for _, a in learner.taken])[:, 0].tolist() == [1.0, 2.0, 3.0]
+    assert np.concatenate([a["actions"] for _, a in learner.taken]).tolist() == [1, 0]
+
+
+def test_an_action_can_be_given_up_and_chosen_otherwise(world: World) -> None:
+    server, learner, acting = world
+    with connect(server.frontend, inference="remote", **SPACES) as client:
+        episode = client.start_episode()
+        acting.held = True
+        asked = episode.get_action_async(obs(1))
+        with pytest.raises(EpisodeError, match="has asked for an action"):
+            client.get_actions([episode], [obs(1)])
+        episode.log_action(obs(1), 0, -0.1)
+        assert asked.done()
+        with pytest.raises(EpisodeError, match="was given up"):
+            asked.result()
+        episode.log_returns(1.0)
+        other = episode.get_action_async(obs(2))
+        other.forget()
+        acting.held = False
+        assert episode.get_action(obs(2)) == 0
+        episode.log_returns(1.0)
+        episode.end_episode(obs(3))
+        until(lambda: learner.steps == 2, "all is taken")
+        assert client.flow.reserved == 0
+    assert [arrays["actions"].tolist() for _, arrays in learner.taken] == [[0], [0]]
+
+
+def test_without_spaces_and_before_the_trainer() -> None:
+    with broker() as server:
+        with connect(server.frontend, inference="remote") as client:
+            episode = client.start_episode()
+            assert not episode.can_act(obs(1))
+            with training(server), service(server):
+                assert episode.get_action(obs(1)) == 1
+
+
+def test_a_driver_stops_though_nobody_answers(world: World) -> None:
+    server, _, acting = world
+    acting.held = True
+    looks = iter(range(30))
+    with connect(server.frontend, inference="remote", episodes=2, **SPACES) as client:
+        envs = gym.vector.SyncVectorEnv([Counting] * 2)
+        assert drive_vector(client, envs, stop=lambda: next(looks, None) is None).steps == 0
+    with connect(server.frontend, inference="remote", **SPACES) as client:
+        looks = iter(range(30))
+        assert drive_many([(client, Counting())], stop=lambda: next(looks, None) is None).steps == 0
+    acting.held = False

@@ -165,7 +165,7 @@ def test_a_runner_a_trainer_and_an_observer_are_welcomed(bench: Bench) -> None:
 
 
 def test_another_version_of_the_package_is_no_obstacle(bench: Bench) -> None:
-    """A broker that is restarted with a newer package meets everybody else's older one: the protocol's version counts."""
+    """A broker that is restarted with a newer package meets everybody else's older one: what counts is the protocol."""
     for name, peer in (("s1", SimulatorHello()), ("r1", RunnerHello(RUN)), ("t", terms()), ("s2", ReaderHello())):
         said = bench.send(name, HELLO(PROTOCOL_VERSION, session(name), 1, peer, name, "99.0"))
         assert len(messages(said, WELCOME, name)) == 1

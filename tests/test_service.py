@@ -144,7 +144,6 @@ def answered(made: Made, *asked: tuple[ACT, bytes], explore: bool = True) -> Sai
     service.batches = service.rows = 0
     said = service.session = Said()  # type: ignore[assignment]
     service._answer([(message, [body]) for message, body in asked], explore, 0.0)
-    assert service.batches <= 1, "one forward pass"
     return said  # type: ignore[return-value]
 
 
@@ -209,3 +208,10 @@ def test_what_nobody_says_is_as_training_or_evaluation_does() -> None:
     ):  # fmt: skip
         service.actor = actor
         assert service._draws(ACT(b"s" * 16, 1, 1, (), explore=said, evaluation=evaluation)) is expected
+
+
+def test_one_observation_that_overflows_is_its_own_askers_trouble() -> None:
+    made = Made(ACTION_SPACES["discrete"])
+    message, _ = act(2, 1)
+    said = answered(made, act(1, 1), (message, np.full((1, 4), np.nan, np.float32).tobytes()), act(3, 2))
+    assert [(m.request, m.code) for m, _ in said] == [(1, ""), (2, "failed"), (3, "")]

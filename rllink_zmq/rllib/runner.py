@@ -138,19 +138,29 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self._link = RunnerLink(self.settings.broker, run, f"runner-{index}@{host}", local=not self.worker_index)
         if self.held is not None:
             self._offer(self.held)
-        if self.module is not None:
-            config = self.config
+        self._serve_actions(self._link, manifest)
+        return self._link.session.session
+
+    def _serve_actions(self, link: RunnerLink, manifest: PolicyManifest) -> None:
+        """Answer simulators that ask for single actions, from the first moment on by the weights that are here."""
+        if self.module is None:
+            return
+        config, settings = self.config, self.settings
+        try:
             actor = ModuleActor(
                 self.module, manifest, self.spaces[INPUT_ENV_SINGLE_SPACES][1], bool(config.normalize_actions),
                 bool(config.clip_actions),
             )  # fmt: skip
-            self._service = ActService(
-                self.settings.broker, run, self._link.session.name, actor,
-                max_rows=self.settings.act_rows or MAX_ROWS, max_wait=self.settings.act_wait_s,
-                explores=explores(config)[0],
-            )  # fmt: skip
-            self._link.on_left = self._service.stop
-        return self._link.session.session
+            if self.held is not None:
+                actor.apply(self.held.version, weights_body(manifest, self.held.weights))
+        except Exception as e:  # a module of the user's that can't be copied, say
+            logger.warning("runner %s computes no single actions: %s: %s", self.worker_index, type(e).__name__, e)
+            return
+        self._service = ActService(
+            settings.broker, link.run, link.session.name, actor, max_rows=settings.act_rows or MAX_ROWS,
+            max_wait=settings.act_wait_s, explores=explores(config)[0],
+        )  # fmt: skip
+        link.on_left = self._service.stop
 
     def leave(self) -> None:
         """Leave the broker. Untaken fragments go to other runners at once."""

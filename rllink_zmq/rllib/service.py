@@ -80,6 +80,7 @@ class ModuleActor:
         size."""
         if len(body) != self.manifest.weights_bytes:
             raise RllinkError(f"weights {version} have {len(body)} bytes, expected {self.manifest.weights_bytes}")
+        self.version = -1  # what fails in the middle leaves no version at all
         offset = 0
         with torch.no_grad():
             for weight in self.manifest.weights:
@@ -162,17 +163,17 @@ class ActService:
             return self._news_at
         if self._first_at is None:
             self._first_at = now
-        pending = sum(message.rows for message, _ in session.asked)
+        pending = sum(message.rows for message, _ in session.asked.values())
         if now < self._first_at + self._max_wait and pending < self._max_rows:
             return self._first_at + self._max_wait
         self._first_at = None
         rows = count = 0
-        for message, _ in session.asked:
+        for message, _ in session.asked.values():
             if count and rows + message.rows > self._max_rows:
                 break
             rows += message.rows
             count += 1
-        batch, session.asked = session.asked[:count], session.asked[count:]
+        batch = [session.asked.pop(key) for key in list(session.asked)[:count]]
         for explore in (True, False):
             some = [(message, body) for message, body in batch if self._draws(message) is explore]
             if some:
@@ -198,6 +199,11 @@ class ActService:
             observations = np.frombuffer(bytearray().join(bodies), actor.dtype).reshape(rows, *actor.shape)
             arrays = actor.act(observations, explore)
         except Exception as e:  # a user's module may raise anything; who asked is told, and the service goes on
+            if len(fit) > 1:  # perhaps for one of them alone: an observation that overflows, say
+                asked = {(message.session, message.request): (message, body) for message, body in batch}
+                for message in fit:
+                    self._answer([asked[message.session, message.request]], explore, now)
+                return
             logger.warning("the module can't act: %s: %s", type(e).__name__, e)
             text = f"{type(e).__name__}: {e}"[:1000]
             for message in fit:
@@ -284,6 +290,6 @@ class ActService:
             return
         try:
             self.actor.apply(*newest)
-        except RllinkError as e:
-            logger.warning("the action service keeps its weights: %s", e)
+        except Exception as e:  # torch's own errors too; the next version may fit
+            logger.warning("weights %d can't be acted by: %s", newest[0], e)
         self._switched = now
