@@ -150,20 +150,11 @@ def _tail(report: measure.Report, run: Any, most: list[dict[str, Any]], rounds: 
 
 
 def _plot(report: measure.Report, quiet: list[list[float]], flooded: list[list[float]]) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name, of in (("half load", quiet), ("half load, one of them floods", flooded)):
-        values = 1e3 * np.sort(np.concatenate(of))
-        axes.plot(values, 1 - np.arange(len(values)) / len(values), label=name)
-    axes.set(xscale="log", yscale="log", xlabel="round trip, ms", ylabel="part that takes longer")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(report.path.with_suffix(".png"), dpi=110)
+    with measure.picture(report.path.with_suffix(".png")) as axes:
+        for name, of in (("half load", quiet), ("half load, one of them floods", flooded)):
+            values = 1e3 * np.sort(np.concatenate(of))
+            axes.plot(values, 1 - np.arange(len(values)) / len(values), label=name)
+        axes.set(xscale="log", yscale="log", xlabel="round trip, ms", ylabel="part that takes longer")
 
 
 if __name__ == "__main__":

@@ -89,20 +89,11 @@ def main() -> None:
 
 
 def _plot(report: Any, curves: dict[str, list[list[Point]]]) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for way, color in zip(WAYS, ("tab:blue", "tab:orange"), strict=True):
-        for i, points in enumerate(curves[way]):
-            axes.plot(*zip(*points, strict=True), color=color, alpha=0.7, label=way if not i else None)
-    axes.set(xlabel="env steps", ylabel="mean return", title=f"PPO, {SIMULATORS} CartPole simulators, three seeds")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(report.path.with_suffix(".png"), dpi=110)
+    with measure.picture(report.path.with_suffix(".png")) as axes:
+        for way, color in zip(WAYS, ("tab:blue", "tab:orange"), strict=True):
+            for i, points in enumerate(curves[way]):
+                axes.plot(*zip(*points, strict=True), color=color, alpha=0.7, label=way if not i else None)
+        axes.set(xlabel="env steps", ylabel="mean return", title=f"PPO, {SIMULATORS} CartPole simulators, three seeds")
 
 
 if __name__ == "__main__":

@@ -168,6 +168,22 @@ def _cpu_model() -> str:
     return platform.machine()
 
 
+@contextmanager
+def picture(path: Path) -> Iterator[Any]:
+    """The axes of a plot that is written to `path`."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    yield axes
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 class Report:
     """What a benchmark found. `show()` prints it and writes it to `<results>/<name>.json`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import gymnasium as gym
@@ -36,24 +37,30 @@ ACTION_SPACES = {
 }
 
 
+@cache
+def exported(name: str, evaluation_explores: bool = True) -> tuple[PPOConfig, Any, bytes]:
+    """Config, module and blob for the actions of this name. Nothing changes them."""
+    action_space = ACTION_SPACES[name]
+    config = (
+        PPOConfig()
+        .environment(observation_space=BOX, action_space=action_space)
+        .rl_module(model_config={"fcnet_hiddens": [16]})
+    )
+    torch.manual_seed(3)
+    spec = config.get_rl_module_spec(spaces={DEFAULT_MODULE_ID: (BOX, action_space)}, inference_only=True)
+    module = spec.build()
+    return config, module, export_policy(module, BOX, action_space, evaluation_explores=evaluation_explores)
+
+
 class Made:
     """A PPO module, its export, and the actor of a service."""
 
-    def __init__(self, action_space: gym.Space[Any], **options: Any) -> None:
-        self.action_space = action_space
-        self.config = (
-            PPOConfig()
-            .environment(observation_space=BOX, action_space=action_space)
-            .rl_module(model_config={"fcnet_hiddens": [16]})
-        )
-        torch.manual_seed(3)
-        self.module: Any = self.config.get_rl_module_spec(
-            spaces={DEFAULT_MODULE_ID: (BOX, action_space)}, inference_only=True
-        ).build()
-        self.blob = export_policy(self.module, BOX, action_space, **options)
+    def __init__(self, name: str, **options: Any) -> None:
+        self.action_space = ACTION_SPACES[name]
+        self.config, self.module, self.blob = exported(name, **options)
         self.manifest: PolicyManifest = unpack_policy(self.blob)[0]
         self.body = weights_body(self.manifest, self.module.get_state())
-        self.actor = ModuleActor(self.module, self.manifest, action_space, True, False)
+        self.actor = ModuleActor(self.module, self.manifest, self.action_space, True, False)
         self.actor.apply(0, self.body)
 
     def rllib(self, observations: NDArray[Any], explore: bool) -> dict[str, Any]:
@@ -81,7 +88,7 @@ class Made:
 
 @pytest.fixture(params=ACTION_SPACES)
 def made(request: pytest.FixtureRequest) -> Made:
-    return Made(ACTION_SPACES[request.param])
+    return Made(request.param)
 
 
 def rows(count: int = 5) -> NDArray[Any]:
@@ -166,7 +173,7 @@ def test_a_batch_is_cut_as_it_was_asked_for(made: Made, counts: tuple[int, ...])
 
 
 def test_what_does_not_fit_is_told_and_the_rest_is_answered() -> None:
-    made = Made(ACTION_SPACES["discrete"])
+    made = Made("discrete")
     said = answered(
         made,
         act(1, 1),
@@ -185,7 +192,7 @@ def test_what_does_not_fit_is_told_and_the_rest_is_answered() -> None:
 
 
 def test_a_module_that_raises_is_told_to_all_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Made(ACTION_SPACES["discrete"])
+    made = Made("discrete")
 
     def fails(*args: Any) -> Any:
         raise ValueError("no GPU left")
@@ -198,10 +205,10 @@ def test_a_module_that_raises_is_told_to_all_who_asked(monkeypatch: pytest.Monke
 
 
 def test_what_nobody_says_is_as_training_or_evaluation_does() -> None:
-    made = Made(ACTION_SPACES["discrete"])
+    made = Made("discrete")
     service = ActService.__new__(ActService)
     service.actor, service._explores = made.actor, True
-    greedy = Made(ACTION_SPACES["discrete"], evaluation_explores=False).actor
+    greedy = Made("discrete", evaluation_explores=False).actor
     for actor, evaluation, said, expected in (
         (made.actor, False, None, True), (made.actor, True, None, True), (greedy, True, None, False),
         (greedy, False, None, True), (greedy, True, True, True), (made.actor, False, False, False),
@@ -211,7 +218,7 @@ def test_what_nobody_says_is_as_training_or_evaluation_does() -> None:
 
 
 def test_one_observation_that_overflows_is_its_own_askers_trouble() -> None:
-    made = Made(ACTION_SPACES["discrete"])
+    made = Made("discrete")
     message, _ = act(2, 1)
     said = answered(made, act(1, 1), (message, np.full((1, 4), np.nan, np.float32).tobytes()), act(3, 2))
     assert [(m.request, m.code) for m, _ in said] == [(1, ""), (2, "failed"), (3, "")]
