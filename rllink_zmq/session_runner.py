@@ -122,6 +122,10 @@ class RunnerSession(Endpoint):
         self._offer_size = 0
         self._weights: tuple[int, bytes, int] | None = None
 
+    def open(self, now: float) -> None:
+        self._look(now)  # a process may be stopped before it has looked for the first time
+        super().open(now)
+
     def hello(self) -> RunnerHello:
         self._told_returned = self.returned
         handed = [Handed(s, list(known), list(known.values())) for s, known in self._handed.items()]

@@ -447,6 +447,14 @@ def test_other_messages_go_to_the_application() -> None:
 # ---- a runner
 
 
+def test_a_runner_that_is_stopped_before_its_first_look_knows_it() -> None:
+    """RLlib's clock goes on meanwhile: a call that begins afterwards was sent before."""
+    r = RunnerSession(session("r"), RUN)
+    r.open(T0)
+    r.tick(T0 + 9.0)
+    assert r.running_since(T0 + 9.0) == T0
+
+
 def test_a_runner_takes_the_oldest_leases_up_to_the_steps_wanted() -> None:
     r = runner()
     lease(r, 1, 2, 3)
