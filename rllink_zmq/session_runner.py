@@ -62,7 +62,11 @@ STALL = 2.5
 """Seconds without a look at the connection that mean the process was stopped: it looks every second or two."""
 
 AWAKE = 1.0
-"""Seconds after a stall, or after the end of a call, in which a call that begins may have waited in the actor."""
+"""Seconds after the end of a call in which a call that begins may have waited in the actor."""
+
+AFTER_STALL = STALL + 0.5
+"""Seconds after a stall in which a call that begins may have waited for its end: the process may have been stopped once
+more, for less than shows."""
 
 HANDOVER_CUT = "handover_cut"
 """The reason of a fragment that RLlib may have, or may not."""
@@ -188,7 +192,7 @@ class RunnerSession(Endpoint):
     def running_since(self, now: float) -> float:
         """A time since which this process has certainly not been stopped, or before which it was."""
         began, ended = self._stall
-        return began if now - ended < AWAKE else now if self._looked is None else self._looked
+        return began if now - ended < AFTER_STALL else now if self._looked is None else self._looked
 
     def _look(self, now: float) -> None:
         if self._looked is not None and now - self._looked > STALL:
