@@ -9,8 +9,8 @@ import pytest
 from core_bench import EPOCH, RUN, claim, fragment, session
 
 from rllink_zmq.messages import DUTY, PING, PONG, RETURNED, TAKE, TAKEN, WELCOME
-from rllink_zmq.sampling import AWAKE, LATE, PROGRESS_WAIT, TOO_LATE, Next, SampleCall, SamplingRules
-from rllink_zmq.session_runner import RunnerSession
+from rllink_zmq.sampling import LATE, PROGRESS_WAIT, TOO_LATE, Next, SampleCall, SamplingRules
+from rllink_zmq.session_runner import AFTER_STALL, STALL, RunnerSession
 
 ROUND = SamplingRules("round", share=50, quota=100, timeout=60.0, linger=0.2)
 STREAM = SamplingRules("stream", share=50, quota=500, timeout=60.0, linger=0.5)
@@ -388,7 +388,7 @@ def test_a_call_just_after_a_stall_is_as_old_as_the_stall() -> None:
     idle(desk, 5)
     desk.now += 40
     desk.look()
-    desk.now += AWAKE / 2
+    desk.now += STALL  # it may have been stopped again for less than shows
     desk.lease(50)
     call = desk.begin()
     assert call.step(desk.now) is Next.RETURN, "it is past half of the timeout"
@@ -403,7 +403,7 @@ def test_a_call_long_after_a_stall_is_fresh() -> None:
     returned_call(desk)
     desk.now += 40
     desk.look()
-    idle(desk, AWAKE + 1)
+    idle(desk, AFTER_STALL + 1)
     desk.lease(50)
     call = desk.begin()
     call.step(desk.now)
