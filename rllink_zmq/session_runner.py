@@ -191,12 +191,17 @@ class RunnerSession(Endpoint):
 
     def running_since(self, now: float) -> float:
         """A time since which this process has certainly not been stopped, or before which it was."""
+        if self._looked is None:
+            return now
         began, ended = self._stall
-        return began if now - ended < AFTER_STALL else now if self._looked is None else self._looked
+        # By the last look: since then it may have been stopped once more, and this be the first thing it does.
+        return began if self._looked - ended < AFTER_STALL else self._looked
 
     def _look(self, now: float) -> None:
         if self._looked is not None and now - self._looked > STALL:
-            self._stall = (self._looked, now)
+            began, ended = self._stall
+            # Stopped again soon after: a call may have waited for both.
+            self._stall = (began if self._looked - ended < AFTER_STALL else self._looked, now)
         self._looked = now
 
     def receive(self, message: Message, body: Sequence[Buffer], now: float) -> None:

@@ -677,10 +677,13 @@ def test_running_since_tells_a_stall() -> None:
     assert r.running_since(T0 + 3.5) == T0 + 3
     r.receive(PONG(EPOCH), [], T0 + 20)
     assert r.running_since(T0 + 20.5) == T0 + 3, "stopped since its last look"
-    for seconds in (22, 24):
-        r.receive(PONG(EPOCH), [], T0 + seconds)
-    assert r.running_since(T0 + 22.5) == T0 + 3, "and perhaps once more"
+    r.receive(PONG(EPOCH), [], T0 + 22)
+    assert r.running_since(T0 + 24.4) == T0 + 3, "and perhaps once more"
+    r.receive(PONG(EPOCH), [], T0 + 24)
     assert r.running_since(T0 + 24.5) == T0 + 24
+    r.receive(PONG(EPOCH), [], T0 + 40)
+    r.receive(PONG(EPOCH), [], T0 + 45)
+    assert r.running_since(T0 + 45.5) == T0 + 24, "stopped twice in a row"
 
 
 def test_an_offer_is_made_at_once_and_after_each_welcome() -> None:
