@@ -27,15 +27,14 @@ class Acting(BrokerState):
             return self._refuse(event.side, event.route, "malformed", "this request names another session", now)
         if message.request in reader.requests:
             return None  # a repeat: its answer will come
-        size = event.size
-        code, text = self._over_credit(reader, size)
+        code, text = self._over_credit(reader, event.size)
         if code:
             self.acts["refused"] += 1
             return self._send(reader, ACTION(message.session, message.request, code=code, text=text))
-        request = Request(reader, message, event.frames, size, now)
+        request = Request(reader, message, event.frames, event.size, now)
         reader.requests[message.request] = request
-        reader.act_bytes += size
-        self.act_bytes += size
+        reader.act_bytes += request.size
+        self.act_bytes += request.size
         return self._serve(request, now)
 
     def _over_credit(self, reader: Reader, size: int) -> tuple[str, str]:

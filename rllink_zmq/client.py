@@ -67,6 +67,8 @@ def connect(
     parse_address(address)
     if on_backpressure not in ("pause", "drop"):
         raise SettingsError(f"expected on_backpressure 'pause' or 'drop', got {on_backpressure!r}")
+    if inference not in ("local", "remote", "auto"):
+        raise SettingsError(f"expected inference 'local', 'remote' or 'auto', got {inference!r}")
     if not 1 <= episodes <= 1_000_000:
         raise SettingsError(f"expected episodes of 1 to 1,000,000, got {episodes}")
     spaces = layout = None
@@ -78,8 +80,6 @@ def connect(
     log_of_audit = None if audit is None else Log.shared(audit, "simulator")
     if log_of_audit is not None:
         log_of_audit.open()
-    if inference not in ("local", "remote", "auto"):
-        raise SettingsError(f"expected inference 'local', 'remote' or 'auto', got {inference!r}")
     session = SimulatorSession(
         os.urandom(16),
         name=name if name is not None else f"{socket.gethostname()}/{os.getpid()}",
