@@ -33,7 +33,8 @@ from .events import Received, Side
 from .fragments import Fragment
 from .fragments import State as Life
 from .fragments import Verb as Move
-from .peers import Observer, Peer, Reader, Runner, Service, Simulator, State, Trainer, Verb, mismatch, step_bytes
+from .peers import Observer, Peer, Reader, Runner, Service, Simulator, State, Trainer, Verb
+from .spaces import mismatch, step_bytes
 
 P = TypeVar("P", bound=Peer)
 

@@ -12,16 +12,13 @@ from enum import Enum
 from rllink_zmq.messages import (
     ACT,
     DELIVERED,
-    BoxSpace,
-    Column,
     Duty,
     RunnerHello,
     SimulatorHello,
-    Space,
     Spaces,
     TrainerHello,
 )
-from rllink_zmq.wire import Buffer, column_bytes
+from rllink_zmq.wire import Buffer
 
 from .events import Side
 from .fragments import Fragment
@@ -252,47 +249,6 @@ class Reports:
 
     def __bool__(self) -> bool:
         return bool(self._of)
-
-
-def mismatch(theirs: Spaces, ours: Spaces) -> str:
-    """How a simulator's spaces differ from the trainer's, in words; '' when they fit. Bounds of observations and the
-    bounds of a Box that are only rounded differently don't matter."""
-    text = _differ("observation", theirs.observation, ours.observation, bounds=False)
-    return text or _differ("action", theirs.action, ours.action, bounds=True)
-
-
-def _differ(what: str, theirs: Space, ours: Space, *, bounds: bool) -> str:
-    same = type(theirs) is type(ours)
-    if same and isinstance(theirs, BoxSpace) and isinstance(ours, BoxSpace):
-        same = theirs.shape == ours.shape and theirs.dtype == ours.dtype
-        if same and bounds:
-            same = theirs.low == ours.low and theirs.high == ours.high
-    elif same:
-        same = theirs == ours
-    if same:
-        return ""
-    return f"the trainer's {what} space is {describe(ours)}, this simulator's is {describe(theirs)}"
-
-
-def describe(space: Space) -> str:
-    if isinstance(space, BoxSpace):
-        return f"Box({_bound(space.low)}, {_bound(space.high)}, {list(space.shape)}, {space.dtype.lstrip('<|')})"
-    return f"Discrete({space.n}{f', start={space.start}' if space.start else ''})"
-
-
-def _bound(values: tuple[float, ...]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:g}"
-    return "[" + ", ".join(f"{x:g}" for x in values[:4]) + (", ...]" if len(values) > 4 else "]")
-
-
-def step_bytes(spaces: Spaces) -> int:
-    """Bytes that one step of these spaces takes at least: two observations and an action. Raises `ProtocolError`."""
-
-    def size(space: Space) -> int:
-        return column_bytes(Column("x", space.dtype, space.shape)) if isinstance(space, BoxSpace) else 8
-
-    return 2 * size(spaces.observation) + size(spaces.action)
 
 
 def live(peers: dict[bytes, Runner]) -> Iterator[Runner]:

@@ -13,8 +13,10 @@ import numpy as np
 from rllink_zmq import __version__
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.fragments import Layout, Origin, Row
+from rllink_zmq.packing import packing_of
 from rllink_zmq.policy import Policy, PolicyManifest, policy_hash
 from rllink_zmq.session import ReaderSession, SimulatorSession, State
+from rllink_zmq.spaces import from_wire
 from rllink_zmq.transport import Connection, Subscription, beside
 from rllink_zmq.weights import STALLED, Wanted
 
@@ -35,7 +37,11 @@ def layout_of_policy(manifest: PolicyManifest) -> Layout:
     """The layout of fragments whose actions the policy chose."""
     obs, action = manifest.observation, manifest.action
     return Layout(
-        Row(obs.shape, np.dtype(obs.dtype)), Row(action.shape, np.dtype(action.dtype)), 0, manifest.action_dist_inputs
+        Row(obs.shape, np.dtype(obs.dtype)),
+        Row(action.shape, np.dtype(action.dtype)),
+        (),
+        manifest.action_dist_inputs,
+        None if manifest.packed is None else packing_of(from_wire(manifest.packed)),
     )
 
 

@@ -310,11 +310,17 @@ class _Vector:
         self._client = client
         self._envs = envs
         self._mode = mode
-        self._observations, _ = envs.reset(seed=seed)
+        self._observations = self._each(envs.reset(seed=seed)[0])
         space = envs.single_action_space
         self._actions = np.zeros((envs.num_envs, *(space.shape or ())), space.dtype)
         self._episodes: list[Episode | None] = [client.start_episode() for _ in range(envs.num_envs)]
         self._asked: PendingActions | None = None
+
+    def _each(self, observations: Any) -> Any:
+        """One observation for each environment. Of a Dict or Tuple Gymnasium gives a structure of arrays."""
+        if isinstance(self._envs.single_observation_space, gym.spaces.Dict | gym.spaces.Tuple):
+            return list(gym.vector.utils.iterate(self._envs.observation_space, observations))
+        return observations
 
     def _acting(self) -> tuple[list[int], list[Episode]]:
         acting = [(i, episode) for i, episode in enumerate(self._episodes) if episode is not None]
@@ -358,18 +364,19 @@ class _Vector:
             self._actions[at] = asked.results()
         elif episodes:
             self._actions[at] = self._client.get_actions(episodes, [self._observations[i] for i in at])
-        observations, rewards, terminated, truncated, infos = self._envs.step(self._actions)
+        batch, rewards, terminated, truncated, infos = self._envs.step(self._actions)
+        observations = self._each(batch)
         tally.steps += len(at)
         ended = np.zeros(len(self._episodes), bool)
         for i, episode in zip(at, episodes, strict=True):
             episode.log_returns(float(rewards[i]))
             if terminated[i] or truncated[i]:
-                last = infos["final_obs"][i] if self._mode is AutoresetMode.SAME_STEP else observations[i]
+                last = _at(infos["final_obs"], i) if self._mode is AutoresetMode.SAME_STEP else observations[i]
                 episode.finish(last, truncated=not terminated[i])
                 tally.ended(episode)
                 ended[i] = True
         if self._mode is AutoresetMode.DISABLED and ended.any():
-            observations, _ = self._envs.reset(options={"reset_mask": ended})
+            observations = self._each(self._envs.reset(options={"reset_mask": ended})[0])
         later = self._mode is AutoresetMode.NEXT_STEP
         for i in range(len(self._episodes)):
             if ended[i]:
@@ -390,3 +397,10 @@ class _Vector:
         for episode in self._episodes:
             if episode is not None:
                 episode.abandon()
+
+
+def _at(observations: Any, i: int) -> Any:
+    """Environment i's. Of a Dict Gymnasium's infos have a dict of arrays."""
+    if isinstance(observations, dict):
+        return {key: _at(inner, i) for key, inner in observations.items() if not key.startswith("_")}
+    return observations[i]

@@ -15,8 +15,9 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from rllink_zmq.arrays import ITEM_BYTES, Array
+from rllink_zmq.arrays import Array
 from rllink_zmq.errors import EpisodeError, SpaceError
+from rllink_zmq.packing import Packing, dtype_of, packing_of
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FIRST_ROWS = 16
@@ -49,13 +50,14 @@ class Row(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The columns of an episode. `choices`: how many values a Discrete action has, 0 = not Discrete.
-    `dist_inputs`: numbers of a row of `action_dist_inputs`."""
+    """The columns of an episode. `choices`: how many values a Discrete action has, or each of a MultiDiscrete's.
+    `dist_inputs`: numbers of a row of `action_dist_inputs`. `packing`: of observations that are packed."""
 
     obs: Row
     action: Row
-    choices: int = 0
+    choices: tuple[int, ...] = ()
     dist_inputs: int = 0
+    packing: Packing | None = None
 
     def step_bytes(self, kind: Kind) -> int:
         """Bytes that each step adds to a fragment."""
@@ -67,22 +69,22 @@ class Layout(NamedTuple):
 
 
 def layout_of_spaces(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Layout:
-    """The layout of actions that a simulator chose itself. Raises `SpaceError` for spaces that don't travel.
+    """The layout of actions that a simulator chose itself. Raises `SpaceError` for spaces that don't travel."""
+    packing = packing_of(observation_space)
+    observed = Row((packing.nbytes,), np.dtype(np.uint8)) if packing else _row(observation_space)
+    if isinstance(action_space, gym.spaces.Discrete):
+        choices: tuple[int, ...] = (int(action_space.n),)
+    elif isinstance(action_space, gym.spaces.MultiDiscrete):
+        choices = tuple(action_space.nvec.tolist())
+    elif isinstance(action_space, gym.spaces.Box):
+        choices = ()
+    else:
+        raise SpaceError(f"actions of {type(action_space).__name__}; Discrete, MultiDiscrete and Box travel")
+    return Layout(observed, _row(action_space), choices, 0, packing)
 
-    Floats wider than float32 become float32, as RLlib does it before a module sees them.
-    """
-    rows = []
-    for space in (observation_space, action_space):
-        if not isinstance(space, gym.spaces.Box | gym.spaces.Discrete):
-            raise SpaceError(f"a {type(space).__name__} space; this version carries Box and Discrete")
-        dtype = np.dtype(space.dtype)
-        if dtype == np.float64:
-            dtype = np.dtype(np.float32)
-        if dtype.str not in ITEM_BYTES:
-            raise SpaceError(f"a space of dtype {dtype}; these travel: {', '.join(ITEM_BYTES)}")
-        rows.append(Row(tuple(space.shape or ()), dtype))
-    choices = int(action_space.n) if isinstance(action_space, gym.spaces.Discrete) else 0
-    return Layout(rows[0], rows[1], choices)
+
+def _row(space: gym.Space[Any]) -> Row:
+    return Row(tuple(space.shape or ()), dtype_of(space))
 
 
 class Origin(NamedTuple):
@@ -139,7 +141,7 @@ class FragmentBuilder:
         rows = max(1, min(limit, self._rows))
         obs, action = layout.obs, layout.action
         self._layout, self.kind, self.origin, self.limit = layout, kind, origin, limit
-        self._shape, self._dtype, self._choices = obs.shape, obs.dtype, layout.choices
+        self._shape, self._dtype, self._packing = obs.shape, obs.dtype, layout.packing
         self._float = obs.dtype.kind == "f"
         self._few = self._float and obs.size <= FEW and len(obs.shape) == 1
         self._zeros = np.zeros(obs.size, obs.dtype)
@@ -166,7 +168,10 @@ class FragmentBuilder:
             or observation.dtype is not self._dtype
             or observation.shape != self._shape
         ):
-            observation = self._cast(observation, "observation", self._shape, self._dtype)
+            if self._packing is not None:
+                observation = self._pack(self._packing, observation)
+            else:
+                observation = self._cast(observation, "observation", self._shape, self._dtype)
         if not steps and self.t0:
             if not np.array_equal(self._obs[0], observation):
                 raise EpisodeError(
@@ -206,8 +211,9 @@ class FragmentBuilder:
         layout, steps = self._layout, self.steps
         assert layout is not None
         action = self._cast(action, "action", layout.action.shape, layout.action.dtype)
-        if self._choices and not 0 <= int(action) < self._choices:
-            raise EpisodeError(f"{self._where}: expected an action of 0 to {self._choices - 1}, got {int(action)}")
+        for entry, choices in zip(action.reshape(-1).tolist(), layout.choices, strict=False):
+            if not 0 <= entry < choices:
+                raise EpisodeError(f"{self._where}: expected an action of 0 to {choices - 1}, got {entry}")
         if action.dtype.kind == "f" and not np.isfinite(action).all():
             self._not_finite("action", action)
         logp = self._number(logp, "action_logp")
@@ -327,6 +333,23 @@ class FragmentBuilder:
             return bool(self._zeros.dot(self._flat[row]) == 0.0)  # zero times anything else is not zero
         except RuntimeWarning:  # infinity times zero, where warnings are errors
             return False
+
+    def _pack(self, packing: Packing, observation: Any) -> Array:
+        """A Dict's or Tuple's observation as its row of bytes. Raises `EpisodeError`, with the part's name."""
+
+        def cast(value: Any, what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+            array = self._cast(value, what, shape, dtype)
+            if dtype.kind == "f" and not np.isfinite(array).all():
+                self._not_finite(what, array)
+            return array
+
+        try:
+            return packing.pack(observation, cast)
+        except KeyError as e:
+            raise EpisodeError(
+                f"{self._where}: an observation has no {e.args[0]}: give it as the environment's observation_space "
+                f"describes it"
+            ) from None
 
     def _cast(self, value: Any, what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """`value` in `dtype`. Raises `EpisodeError` for another shape or values that `dtype` can't hold."""

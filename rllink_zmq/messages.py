@@ -33,6 +33,10 @@ MAX_BOUNDS = 8192
 """Bounds listed one by one in a Box: those of two spaces fit into a header."""
 MAX_SPACE_BYTES = 64 * 1024 * 1024
 """One observation or action."""
+MAX_PARTS = 256
+"""Spaces inside of one, at all its levels."""
+MAX_NESTING = 8
+"""Dicts and Tuples inside each other."""
 
 Session: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
 """16 random bytes, fresh at every `connect()` (simulator) or process start (runner, trainer)."""
@@ -44,6 +48,8 @@ Reason: TypeAlias = Annotated[str, Meta(max_length=64, pattern=r"^[a-z_]+\Z")]
 Count: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 53)]
 Version: TypeAlias = Annotated[int, Meta(ge=-1, lt=1 << 53)]
 """-1 = none yet."""
+Key: TypeAlias = Annotated[str, Meta(min_length=1, max_length=128)]
+"""Of a Dict."""
 Finite: TypeAlias = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 """Neither NaN nor infinity."""
 Numbers: TypeAlias = Annotated[list[Count], Meta(max_length=MAX_NUMBERS)]
@@ -81,7 +87,32 @@ class DiscreteSpace(_Part, tag="Discrete", tag_field="space", frozen=True):
     start: Annotated[int, Meta(ge=-(1 << 53), lt=1 << 53)] = 0
 
 
-Space: TypeAlias = BoxSpace | DiscreteSpace
+class MultiDiscreteSpace(_Part, tag="MultiDiscrete", tag_field="space", frozen=True):
+    """Integers side by side: the i-th one is of `start[i]` .. `start[i] + nvec[i] - 1`. No `start` = all from 0 on."""
+
+    nvec: Annotated[tuple[Annotated[int, Meta(ge=1, lt=1 << 53)], ...], Meta(min_length=1, max_length=MAX_BOUNDS)]
+    start: Annotated[tuple[Annotated[int, Meta(ge=-(1 << 53), lt=1 << 53)], ...], Meta(max_length=MAX_BOUNDS)] = ()
+
+
+class MultiBinarySpace(_Part, tag="MultiBinary", tag_field="space", frozen=True):
+    """An array of zeros and ones."""
+
+    shape: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MAX_DIMENSIONS)]
+
+
+class DictSpace(_Part, tag="Dict", tag_field="space", frozen=True):
+    """Named spaces, in the order of their names' code points."""
+
+    spaces: Annotated[tuple[tuple[Key, Space], ...], Meta(min_length=1, max_length=MAX_PARTS)]
+
+
+class TupleSpace(_Part, tag="Tuple", tag_field="space", frozen=True):
+    """Spaces side by side."""
+
+    spaces: Annotated[tuple[Space, ...], Meta(min_length=1, max_length=MAX_PARTS)]
+
+
+Space: TypeAlias = BoxSpace | DiscreteSpace | MultiDiscreteSpace | MultiBinarySpace | DictSpace | TupleSpace
 
 
 class Spaces(_Part, frozen=True):

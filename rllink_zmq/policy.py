@@ -15,6 +15,9 @@ input, in this order      shape                       what
 ``weights/<name>``        as in the manifest          one for each weight, in the manifest's order
 ========================  ==========================  ==========================================================
 
+A packed observation (of a Dict or Tuple; see `rllink_zmq.packing`) is not one input but one for each of its parts, in
+their order: ``observations/0``, ``observations/1`` and so on, (B, *shape) each.
+
 ======================  ==========  ==================================================================================
 output                  shape       what
 ======================  ==========  ==================================================================================
@@ -31,6 +34,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -39,6 +43,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from rllink_zmq.errors import PolicyError
+from rllink_zmq.messages import Space
 
 if TYPE_CHECKING:
     from onnxruntime import IOBinding, OrtValue, SessionOptions
@@ -77,6 +82,19 @@ class Tensor(Struct, frozen=True, array_like=True):
         return self.size * np.dtype(self.dtype).itemsize
 
 
+def split_rows(rows: NDArray[np.uint8], parts: Sequence[Tensor]) -> list[NDArray[Any]]:
+    """(B, bytes of all parts) -> (B, *shape) of each part, copied."""
+    arrays: list[NDArray[Any]] = []
+    at = 0
+    for part in parts:
+        array = np.empty((len(rows), *part.shape), part.dtype)
+        if array.size:
+            array.reshape(len(rows), -1).view(np.uint8)[...] = rows[:, at : at + part.nbytes]
+        arrays.append(array)
+        at += part.nbytes
+    return arrays
+
+
 class Weight(Struct, frozen=True, array_like=True):
     """One array of the weights: a parameter or a buffer of the RLModule, under its `state_dict` name."""
 
@@ -93,7 +111,8 @@ class Weight(Struct, frozen=True, array_like=True):
 class PolicyManifest(Struct, frozen=True):
     """What a client must know to run the graph. `module` is the RLModule's class. `action` is what RLlib trains on,
     `env_action` what `env.step` wants. `action_dist_inputs`: how many for one action. `opset`: ONNX's.
-    `evaluation_explores`: whether episodes that are not trained on draw their actions, or take the most likely ones."""
+    `evaluation_explores`: whether episodes that are not trained on draw their actions, or take the most likely ones.
+    `packed`: the observations' space where they are packed, each row of `observation` being the bytes of `parts`."""
 
     format: Literal[1]
     module: Annotated[str, Meta(max_length=256)]
@@ -106,6 +125,8 @@ class PolicyManifest(Struct, frozen=True):
     opset: Annotated[int, Meta(ge=1, lt=1000)]
     weights: Annotated[tuple[Weight, ...], Meta(max_length=16_384)]
     evaluation_explores: bool = True
+    packed: Space | None = None
+    parts: Annotated[tuple[Tensor, ...], Meta(max_length=256)] = ()
 
     @property
     def weights_bytes(self) -> int:
@@ -147,6 +168,10 @@ def unpack_policy(blob: Buffer) -> tuple[PolicyManifest, bytes]:
         raise PolicyError(f"not an exported policy, or one of another version of this package: {error}") from error
     if manifest.weights_bytes > MAX_WEIGHTS_BYTES:
         raise PolicyError(f"weights of {manifest.weights_bytes} bytes are over the limit of {MAX_WEIGHTS_BYTES}")
+    if manifest.packed is not None or manifest.parts:
+        row = Tensor("uint8", (sum(part.nbytes for part in manifest.parts),))
+        if manifest.packed is None or manifest.observation != row:
+            raise PolicyError(f"the parts of an observation take {row.nbytes} bytes, a row is {manifest.observation}")
     noise = Tensor("float32", manifest.noise_shape)
     if max(part.nbytes for part in (manifest.observation, manifest.action, manifest.env_action, noise)) > MAX_ROW_BYTES:
         raise PolicyError(f"one row of observations, actions or noise is over the limit of {MAX_ROW_BYTES} bytes")
@@ -191,6 +216,13 @@ class Policy:
         self._dist_inputs_out = np.zeros((1, manifest.action_dist_inputs), np.float32)
         self._shape = manifest.observation.shape
         self._observation_row = self._observation_in[0, ...]
+        self._parts_in = [np.zeros((1, *part.shape), part.dtype) for part in manifest.parts]
+        self._cuts: list[tuple[slice, NDArray[np.uint8]]] = []
+        at = 0
+        for array in self._parts_in:
+            if array.nbytes:
+                self._cuts.append((slice(at, at + array.nbytes), array.reshape(-1).view(np.uint8)))
+            at += array.nbytes
         self._noise_row = self._noise_in[0, ...]
         self._action_view = self._action_out.reshape(manifest.action.shape)
         self._env_action_view = (
@@ -271,7 +303,7 @@ class Policy:
             # Batch 1 has a session of its own, whose shapes are all known. Many a process never needs this one.
             self._batch_session = self._open(batch=None)
         inputs = {
-            "observations": onnxruntime.OrtValue.ortvalue_from_numpy(fed),
+            **{name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in self._given(fed)},
             "noise": onnxruntime.OrtValue.ortvalue_from_numpy(
                 self._rows(noise, "noise", rows, manifest.noise_shape, "float32")
             ),
@@ -298,6 +330,8 @@ class Policy:
         if observation.shape != self._shape:
             raise PolicyError(f"expected one observation of shape {self._shape}, got {observation.shape}")
         self._observation_row[...] = observation
+        for cut, part in self._cuts:
+            part[...] = observation[cut]
         used = self._noise_used
         if used == self._noise_rows:
             self._refill()
@@ -362,8 +396,10 @@ class Policy:
     def _check_signature(self) -> None:
         """The graph reads and writes what the manifest says: buffers are bound by that word alone."""
         manifest = self.manifest
+        observed = manifest.parts or (manifest.observation,)
+        names = [f"observations/{i}" for i in range(len(manifest.parts))] or ["observations"]
         inputs = {
-            "observations": (_ONNX_TYPES[manifest.observation.dtype], [1, *manifest.observation.shape]),
+            **{n: (_ONNX_TYPES[t.dtype], [1, *t.shape]) for n, t in zip(names, observed, strict=True)},
             "noise": ("tensor(float)", [1, *manifest.noise_shape]),
         }
         for weight in manifest.weights:
@@ -392,7 +428,11 @@ class Policy:
 
         as_value = onnxruntime.OrtValue.ortvalue_from_numpy
         binding = self._session.io_binding()
-        binding.bind_ortvalue_input("observations", as_value(self._observation_in))
+        if self._parts_in:
+            for i, array in enumerate(self._parts_in):
+                binding.bind_ortvalue_input(f"observations/{i}", as_value(array))
+        else:
+            binding.bind_ortvalue_input("observations", as_value(self._observation_in))
         binding.bind_ortvalue_input("noise", as_value(self._noise_in))
         for name, value in weights.items():
             binding.bind_ortvalue_input(name, value)
@@ -402,6 +442,13 @@ class Policy:
         if self._transforms:
             binding.bind_ortvalue_output("env_actions", as_value(self._env_action_out))
         return binding
+
+    def _given(self, rows: NDArray[Any]) -> list[tuple[str, NDArray[Any]]]:
+        """Observations by the names of the graph's inputs."""
+        parts = self.manifest.parts
+        return [(f"observations/{i}", array) for i, array in enumerate(split_rows(rows, parts))] or [
+            ("observations", rows)
+        ]
 
     @staticmethod
     def _rows(array: NDArray[Any], what: str, rows: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:

@@ -13,12 +13,22 @@ from rllink_zmq.errors import SpaceError
 from rllink_zmq.messages import (
     MAX_BOUNDS,
     MAX_DIMENSIONS,
+    MAX_NESTING,
+    MAX_PARTS,
     MAX_SPACE_BYTES,
     BoxSpace,
+    DictSpace,
     DiscreteSpace,
+    MultiBinarySpace,
+    MultiDiscreteSpace,
     Space,
     Spaces,
+    TupleSpace,
 )
+from rllink_zmq.packing import children
+
+MAX_KEY = 128
+"""Characters of a Dict's key."""
 
 MOST = 1 << 53
 """Integers below it are the same in every language."""
@@ -26,11 +36,46 @@ MOST = 1 << 53
 
 def to_wire(space: gym.Space[Any]) -> Space:
     """A Gymnasium space as it travels. Raises `SpaceError` for one that this version can't carry."""
+    made = _to_wire(space, 0)
+    parts, numbers = _count(made)
+    if parts > MAX_PARTS or numbers > 2 * MAX_BOUNDS:
+        raise SpaceError(
+            f"a {type(space).__name__} of {parts} spaces and {numbers} bounds and counts, all in all; {MAX_PARTS} and "
+            f"{2 * MAX_BOUNDS} travel: give Boxes one low and one high for all entries, or join some of them"
+        )
+    return made
+
+
+def _count(space: Space) -> tuple[int, int]:
+    """How many spaces there are inside, and numbers that are listed."""
+    if isinstance(space, DictSpace | TupleSpace):
+        inner = [value for _, value in space.spaces] if isinstance(space, DictSpace) else space.spaces
+        counts = [_count(value) for value in inner]
+        return sum(p for p, _ in counts) + 1, sum(n for _, n in counts)
+    if isinstance(space, BoxSpace):
+        return 1, len(space.low) + len(space.high)
+    return 1, len(space.nvec) + len(space.start) if isinstance(space, MultiDiscreteSpace) else 1
+
+
+def _to_wire(space: gym.Space[Any], depth: int) -> Space:
     if isinstance(space, gym.spaces.Discrete):
         n, start = int(space.n), int(space.start)
-        if not -MOST <= start < MOST or n >= MOST:
-            raise SpaceError(f"a Discrete of {n} values from {start} on; numbers below 2**53 travel")
+        _check_integers("Discrete", n, start)
         return DiscreteSpace(n, start)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        if space.nvec.ndim != 1 or not 1 <= len(space.nvec) <= MAX_BOUNDS:
+            raise SpaceError(
+                f"a MultiDiscrete of shape {list(space.nvec.shape)}; one dimension of 1 to {MAX_BOUNDS} entries travels"
+            )
+        counts, starts = space.nvec.tolist(), space.start.tolist()
+        for n, start in zip(counts, starts, strict=True):
+            _check_integers("MultiDiscrete", n, start)
+        return MultiDiscreteSpace(tuple(counts), tuple(starts) if any(starts) else ())
+    if isinstance(space, gym.spaces.MultiBinary):
+        _check_box(space.shape, "|i1")
+        return MultiBinarySpace(tuple(space.shape))
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        return _nested_to_wire(space, depth)
     if isinstance(space, gym.spaces.Box):
         _check_box(space.shape, np.dtype(space.dtype).str)
         low, high = _bounds(space.low), _bounds(space.high)
@@ -40,10 +85,24 @@ def to_wire(space: gym.Space[Any]) -> Space:
                 f"for all entries, for example by scaling the observations"
             )
         return BoxSpace(space.shape, np.dtype(space.dtype).str, low, high)
-    raise SpaceError(f"a {type(space).__name__} space; this version carries Box and Discrete. {_WRAP}")
+    raise SpaceError(
+        f"a {type(space).__name__} space; Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple travel. Wrap the "
+        f"environment, for example in gymnasium.wrappers.FlattenObservation."
+    )
 
 
-_WRAP = "Wrap the environment, for example in gymnasium.wrappers.FlattenObservation."
+def _nested_to_wire(space: gym.spaces.Dict | gym.spaces.Tuple, depth: int) -> Space:
+    kind, inner = type(space).__name__, children(space)
+    if depth >= MAX_NESTING:
+        raise SpaceError(f"a {kind} {depth} levels deep; at most {MAX_NESTING} travel")
+    if not inner:
+        raise SpaceError(f"a {kind} of no spaces; 1 to {MAX_PARTS} travel")
+    for key, _ in inner:
+        if not (isinstance(key, int) or 1 <= len(key) <= MAX_KEY):
+            raise SpaceError(f"a Dict with the key {key!r}; text of 1 to {MAX_KEY} characters travels")
+    if isinstance(space, gym.spaces.Dict):
+        return DictSpace(tuple((str(key), _to_wire(value, depth + 1)) for key, value in inner))
+    return TupleSpace(tuple(_to_wire(value, depth + 1) for _, value in inner))
 
 
 def from_wire(space: Space) -> gym.Space[Any]:
@@ -51,8 +110,28 @@ def from_wire(space: Space) -> gym.Space[Any]:
 
     Bounds travel as float64: those of integers past 2**53 come rounded, the dtype's own ends exact.
     """
+    return _from_wire(space, 0)
+
+
+def _from_wire(space: Space, depth: int) -> gym.Space[Any]:
     if isinstance(space, DiscreteSpace):
         return gym.spaces.Discrete(space.n, start=space.start)
+    if isinstance(space, MultiDiscreteSpace):
+        if len(space.start) not in (0, len(space.nvec)):
+            raise SpaceError(f"a MultiDiscrete of {len(space.nvec)} entries needs 0 or as many starts")
+        return gym.spaces.MultiDiscrete(list(space.nvec), start=list(space.start) or None)
+    if isinstance(space, MultiBinarySpace):
+        _check_box(space.shape, "|i1")
+        return gym.spaces.MultiBinary(space.shape[0] if len(space.shape) == 1 else space.shape)
+    if isinstance(space, DictSpace | TupleSpace):
+        if depth >= MAX_NESTING:
+            raise SpaceError(f"spaces {depth} levels deep; at most {MAX_NESTING} travel")
+        if isinstance(space, TupleSpace):
+            return gym.spaces.Tuple([_from_wire(inner, depth + 1) for inner in space.spaces])
+        keys = [key for key, _ in space.spaces]
+        if keys != sorted(set(keys)):
+            raise SpaceError(f"a Dict whose keys aren't in their order, or there twice: {keys[:8]}")
+        return gym.spaces.Dict({key: _from_wire(inner, depth + 1) for key, inner in space.spaces})
     _check_box(space.shape, space.dtype)
     dtype = np.dtype(space.dtype)
     size = math.prod(space.shape)
@@ -74,6 +153,11 @@ def from_wire(space: Space) -> gym.Space[Any]:
 def spaces_to_wire(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Spaces:
     """Both spaces of an environment as they travel. Raises `SpaceError`."""
     return Spaces(to_wire(observation_space), to_wire(action_space))
+
+
+def _check_integers(kind: str, n: int, start: int) -> None:
+    if not -MOST <= start < MOST or n >= MOST:
+        raise SpaceError(f"a {kind} of {n} values from {start} on; numbers below 2**53 travel")
 
 
 def _check_box(shape: tuple[int, ...], dtype: str) -> None:

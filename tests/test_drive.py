@@ -3,7 +3,9 @@
 import threading
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from counting_env import LONGEST, Counting
@@ -185,3 +187,61 @@ def test_a_vector_that_waits_is_stopped(world):
         started = time.monotonic()
         summary = drive_vector(client, SyncVectorEnv([Counting] * 2), stop=lambda: time.monotonic() > started + 0.2)
         assert summary.steps == 0
+
+
+class Pairs(gym.Env):
+    """Two steps an episode; its observation is a dict of a count and the same in an array."""
+
+    def __init__(self):
+        self.observation_space = gym.spaces.Dict({"n": gym.spaces.Discrete(9), "v": gym.spaces.Box(0, 9, (2,))})
+        self.action_space = gym.spaces.Discrete(2)
+        self.n = 0
+
+    def _observation(self):
+        return {"n": self.n, "v": np.full(2, self.n, np.float32)}
+
+    def reset(self, *, seed=None, options=None):
+        self.n = 0
+        return self._observation(), {}
+
+    def step(self, action):
+        self.n += 1
+        return self._observation(), 1.0, self.n == 2, False, {}
+
+
+class Noting:
+    """Stands for a client, and keeps the observations that its episodes are given."""
+
+    def __init__(self):
+        self.flow = SimpleNamespace(session=SimpleNamespace(episodes=2), remote=None, connections=[])
+        self.seen = []
+
+    def start_episode(self, **options):
+        seen = []
+        self.seen.append(seen)
+        note = SimpleNamespace(log_returns=lambda reward: None, abandon=lambda: None, steps=1, episode_return=0.0)
+        note.finish = note.end_episode = lambda observation, truncated: seen.append((observation, "end"))
+        note.seen = seen
+        return note
+
+    def can_act(self, episodes, observations):
+        return True
+
+    def get_actions(self, episodes, observations):
+        for episode, observation in zip(episodes, observations, strict=True):
+            episode.seen.append((observation, "act"))
+        return np.zeros(len(episodes), np.int64)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_a_vector_of_environments_with_observations_of_several_parts(mode):
+    client = Noting()
+    drive_vector(client, SyncVectorEnv([Pairs] * 2, autoreset_mode=mode), episodes=4)
+    whole = [seen for seen in client.seen if len(seen) == 3]
+    assert len(whole) == 4
+    for seen in whole:
+        assert [(int(o["n"]), o["v"].tolist(), what) for o, what in seen] == [
+            (0, [0.0, 0.0], "act"),
+            (1, [1.0, 1.0], "act"),
+            (2, [2.0, 2.0], "end"),
+        ]

@@ -335,9 +335,11 @@ def test_other_action_spaces_are_refused(space):
 
 
 def test_other_observation_spaces_are_refused():
-    space = gym.spaces.Dict({"a": THREE})
-    with pytest.raises(PolicyError, match="observations of Dict"):
-        export_policy(custom(Custom), space, Discrete(2))
+    for space in (gym.spaces.Text(3), gym.spaces.Dict({"a": THREE, "b": gym.spaces.Text(3)})):
+        with pytest.raises(PolicyError, match=r"observations of .* can't travel"):
+            export_policy(custom(Custom), space, Discrete(2))
+    with pytest.raises(PolicyError, match=r"Custom\.forward_exploration fails"):
+        export_policy(custom(Custom), gym.spaces.Dict({"a": THREE}), Discrete(2))
 
 
 def test_default_connectors_are_fine():

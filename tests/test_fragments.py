@@ -8,7 +8,7 @@ from rllink_zmq.errors import EpisodeError, SpaceError
 from rllink_zmq.fragments import FLOAT32_MAX, FragmentBuilder, Layout, Origin, Row, layout_of_spaces
 
 F4 = np.dtype(np.float32)
-LAYOUT = Layout(Row((3,), F4), Row((), np.dtype(np.int64)), 2, 2)
+LAYOUT = Layout(Row((3,), F4), Row((), np.dtype(np.int64)), (2,), 2)
 ORIGIN = Origin("run", 7)
 
 
@@ -143,12 +143,12 @@ def test_observations_are_cast_where_nothing_is_lost():
     made = builder()
     for given in (np.array([1.5, 2, 3]), [1, 2, 3], np.array([1, 2, 3], np.int64), np.array([True, False, True])):
         made.observe(given)
-    images = builder(Layout(Row((2, 2), np.dtype(np.uint8)), Row((), np.dtype(np.int64)), 2, 2))
+    images = builder(Layout(Row((2, 2), np.dtype(np.uint8)), Row((), np.dtype(np.int64)), (2,), 2))
     kept = images.observe(np.array([[0, 255], [1, 2]], np.int64))
     assert kept.dtype == np.uint8
-    floats = builder(Layout(Row((4, 9), F4), Row((), np.dtype(np.int64)), 2, 2))  # more than `FEW` numbers
+    floats = builder(Layout(Row((4, 9), F4), Row((), np.dtype(np.int64)), (2,), 2))  # more than `FEW` numbers
     floats.observe(np.full((4, 9), 1e30, np.float32))
-    scalar = builder(Layout(Row((), np.dtype(np.int64)), Row((), np.dtype(np.int64)), 2, 2))
+    scalar = builder(Layout(Row((), np.dtype(np.int64)), Row((), np.dtype(np.int64)), (2,), 2))
     scalar.observe(3)
 
 
@@ -181,7 +181,7 @@ def test_an_observation_that_does_not_fit_is_refused(given, says):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_bad_number_in_a_large_observation_is_found(bad):
-    made = builder(Layout(Row((5, 5), F4), Row((), np.dtype(np.int64)), 2, 2))
+    made = builder(Layout(Row((5, 5), F4), Row((), np.dtype(np.int64)), (2,), 2))
     given = np.ones((5, 5), np.float32)
     made.observe(given)
     given[3, 4] = bad
@@ -190,7 +190,7 @@ def test_one_bad_number_in_a_large_observation_is_found(bad):
 
 
 def test_integers_that_a_dtype_can_not_hold_are_refused():
-    made = builder(Layout(Row((2,), np.dtype(np.uint8)), Row((), np.dtype(np.int64)), 2, 2))
+    made = builder(Layout(Row((2,), np.dtype(np.uint8)), Row((), np.dtype(np.int64)), (2,), 2))
     for given in (np.array([256, 0]), np.array([-1, 0]), np.array([0.5, 0])):
         with pytest.raises(EpisodeError, match="uint8"):
             made.observe(given)
@@ -282,7 +282,40 @@ def test_a_logged_box_action_must_be_finite():
 def test_layouts_of_spaces():
     box = gym.spaces.Box(-1, 1, (2, 3), np.float64)
     layout = layout_of_spaces(box, gym.spaces.Discrete(5, start=3))
-    assert layout == Layout(Row((2, 3), F4), Row((), np.dtype(np.int64)), 5, 0)
-    assert layout_of_spaces(gym.spaces.Discrete(4), box).choices == 0
-    with pytest.raises(SpaceError, match="MultiBinary"):
-        layout_of_spaces(gym.spaces.MultiBinary(3), box)
+    assert layout == Layout(Row((2, 3), F4), Row((), np.dtype(np.int64)), (5,), 0)
+    assert layout_of_spaces(gym.spaces.Discrete(4), box).choices == ()
+    several = layout_of_spaces(gym.spaces.MultiBinary(3), gym.spaces.MultiDiscrete([2, 5]))
+    assert several == Layout(Row((3,), np.dtype(np.int8)), Row((2,), np.dtype(np.int64)), (2, 5), 0)
+    with pytest.raises(SpaceError, match="actions of MultiBinary"):
+        layout_of_spaces(box, gym.spaces.MultiBinary(3))
+
+
+def test_a_logged_action_of_several_entries_fits_each_of_them():
+    space = gym.spaces.MultiDiscrete([2, 5])
+    made = builder(layout_of_spaces(gym.spaces.Discrete(4), space), kind="logged")
+    made.observe(1)
+    made.log([1, 4], -1.0)
+    made.observe(1)
+    with pytest.raises(EpisodeError, match="an action of 0 to 1, got 2"):
+        made.log([2, 4], -1.0)
+
+
+def test_observations_of_several_parts_are_one_row():
+    space = gym.spaces.Dict({"b": gym.spaces.Discrete(3), "a": gym.spaces.Box(-1, 1, (2,), np.float64)})
+    made = builder(layout_of_spaces(space, gym.spaces.Discrete(2)), kind="logged")
+    row = made.observe({"b": 2, "a": np.array([0.5, -1.0])})
+    assert row.tobytes() == np.array([0.5, -1.0], "<f4").tobytes() + np.array(2, "<i8").tobytes()
+    assert made.observe(row) is row
+    made.log(1, 0.0)
+    made.observe({"b": 1, "a": np.zeros(2)})
+    cut = made.cut()
+    assert cut.arrays["obs"].shape == (2, 16) and cut.arrays["obs"].dtype == np.uint8
+    for wrong, text in (
+        ({"a": np.zeros(2)}, r"has no obs\['b'\]"),
+        ({"b": 1, "a": np.zeros(3)}, r"one obs\['a'\] of shape \(2,\), got shape \(3,\)"),
+        ({"b": 1, "a": np.array([0.0, np.nan])}, r"a finite obs\['a'\], got nan"),
+        ({"b": 0.5, "a": np.zeros(2)}, r"obs\['b'\] of dtype int64, got float64"),
+        (np.zeros(16, np.uint16), r"has no obs\['a'\]"),
+    ):
+        with pytest.raises(EpisodeError, match=text):
+            made.observe(wrong)

@@ -19,6 +19,10 @@ from rllink_zmq.messages import MESSAGES, Message, decode, encode
 PARTS = (
     messages.BoxSpace,
     messages.DiscreteSpace,
+    messages.MultiDiscreteSpace,
+    messages.MultiBinarySpace,
+    messages.DictSpace,
+    messages.TupleSpace,
     messages.Spaces,
     messages.Column,
     messages.Claim,
@@ -35,6 +39,10 @@ STRUCTS = (*MESSAGES, *PARTS)
 
 ANY_FLOAT = {(messages.BoxSpace, "low"), (messages.BoxSpace, "high")}
 """Bounds of a space may be infinite."""
+
+
+NESTED = (messages.DictSpace, messages.TupleSpace)
+"""Spaces of spaces."""
 
 
 def fields_of(cls: type) -> tuple[inspect.Field, ...]:
@@ -70,7 +78,7 @@ def valid(kind: inspect.Type) -> Any:
         case inspect.DictType():
             return {}
         case inspect.UnionType():
-            return valid(kind.types[0])
+            return valid(next(k for k in kind.types if not (isinstance(k, inspect.StructType) and k.cls in NESTED)))
         case inspect.StructType():
             values = {f.encode_name: valid(f.type) for f in kind.fields if f.required}
             if kind.array_like:
@@ -257,8 +265,8 @@ def test_the_order_of_fields_means_nothing() -> None:
 # ---- round trips -----------------------------------------------------------------------------------------------------
 
 
-def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
-    """Values of a type, within its bounds and of moderate length."""
+def values(kind: inspect.Type, depth: int = 0) -> st.SearchStrategy[Any]:
+    """Values of a type, within its bounds and of moderate length. `depth`: of unions around it."""
     match kind:
         case inspect.IntType():
             return st.integers(kind.ge, kind.lt - 1 if kind.lt is not None else kind.le)
@@ -277,17 +285,20 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
         case inspect.NoneType():
             return st.none()
         case inspect.ListType() | inspect.VarTupleType():
-            some = st.lists(values(kind.item_type), min_size=kind.min_length or 0, max_size=min(kind.max_length, 4))
+            some = st.lists(
+                values(kind.item_type, depth), min_size=kind.min_length or 0, max_size=min(kind.max_length, 4)
+            )
             return some if isinstance(kind, inspect.ListType) else some.map(tuple)
         case inspect.TupleType():
-            return st.tuples(*(values(k) for k in kind.item_types))
+            return st.tuples(*(values(k, depth) for k in kind.item_types))
         case inspect.DictType():
-            return st.dictionaries(values(kind.key_type), values(kind.value_type), max_size=4)
+            return st.dictionaries(values(kind.key_type, depth), values(kind.value_type, depth), max_size=4)
         case inspect.UnionType():
-            return st.one_of(*(values(k) for k in kind.types))
+            kinds = [k for k in kind.types if depth < 2 or not (isinstance(k, inspect.StructType) and k.cls in NESTED)]
+            return st.one_of(*(values(k, depth + 1) for k in kinds))
         case inspect.StructType():
-            required = {f.name: values(f.type) for f in kind.fields if f.required}
-            optional = {f.name: values(f.type) for f in kind.fields if not f.required}
+            required = {f.name: values(f.type, depth) for f in kind.fields if f.required}
+            optional = {f.name: values(f.type, depth) for f in kind.fields if not f.required}
             return st.fixed_dictionaries(required, optional=optional).map(lambda kwargs: kind.cls(**kwargs))
     raise AssertionError(f"no values are known for {kind}")
 

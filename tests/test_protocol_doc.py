@@ -35,6 +35,10 @@ PARTS: dict[str, type] = {
     "Spaces": messages.Spaces,
     "Box": messages.BoxSpace,
     "Discrete": messages.DiscreteSpace,
+    "MultiDiscrete": messages.MultiDiscreteSpace,
+    "MultiBinary": messages.MultiBinarySpace,
+    "Dict": messages.DictSpace,
+    "Tuple": messages.TupleSpace,
     "Column": messages.Column,
     "Claim": messages.Claim,
     "Handed": messages.Handed,
@@ -372,8 +376,9 @@ def test_graph() -> None:
     source = (ROOT / "rllink_zmq" / "policy.py").read_text()
     names = [row["name"] for row in table("The graph")]
     for name in names:
-        assert f'"{name}"' in source or f'f"{name.replace("<name>", "{weight.name}")}"' in source, name
-    assert len(names) == 7
+        filled = name.replace("<name>", "{weight.name}").replace("<i>", "{i}")
+        assert f'"{name}"' in source or f'f"{filled}"' in source, name
+    assert len(names) == 8
 
 
 # ---- the golden frames -----------------------------------------------------------------------------------------------

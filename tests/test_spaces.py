@@ -17,7 +17,10 @@ from rllink_zmq.messages import (
     MAX_BOUNDS,
     MAX_SPACE_BYTES,
     BoxSpace,
+    DictSpace,
     DiscreteSpace,
+    MultiBinarySpace,
+    MultiDiscreteSpace,
     SimulatorHello,
     Space,
 )
@@ -86,13 +89,52 @@ def test_any_box(data: st.DataObject) -> None:
     assert over_the_wire(space) == space
 
 
+def nested(levels: int) -> gym.Space:
+    return Discrete(2) if not levels else gym.spaces.Tuple([nested(levels - 1)])
+
+
 @pytest.mark.parametrize(
     "space",
     [
         gym.spaces.MultiDiscrete([2, 3]),
+        gym.spaces.MultiDiscrete([2, 3], start=[-1, 4]),
         gym.spaces.MultiBinary(3),
-        gym.spaces.Dict({"a": Discrete(2)}),
-        gym.spaces.Tuple([Discrete(2)]),
+        gym.spaces.MultiBinary((3, 2)),
+        gym.spaces.Tuple([Discrete(2), Box(-1, 1, (2,))]),
+        gym.spaces.Dict({"b": Discrete(2), "a": gym.spaces.Dict({"c": gym.spaces.Tuple([Discrete(3)])})}),
+        nested(8),
+    ],
+    ids=lambda s: f"{s}"[:40],
+)
+def test_these_travel(space: gym.Space) -> None:
+    assert over_the_wire(space) == space
+
+
+@pytest.mark.parametrize(
+    ("space", "text"),
+    [
+        (DictSpace((("b", DiscreteSpace(2)), ("a", DiscreteSpace(2)))), "their order"),
+        (DictSpace((("a", DiscreteSpace(2)), ("a", DiscreteSpace(2)))), "there twice"),
+        (MultiDiscreteSpace((2, 3), (1,)), "as many starts"),
+        (MultiBinarySpace((1 << 40,)), "bytes travel"),
+    ],
+)
+def test_spaces_that_do_not_fit_together(space: Space, text: str) -> None:
+    with pytest.raises(SpaceError, match=text):
+        from_wire(space)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        gym.spaces.MultiDiscrete([[2, 3], [2, 3]]),
+        gym.spaces.MultiDiscrete([2, 1 << 53]),
+        gym.spaces.Dict({}),
+        gym.spaces.Dict({"k" * 129: Discrete(2)}),
+        gym.spaces.Dict({"a": gym.spaces.Text(3)}),
+        gym.spaces.Tuple([Discrete(2)] * 256),
+        gym.spaces.Tuple([gym.spaces.MultiDiscrete([2] * 8192)] * 3),
+        nested(9),
         gym.spaces.Text(3),
         Box(-1, 1, (1,) * 9),
         Box(np.arange(MAX_BOUNDS + 1, dtype=np.float32), np.inf),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import image_env
 import zmq
-from processes import REAL_RAY, balanced, environment, process, rllink, simulators, status, until
+from processes import REAL_RAY, ROOT, balanced, environment, process, rllink, simulators, status, until
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.ppo import PPO
@@ -139,6 +139,28 @@ def test_images_train(addresses: dict[str, str], built: list[Algorithm]) -> None
         built.append(algorithm)
         until(lambda: algorithm.train()["env_runners"]["episode_return_mean"] > 8.0, "it sees", 120)
     assert only_staleness(status(addresses)["ledger"])
+
+
+def test_an_example_trains_with_action_masks_here_and_remotely(addresses: dict[str, str]) -> None:
+    """A forbidden action ends the simulator."""
+    examples = environment(PYTHONPATH=str(ROOT / "examples"))
+    simulate = ("simulate", "--env", "action_masking:Auction-v0", "--broker", addresses["frontend"], "--num", "2")
+    with (
+        rllink(*simulate, stdout=subprocess.DEVNULL, env=examples) as local,
+        rllink(*simulate, "--inference", "remote", stdout=subprocess.DEVNULL, env=examples) as remote,
+        process(
+            str(ROOT / "examples" / "action_masking.py"), "--broker", addresses["backend"], "--iterations", "8",
+            stderr=subprocess.DEVNULL,
+        ) as training,
+    ):  # fmt: skip
+        out, _ = training.communicate(timeout=180)
+        shown = status(addresses)
+        assert local.poll() is None and remote.poll() is None
+    assert training.returncode == 0, out
+    returns = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("iteration")]
+    assert len(returns) == 8 and returns[-1] > returns[0] + 0.8, returns
+    assert shown["acting"]["answered"] > 1000
+    assert balanced(shown["ledger"]) and only_staleness(shown["ledger"])
 
 
 def test_tune_runs_the_same_config(addresses: dict[str, str], tmp_path: Path) -> None:

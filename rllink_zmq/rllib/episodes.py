@@ -26,6 +26,7 @@ from rllink_zmq.arrays import from_body
 from rllink_zmq.audit import Log
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT
+from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.rllib.audit import COLUMN, names
 from rllink_zmq.session_runner import Lease
 
@@ -85,6 +86,7 @@ class EpisodeBuilder:
     ) -> None:
         self.observation_space = observation_space
         self.action_space = action_space
+        self._packing = packing_of(observation_space)
         self.module = module
         self.longest = longest
         self.audit = audit
@@ -134,7 +136,10 @@ class EpisodeBuilder:
                     f"a fragment needs the columns obs, actions, rewards and action_logp: no '{needed}'"
                 )
         observations, actions = arrays["obs"], arrays["actions"]
-        self._check("obs", observations, self.observation_space)
+        if self._packing is None:
+            self._check("obs", observations, self.observation_space)
+        else:
+            self._check_packed(observations, self._packing)
         self._check("actions", actions, self.action_space)
         rewards = arrays["rewards"].astype(np.float32, copy=False)
         logp = arrays["action_logp"].astype(np.float32, copy=False)
@@ -155,7 +160,8 @@ class EpisodeBuilder:
         first, last = pieces[0].message, pieces[-1].message
         steps = sum(p.message.steps for p in pieces)
         # Each piece's last observation is the next one's first.
-        observations = _joined([*(p.observations[:-1] for p in pieces[:-1]), pieces[-1].observations])
+        rows = _joined([*(p.observations[:-1] for p in pieces[:-1]), pieces[-1].observations])
+        observations = rows if self._packing is None else self._packing.unpack(rows)
         rewards = _joined([p.rewards for p in pieces])
         outputs = {name: _joined([p.outputs[name] for p in pieces]) for name in pieces[0].outputs}
         began: float | None = None
@@ -202,6 +208,15 @@ class EpisodeBuilder:
                 self._next.popitem(last=False)
         return name, began
 
+    def _check_packed(self, rows: NDArray[Any], packing: Packing) -> None:
+        if rows.dtype != np.uint8 or rows.shape[1:] != (packing.nbytes,):
+            raise ProtocolError(
+                f"'obs' has rows of {rows.dtype}{list(rows.shape[1:])}, observations of this space are packed as "
+                f"uint8[{packing.nbytes}]"
+            )
+        for part, values in zip(packing.parts, packing.arrays(rows), strict=True):
+            self._check(part.name, values, part.space)
+
     def _check(self, name: str, values: NDArray[Any], space: gym.Space[Any]) -> None:
         shape = space.shape or ()
         if values.shape[1:] != shape:
@@ -213,6 +228,13 @@ class EpisodeBuilder:
             low = 0 if name == "actions" else int(space.start)
             if values.dtype.kind not in "iu" or values.min() < low or values.max() >= low + int(space.n):
                 raise ProtocolError(f"'{name}' must be integers from {low} to {low + int(space.n) - 1}")
+        elif isinstance(space, gym.spaces.MultiDiscrete):
+            lows = np.zeros_like(space.start) if name == "actions" else space.start
+            within = values.dtype.kind in "iu" and ((values >= lows) & (values < lows + space.nvec)).all()
+            if not within:
+                raise ProtocolError(f"'{name}' must be integers from {lows.tolist()}, of {space.nvec.tolist()} values")
+        elif isinstance(space, gym.spaces.MultiBinary) and not np.isin(values, (0, 1)).all():
+            raise ProtocolError(f"'{name}' must be zeros and ones")
 
     def _dist_inputs(self, observations: NDArray[Any]) -> NDArray[np.float32]:
         """What the policy would have drawn from, for a simulator that chose its actions itself: the learner wants the
@@ -221,7 +243,10 @@ class EpisodeBuilder:
             raise ProtocolError("this runner has no RLModule to fill in 'action_dist_inputs'")
         with torch.no_grad():
             rows = np.asarray(observations[:-1])
-            batch = torch.from_numpy(rows.astype(np.float32) if rows.dtype == np.float64 else rows.copy())
+            if self._packing is not None:
+                batch = self._packing.structure([torch.from_numpy(array) for array in self._packing.arrays(rows)])
+            else:
+                batch = torch.from_numpy(rows.astype(np.float32) if rows.dtype == np.float64 else rows.copy())
             out = self.module.forward_exploration({Columns.OBS: batch})
         return np.asarray(out[Columns.ACTION_DIST_INPUTS].detach().cpu().numpy(), np.float32)
 
@@ -230,5 +255,5 @@ def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _buffer(values: NDArray[Any]) -> InfiniteLookbackBuffer:
+def _buffer(values: Any) -> InfiniteLookbackBuffer:
     return InfiniteLookbackBuffer(data=values, lookback=0)

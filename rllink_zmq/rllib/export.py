@@ -14,7 +14,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import gymnasium as gym
 import msgspec
@@ -35,8 +35,10 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 from ray.rllib.utils.spaces.space_utils import clip_action, unsquash_action
 
-from rllink_zmq.errors import PolicyError
+from rllink_zmq.errors import PolicyError, SpaceError
+from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.policy import Noise, Policy, PolicyManifest, Tensor, Weight, pack_policy, unpack_policy
+from rllink_zmq.spaces import to_wire
 
 OPSET = 20
 _REMOTE = "sample it with an environment runner of RLlib's own: simulators act by the exported policy alone"
@@ -71,7 +73,7 @@ def export_policy(
     example = _Example(name, observation_space)
     head = _head(name, module.get_exploration_action_dist_cls(), action_space)
     for_env = ForEnv(action_space, normalize_actions, clip_actions)
-    graph = _Graph(module, head, for_env)
+    graph = _Graph(module, head, for_env, example.packing)
     training = module.training
     module.eval()  # as forward_exploration does for the time of the call
     try:
@@ -89,6 +91,8 @@ def export_policy(
             opset=OPSET,
             weights=weights,
             evaluation_explores=evaluation_explores,
+            packed=to_wire(observation_space) if example.packing else None,
+            parts=example.parts,
         )
         blob = pack_policy(manifest, _canonical(model, manifest))
         _verify(blob, graph, example, head, for_env)
@@ -171,23 +175,29 @@ def _pieces(make: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
 # ---- the parts of the graph ---------------------------------------------------------------------------------------
 
 
+Observed: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
+"""(B, *shape) observations; of packed ones each part."""
+
+
 class _Example:
     """Observations to trace and to try with."""
 
     def __init__(self, module: str, space: gym.Space[Any]) -> None:
         one_array = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
-        if not isinstance(space, one_array):
-            raise PolicyError(
-                f"{module}: observations of {type(space).__name__} can't be one array: use Box (gymnasium's "
-                "FlattenObservation makes one)"
-            )
-        # RLlib's NumpyToTensor (convert_to_torch_tensor): every float but float16 becomes float32.
-        dtype = np.dtype(space.dtype)
-        if dtype.kind == "f" and dtype != np.float16:
-            dtype = np.dtype(np.float32)
         try:
-            self.tensor = msgspec.convert((dtype.name, space.shape or ()), Tensor)
-        except msgspec.ValidationError as error:
+            self.packing = packing_of(space)
+            if self.packing is None and not isinstance(space, one_array):
+                raise SpaceError(f"{type(space).__name__} is none of Box, Discrete, MultiDiscrete, MultiBinary")
+            self.parts = self.packing.tensors if self.packing else ()
+            if self.packing:
+                self.tensor = Tensor("uint8", (self.packing.nbytes,))
+            else:
+                # RLlib's NumpyToTensor (convert_to_torch_tensor): every float but float16 becomes float32.
+                dtype = np.dtype(space.dtype)
+                if dtype.kind == "f" and dtype != np.float16:
+                    dtype = np.dtype(np.float32)
+                self.tensor = msgspec.convert((dtype.name, space.shape or ()), Tensor)
+        except (SpaceError, msgspec.ValidationError) as error:
             raise PolicyError(f"{module}: observations of {space} can't travel: {error}") from error
         # A copy: sampling moves a space's random state, and this one is the user's.
         self._space = copy.deepcopy(space)
@@ -195,10 +205,21 @@ class _Example:
 
     def rows(self, count: int) -> NDArray[Any]:
         """(count, *shape) observations of moderate size: samples of a huge Box would overflow any network."""
-        rows = np.stack([np.asarray(self._space.sample()) for _ in range(count)])
-        if rows.dtype.kind == "f":
-            rows = np.clip(rows, -10.0, 10.0)
-        return rows.astype(self.tensor.dtype)
+        samples = [self._space.sample() for _ in range(count)]
+        if self.packing is not None:
+            return np.stack([self.packing.pack(sample, _moderate) for sample in samples])
+        return np.stack([_moderate(sample, "", self.tensor.shape, np.dtype(self.tensor.dtype)) for sample in samples])
+
+    def given(self, rows: NDArray[Any]) -> Observed:
+        """Rows as the graph takes them."""
+        if self.packing is None:
+            return torch.from_numpy(rows)
+        return tuple(torch.from_numpy(array) for array in self.packing.arrays(rows))
+
+
+def _moderate(value: Any, what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    array = np.asarray(value)
+    return (np.clip(array, -10.0, 10.0) if array.dtype.kind == "f" else array).astype(dtype)
 
 
 class _Head(NamedTuple):
@@ -328,14 +349,17 @@ _FLOATS = (torch.float32, torch.float64)
 class _Graph(torch.nn.Module):
     """What is traced."""
 
-    def __init__(self, module: TorchRLModule, head: _Head, for_env: ForEnv) -> None:
+    def __init__(self, module: TorchRLModule, head: _Head, for_env: ForEnv, packing: Packing | None) -> None:
         super().__init__()
+        self._packing = packing
         self.module = module
         self._head = head
         self._for_env = for_env
 
-    def dist_inputs(self, observations: torch.Tensor) -> torch.Tensor:
+    def dist_inputs(self, observations: Observed) -> torch.Tensor:
         """(B, k). Raises PolicyError if the module answers with anything else."""
+        if self._packing is not None:
+            observations = self._packing.structure(list(observations))
         answer = self.module.forward_exploration({Columns.OBS: observations})
         if Columns.ACTION_DIST_INPUTS not in answer or Columns.ACTIONS in answer:
             raise PolicyError(
@@ -345,7 +369,7 @@ class _Graph(torch.nn.Module):
             )
         return answer[Columns.ACTION_DIST_INPUTS]
 
-    def forward(self, observations: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, observations: Observed, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
         dist_inputs = self.dist_inputs(observations)
         actions, logp = self._head.draw(dist_inputs, noise)
         if self._for_env.transforms:
@@ -360,7 +384,7 @@ def _count_dist_inputs(name: str, graph: _Graph, example: _Example, head: _Head)
     """How many dist inputs the module makes of an observation. Raises PolicyError if it can't run or they don't fit."""
     try:
         with torch.no_grad():
-            dist_inputs = graph.dist_inputs(torch.from_numpy(example.rows(2)))
+            dist_inputs = graph.dist_inputs(example.given(example.rows(2)))
     except PolicyError:
         raise
     except Exception as error:  # a user's module
@@ -381,7 +405,8 @@ def _trace(name: str, graph: _Graph, example: _Example, head: _Head) -> tuple[An
     """The ONNX model, with the module's state as inputs after the other two, and what of the state it uses.
     Raises PolicyError if torch can't trace the module."""
     outputs = ["actions", "action_logp", "action_dist_inputs"] + ["env_actions"] * graph._for_env.transforms
-    arguments = (torch.from_numpy(example.rows(2)), torch.zeros(2, head.width))
+    arguments = (example.given(example.rows(2)), torch.zeros(2, head.width))
+    observed = [f"observations/{i}" for i in range(len(example.parts))] or ["observations"]
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -391,7 +416,7 @@ def _trace(name: str, graph: _Graph, example: _Example, head: _Head) -> tuple[An
                 optimize=False,
                 verbose=False,
                 opset_version=OPSET,
-                input_names=["observations", "noise"],
+                input_names=[*observed, "noise"],
                 output_names=outputs,
             )
             state = {f"module.{key}": value for key, value in graph.module.state_dict().items()}
@@ -419,16 +444,18 @@ def _trace(name: str, graph: _Graph, example: _Example, head: _Head) -> tuple[An
         raise PolicyError(f"{name} has weights that can't travel: {error}") from error
 
 
-def _capture(graph: _Graph, arguments: tuple[torch.Tensor, ...]) -> Any:
+def _capture(graph: _Graph, arguments: tuple[Observed, torch.Tensor]) -> Any:
     """The traced program, for any batch size. Raises whatever torch.export raises."""
     batch = {0: torch.export.Dim("batch")}
+    observed = arguments[0]
+    shapes = (batch if isinstance(observed, torch.Tensor) else (batch,) * len(observed), batch)
     try:
-        return torch.export.export(graph, arguments, dynamic_shapes=(batch, batch), strict=False)
+        return torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=False)
     except Exception as plain:
         # `len(tensor)` pins the batch in the plain mode, and RLlib's free_log_std head says that. The strict mode
         # reads the Python code instead of running it, but knows less of Python: so it is second, and its error too.
         try:
-            return torch.export.export(graph, arguments, dynamic_shapes=(batch, batch), strict=True)
+            return torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=True)
         except Exception:
             raise plain from None
 
@@ -452,8 +479,9 @@ def _canonical(model: Any, manifest: PolicyManifest) -> bytes:
     """The model's bytes without what differs from one export of an architecture to the next: names, stack traces,
     the exporter's version. Inputs, outputs and their shapes are named as `rllink_zmq.policy` says."""
     graph = model.graph
-    keep = {value.name: value.name for value in (*graph.input[:2], *graph.output)}
-    for value, weight in zip(graph.input[2:], manifest.weights, strict=True):
+    given = len(graph.input) - len(manifest.weights)
+    keep = {value.name: value.name for value in (*graph.input[:given], *graph.output)}
+    for value, weight in zip(graph.input[given:], manifest.weights, strict=True):
         keep[value.name] = f"weights/{weight.name}"
     _rename(graph, keep, iter(range(1 << 31)))
     graph.name = "policy"
@@ -463,7 +491,7 @@ def _canonical(model: Any, manifest: PolicyManifest) -> bytes:
         "action_dist_inputs": manifest.action_dist_inputs,
         "env_actions": manifest.env_action.size,
     }
-    for value in (*graph.input[:2], *graph.output):
+    for value in (*graph.input[:given], *graph.output):
         dims = value.type.tensor_type.shape.dim
         dims[0].Clear()
         dims[0].dim_param = "batch"
@@ -534,7 +562,7 @@ def _verify(blob: bytes, graph: _Graph, example: _Example, head: _Head, for_env:
     acted = policy.act(observations)
     with torch.no_grad():
         replaced = {f"graph.module.{key}": value for key, value in state.items()}
-        expected = torch.func.functional_call(_DistInputs(graph), replaced, torch.from_numpy(observations))
+        expected = torch.func.functional_call(_DistInputs(graph), replaced, (example.given(observations),))
         logp = head.distribution.from_logits(torch.from_numpy(acted.action_dist_inputs)).logp(
             torch.from_numpy(acted.actions)
         )
@@ -558,7 +586,7 @@ class _DistInputs(torch.nn.Module):
         super().__init__()
         self.graph = graph
 
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+    def forward(self, observations: Observed) -> torch.Tensor:
         return self.graph.dist_inputs(observations)
 
 

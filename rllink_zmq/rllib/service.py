@@ -25,10 +25,12 @@ from rllink_zmq import __version__
 from rllink_zmq.arrays import column_of
 from rllink_zmq.errors import RllinkError
 from rllink_zmq.messages import ACT, ACTION, Column
+from rllink_zmq.packing import packing_of
 from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib.export import ForEnv
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import ServiceSession
+from rllink_zmq.spaces import from_wire
 from rllink_zmq.transport import Connection, Subscription, beside
 from rllink_zmq.transport_thread import ConnectionThread
 from rllink_zmq.weights import STALLED, Wanted
@@ -72,6 +74,7 @@ class ModuleActor:
         self._state = self._module.state_dict()
         self._device = next(iter(self._state.values())).device if self._state else torch.device("cpu")
         self._for_env = ForEnv(action_space, normalize, clip)
+        self._packing = None if manifest.packed is None else packing_of(from_wire(manifest.packed))
         self.dtype = np.dtype(manifest.observation.dtype)
         self.shape = manifest.observation.shape
 
@@ -93,7 +96,7 @@ class ModuleActor:
     def act(self, observations: NDArray[Any], explore: bool) -> dict[str, NDArray[Any]]:
         """Columns of an answer for (B, *shape) observations of the policy's dtype."""
         with torch.no_grad():
-            batch = {Columns.OBS: torch.from_numpy(observations).to(self._device)}
+            batch = {Columns.OBS: self._given(observations)}
             module = self._module
             out = module.forward_exploration(batch) if explore else module.forward_inference(batch)
             dist_inputs = out[Columns.ACTION_DIST_INPUTS]
@@ -108,6 +111,13 @@ class ModuleActor:
             if self._for_env.transforms:
                 columns["env_actions"] = self._for_env(actions.cpu())
             return {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in columns.items()}
+
+    def _given(self, observations: NDArray[Any]) -> Any:
+        """(B, *shape) as the module takes them."""
+        if self._packing is None:
+            return torch.from_numpy(observations).to(self._device)
+        arrays = self._packing.arrays(observations)
+        return self._packing.structure([torch.from_numpy(array).to(self._device) for array in arrays])
 
 
 class ActService:
