@@ -36,4 +36,11 @@ class Counting(gym.Env):
         return self._observation(), float(self.at), over and not cut, over and cut, {}
 
 
+class Talking(Counting):
+    """Its observations are text, which doesn't travel."""
+
+    observation_space = gym.spaces.Tuple([gym.spaces.Text(3)])
+
+
+gym.register("Talking-v0", Talking)
 gym.register("Counting-v0", Counting)

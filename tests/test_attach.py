@@ -82,10 +82,10 @@ def test_rules_of_ppo_and_appo() -> None:
         (lambda: ppo().env_runners(batch_mode="complete_episodes"), SettingsError, "complete_episodes"),
         (
             lambda: PPOConfig().environment(
-                observation_space=gym.spaces.Dict({"a": gym.spaces.Discrete(2)}), action_space=gym.spaces.Discrete(2)
+                observation_space=gym.spaces.Dict({"a": gym.spaces.Text(2)}), action_space=gym.spaces.Discrete(2)
             ),
             SpaceError,
-            "Dict",
+            "a Text space",
         ),
         (
             lambda: PPOConfig().environment(

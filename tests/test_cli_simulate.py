@@ -179,10 +179,9 @@ def test_what_can_not_be_started(arguments, code, says):
 
 
 def test_spaces_that_do_not_travel(served):
-
-    result = CliRunner().invoke(main, ["simulate", "--env", "Blackjack-v1", "--broker", served.frontend])
+    result = CliRunner().invoke(main, ["simulate", "--env", "counting_env:Talking-v0", "--broker", served.frontend])
     assert result.exit_code == 1
-    assert "Tuple space" in result.output
+    assert "a Text space; Box, Discrete" in result.output
 
 
 def test_help_has_examples():

@@ -31,12 +31,13 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from rllink_zmq import __version__
 from rllink_zmq.audit import check_directory
 from rllink_zmq.errors import ConnectionTimeout, SettingsError
+from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.rllib.audit import audited
 from rllink_zmq.rllib.runner import ZmqEnvRunner
 from rllink_zmq.rllib.settings import KEY, LinkSettings, is_round, trainer_terms
 from rllink_zmq.rllib.trainer import TrainerCallback
 from rllink_zmq.session_runner import ObserverSession
-from rllink_zmq.spaces import from_wire, to_wire
+from rllink_zmq.spaces import from_wire, spaces_to_wire
 from rllink_zmq.transport import Connection, parse_address
 
 logger = logging.getLogger("rllink_zmq")
@@ -90,7 +91,7 @@ def attach(
     config.environment(env_config={KEY: settings.as_dict()})
     trainer_terms(config)
     observation_space, action_space = _spaces(config, broker, spaces_timeout)
-    to_wire(observation_space), to_wire(action_space)
+    spaces_to_wire(observation_space, action_space), layout_of_spaces(observation_space, action_space)
     config.environment(observation_space=observation_space, action_space=action_space)
     config.env_runners(env_runner_cls=ZmqEnvRunner)
     config.learners(learner_connector=audited(config._learner_connector, folder))
