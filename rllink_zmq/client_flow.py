@@ -354,7 +354,9 @@ class Flow:
         except (PolicyError, ImportError) as e:
             if not self.may_ask:
                 raise
-            log.warning("the policy can't run here (%s): runners are asked for actions", e)
+            if not self.reader.asks_elsewhere:
+                self.reader.asks_elsewhere = True  # said once a process
+                log.warning("the policy can't run here, runners are asked for actions: %s", e)
             self.reader.hang_up()
             self.act_remotely()
 

@@ -49,7 +49,8 @@ class PolicyReader:
     """The newest policy and weights of one broker, for all clients of this process.
 
     `lock` is held while acting: `policy` and `origin` (which weights it acts with) change under it alone. `origin` is
-    None while nothing may act, and another object after every switch. Get one with `join`; `leave` it at the end.
+    None while nothing may act, and another object after every switch. `asks_elsewhere`: the policy turned out not to
+    run here. Get one with `join`; `leave` it at the end.
     """
 
     _all: ClassVar[dict[tuple[object, ...], PolicyReader]] = {}
@@ -61,6 +62,7 @@ class PolicyReader:
         self.policy: Policy | None = None
         self.origin: Origin | None = None
         self.layout: Layout | None = None
+        self.asks_elsewhere = False
         self._threads = threads
         self._seed = seed
         self._wanted = Wanted()

@@ -153,6 +153,7 @@ def _wake(blocked: Sequence[_Seat], timeout: float) -> None:
             seat.blocked = False
         elif now >= flow.look_at + LOOK_ANYWAY:
             flow.look()
+            seat.blocked = False  # the look may have read what it waits for
 
 
 def _why(seats: Sequence[_Seat]) -> Callable[[], str]:

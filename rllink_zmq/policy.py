@@ -112,7 +112,9 @@ class PolicyManifest(Struct, frozen=True):
     """What a client must know to run the graph. `module` is the RLModule's class. `action` is what RLlib trains on,
     `env_action` what `env.step` wants. `action_dist_inputs`: how many for one action. `opset`: ONNX's.
     `evaluation_explores`: whether episodes that are not trained on draw their actions, or take the most likely ones.
-    `packed`: the observations' space where they are packed, each row of `observation` being the bytes of `parts`."""
+    `packed`: the observations' space where they are packed, each row of `observation` being the bytes of `parts`.
+    `remote_only`: why this policy can't run but where the learner's modules are; there is no graph then. `connectors`:
+    bytes at the end of a version's, which are the state of such a policy's connectors."""
 
     format: Literal[1]
     module: Annotated[str, Meta(max_length=256)]
@@ -127,11 +129,13 @@ class PolicyManifest(Struct, frozen=True):
     evaluation_explores: bool = True
     packed: Space | None = None
     parts: Annotated[tuple[Tensor, ...], Meta(max_length=256)] = ()
+    remote_only: Annotated[str, Meta(max_length=4096)] = ""
+    connectors: Annotated[int, Meta(ge=0, lt=1 << 30)] = 0
 
     @property
     def weights_bytes(self) -> int:
         """Size of a weights body."""
-        return sum(weight.nbytes for weight in self.weights)
+        return sum(weight.nbytes for weight in self.weights) + self.connectors
 
 
 class Actions(NamedTuple):
@@ -193,6 +197,11 @@ class Policy:
     def __init__(self, blob: Buffer, threads: int, seed: int | None) -> None:
         """Use `Policy.load`."""
         self.manifest, self._graph = unpack_policy(blob)
+        if self.manifest.remote_only:
+            raise PolicyError(
+                f"this policy can only be asked for its actions (connect(inference='remote'), simulate --inference "
+                f"remote): {self.manifest.remote_only}"
+            )
         self.hash = policy_hash(blob)
         self.version: Any = None
         """What `apply` was given last; None before."""

@@ -13,7 +13,7 @@ from fake_training import broker, training, until
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from rllink_zmq import connect
-from rllink_zmq.drive_loops import drive, drive_many, drive_vector
+from rllink_zmq.drive_loops import _wake, drive, drive_many, drive_vector
 from rllink_zmq.errors import SettingsError
 
 
@@ -245,3 +245,18 @@ def test_a_vector_of_environments_with_observations_of_several_parts(mode):
             (1, [1.0, 1.0], "act"),
             (2, [2.0, 2.0], "end"),
         ]
+
+
+def test_a_client_that_was_looked_at_tries_again():
+    """The look may have read what it waits for, and nothing else will come."""
+    looked = []
+    reader = SimpleNamespace(origin=object())
+    flow = SimpleNamespace(
+        connections=[], reader=reader, remote=object(), look_at=0.0, look=lambda: looked.append(True),
+        session=SimpleNamespace(next_deadline=lambda: float("inf")),
+    )  # fmt: skip
+    seat = SimpleNamespace(
+        client=SimpleNamespace(flow=flow), origin=reader.origin, due=float("inf"), blocked=True
+    )  # fmt: skip
+    _wake([seat], 0.0)
+    assert looked and not seat.blocked

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import image_env
 import zmq
@@ -13,9 +14,11 @@ from processes import REAL_RAY, ROOT, balanced, environment, process, rllink, si
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.ppo import PPO
+from ray.rllib.connectors.env_to_module import MeanStdFilter
 from small_ppo import only_staleness, ppo
 
 from rllink_zmq.rllib import attach
+from rllink_zmq.rllib.states import from_bytes
 
 pytestmark = REAL_RAY
 
@@ -161,6 +164,38 @@ def test_an_example_trains_with_action_masks_here_and_remotely(addresses: dict[s
     assert len(returns) == 8 and returns[-1] > returns[0] + 0.8, returns
     assert shown["acting"]["answered"] > 1000
     assert balanced(shown["ledger"]) and only_staleness(shown["ledger"])
+
+
+def test_a_filter_travels_with_the_weights(addresses: dict[str, str], built: list[Algorithm]) -> None:
+    """A policy that only runners can compute: who can ask does, who can't is told why."""
+    config = ppo().env_runners(env_to_module_connector=lambda env, spaces, device: MeanStdFilter())
+    with simulators(addresses, more=("--inference", "auto")):
+        algorithm = attach(config, addresses["backend"]).build_algo()
+        built.append(algorithm)
+        results = [algorithm.train() for _ in range(3)]
+        with rllink(
+            "simulate", "--env", "CartPole-v1", "--broker", addresses["frontend"], stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        ) as local:  # fmt: skip
+            _, told = local.communicate(timeout=60)
+            assert local.returncode == 1 and "can only be asked for its actions" in told and "MeanStdFilter" in told
+        until(lambda: status(addresses)["simulators"] == 4, "it is gone")
+        results.append(algorithm.train())
+        shown = status(addresses)
+    assert all(r["env_runners"]["num_env_steps_sampled"] >= 500 for r in results)
+    assert balanced(shown["ledger"]) and only_staleness(shown["ledger"])
+    assert shown["acting"]["answered"] >= 2000
+
+    def pushed(runner: Any) -> tuple[list[int], list[int]]:
+        """What the filter has seen, as this runner learned it and as it came with the newest weights."""
+        published = from_bytes(runner._filters.at(runner.held.version))
+        return [
+            [stats["num_pushes"] for stats in state["MeanStdFilter"][None]["running_stats"]]
+            for state in (runner._env_to_module.get_state(), published)
+        ]  # type: ignore[return-value]
+
+    for seen, published in algorithm.env_runner_group.foreach_env_runner(pushed, local_env_runner=False):
+        assert seen[0] >= 2000 and published[0] >= 1000, (seen, published)
 
 
 def test_tune_runs_the_same_config(addresses: dict[str, str], tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ rest gets a new episode id: RLlib's replay buffers take a gap for a bug and stop
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
+import tree  # dm_tree, which RLlib needs
 from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.rl_module import RLModule
@@ -60,11 +61,16 @@ class Refusal(NamedTuple):
     error: ProtocolError
 
 
+class UnknownFilter(ProtocolError):
+    """How a fragment's observations were filtered isn't known here."""
+
+
 class _Piece(NamedTuple):
-    """One fragment, checked. Arrays: `observations` (steps + 1 rows), the rest one row a step."""
+    """One fragment, checked. Arrays: `observations` (a structure of arrays of steps + 1 rows), the rest one row a
+    step."""
 
     message: FRAGMENT
-    observations: NDArray[Any]
+    observations: Any
     actions: NDArray[Any]
     rewards: NDArray[np.float32]
     outputs: dict[str, NDArray[Any]]
@@ -74,6 +80,8 @@ class EpisodeBuilder:
     """Builds chunks for one runner. `module` fills in what a simulator that acts by itself doesn't know; `longest`:
     fragments are joined to chunks of at most so many steps (APPO and IMPALA cut their batch into rows of that length).
     `audit`: tells what is handed over, and has each step say which fragment's it is (`rllink_zmq.rllib.audit`).
+    `rewrite(message, observations)`: what the user's connectors make of a fragment's observations, a structure of
+    arrays, and the space of that; it may raise `UnknownFilter`.
     """
 
     def __init__(
@@ -83,7 +91,10 @@ class EpisodeBuilder:
         module: RLModule | None,
         longest: float = float("inf"),
         audit: Log | None = None,
+        rewrite: Callable[[FRAGMENT, Any], tuple[Any, gym.Space[Any]]] | None = None,
     ) -> None:
+        self._rewrite = rewrite
+        self._seen_space = observation_space
         self.observation_space = observation_space
         self.action_space = action_space
         self._packing = packing_of(observation_space)
@@ -123,7 +134,7 @@ class EpisodeBuilder:
             last.end == "no"
             and message.t0 == last.t0 + last.steps
             and message.t0 + message.steps - first.t0 <= self.longest
-            and piece.observations.dtype == chunk[0].observations.dtype
+            and _dtypes(piece.observations) == _dtypes(chunk[0].observations)
             and piece.actions.dtype == chunk[0].actions.dtype
         )
 
@@ -135,7 +146,8 @@ class EpisodeBuilder:
                 raise ProtocolError(
                     f"a fragment needs the columns obs, actions, rewards and action_logp: no '{needed}'"
                 )
-        observations, actions = arrays["obs"], arrays["actions"]
+        observations: NDArray[Any] = arrays["obs"]
+        actions = arrays["actions"]
         if self._packing is None:
             self._check("obs", observations, self.observation_space)
         else:
@@ -146,22 +158,25 @@ class EpisodeBuilder:
         for name, values in (("rewards", rewards), ("action_logp", logp)):
             if values.ndim != 1 or not np.isfinite(values).all():
                 raise ProtocolError(f"'{name}' must be one finite number a step, its shape is {list(values.shape)}")
+        seen: Any = observations if self._packing is None else self._packing.unpack(observations.view(np.uint8))
+        if self._rewrite is not None:
+            seen, self._seen_space = self._rewrite(message, seen)
         inputs = arrays.get("action_dist_inputs")
         outputs = {
             Columns.ACTION_LOGP: logp,
-            Columns.ACTION_DIST_INPUTS: self._dist_inputs(observations) if inputs is None else inputs,
+            Columns.ACTION_DIST_INPUTS: self._dist_inputs(seen) if inputs is None else inputs,
             WEIGHTS_SEQ_NO: np.full(message.steps, message.version, np.int64),
         }
         if self.audit is not None:
             outputs[COLUMN] = names(message.session, message.number, message.steps)
-        return _Piece(message, observations, actions, rewards, outputs)
+        return _Piece(message, seen, actions, rewards, outputs)
 
     def _chunk(self, pieces: Sequence[_Piece]) -> Built:
         first, last = pieces[0].message, pieces[-1].message
         steps = sum(p.message.steps for p in pieces)
         # Each piece's last observation is the next one's first.
-        rows = _joined([*(p.observations[:-1] for p in pieces[:-1]), pieces[-1].observations])
-        observations = rows if self._packing is None else self._packing.unpack(rows)
+        each = [tree.map_structure(lambda a: a[:-1], p.observations) for p in pieces[:-1]]
+        observations = tree.map_structure(lambda *a: _joined(a), *each, pieces[-1].observations)
         rewards = _joined([p.rewards for p in pieces])
         outputs = {name: _joined([p.outputs[name] for p in pieces]) for name in pieces[0].outputs}
         began: float | None = None
@@ -171,7 +186,7 @@ class EpisodeBuilder:
                 id_, began = name, since
         episode = SingleAgentEpisode(
             id_=id_,
-            observation_space=self.observation_space,
+            observation_space=self._seen_space,
             action_space=self.action_space,
             observations=_buffer(observations),
             actions=_buffer(_joined([p.actions for p in pieces])),
@@ -236,19 +251,22 @@ class EpisodeBuilder:
         elif isinstance(space, gym.spaces.MultiBinary) and not np.isin(values, (0, 1)).all():
             raise ProtocolError(f"'{name}' must be zeros and ones")
 
-    def _dist_inputs(self, observations: NDArray[Any]) -> NDArray[np.float32]:
+    def _dist_inputs(self, observations: Any) -> NDArray[np.float32]:
         """What the policy would have drawn from, for a simulator that chose its actions itself: the learner wants the
         column (PPO's KL term), and it must be there in all fragments or in none."""
         if self.module is None:
             raise ProtocolError("this runner has no RLModule to fill in 'action_dist_inputs'")
         with torch.no_grad():
-            rows = np.asarray(observations[:-1])
-            if self._packing is not None:
-                batch = self._packing.structure([torch.from_numpy(array) for array in self._packing.arrays(rows)])
-            else:
-                batch = torch.from_numpy(rows.astype(np.float32) if rows.dtype == np.float64 else rows.copy())
+            batch = tree.map_structure(
+                lambda a: torch.from_numpy(a[:-1].astype(np.float32) if a.dtype == np.float64 else a[:-1].copy()),
+                observations,
+            )
             out = self.module.forward_exploration({Columns.OBS: batch})
         return np.asarray(out[Columns.ACTION_DIST_INPUTS].detach().cpu().numpy(), np.float32)
+
+
+def _dtypes(observations: Any) -> list[np.dtype[Any]]:
+    return [array.dtype for array in tree.flatten(observations)]
 
 
 def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:

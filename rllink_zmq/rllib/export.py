@@ -41,7 +41,7 @@ from rllink_zmq.policy import Noise, Policy, PolicyManifest, Tensor, Weight, pac
 from rllink_zmq.spaces import to_wire
 
 OPSET = 20
-_REMOTE = "sample it with an environment runner of RLlib's own: simulators act by the exported policy alone"
+_REMOTE = "let runners compute the actions (connect(inference='remote'), simulate --inference remote)"
 
 
 def export_policy(
@@ -102,9 +102,12 @@ def export_policy(
 
 
 def weights_body(
-    policy: PolicyManifest | bytes, module_state: Mapping[str, Any], module_id: str = DEFAULT_MODULE_ID
+    policy: PolicyManifest | bytes,
+    module_state: Mapping[str, Any],
+    module_id: str = DEFAULT_MODULE_ID,
+    connectors: bytes = b"",
 ) -> bytes:
-    """The weights of a module's state as `Policy.apply` wants them.
+    """The weights of a module's state as `Policy.apply` wants them, and the state of connectors behind them.
 
     `policy`: the manifest, or the blob. `module_state`: `RLModule.get_state()`, arrays or tensors by name, or that of
     a MultiRLModule, `{module_id: {...}}`; entries that the policy doesn't use (the critic's) are left out.
@@ -130,7 +133,26 @@ def weights_body(
                 f"{manifest.module} has {weight.dtype}{list(weight.shape)}: export the policy again"
             )
         parts.append(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes("C"))
+    if manifest.connectors:
+        parts.append(len(connectors).to_bytes(8, "little") + connectors)
+        if len(parts[-1]) > manifest.connectors:
+            raise PolicyError(
+                f"the connectors' state has {len(connectors)} bytes, it had few enough for {manifest.connectors} when "
+                f"training began: a piece whose state grows can't travel with the weights"
+            )
+        parts.append(bytes(manifest.connectors - len(parts[-1])))
     return b"".join(parts)
+
+
+def connectors_state(manifest: PolicyManifest, body: bytes) -> bytes:
+    """The state of the connectors in a version's body; b'' if there is none. Raises PolicyError for a damaged one."""
+    if not manifest.connectors:
+        return b""
+    tail = body[len(body) - manifest.connectors :]
+    size = int.from_bytes(tail[:8], "little")
+    if size > len(tail) - 8:
+        raise PolicyError(f"the connectors' state claims {size} bytes of {len(tail) - 8}")
+    return tail[8 : 8 + size]
 
 
 def check_connectors(config: AlgorithmConfig) -> None:

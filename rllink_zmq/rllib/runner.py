@@ -41,13 +41,15 @@ from ray.rllib.utils.metrics import (
 from ray.rllib.utils.typing import ResultDict, StateDict
 
 from rllink_zmq.errors import RllinkError
+from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib.audit import runner_log
-from rllink_zmq.rllib.episodes import EpisodeBuilder, Finished
+from rllink_zmq.rllib.episodes import EpisodeBuilder, Finished, UnknownFilter
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.link import RunnerLink
-from rllink_zmq.rllib.service import MAX_ROWS, ActService, ModuleActor
-from rllink_zmq.rllib.settings import LinkSettings, explores, longest_chunk, sampling_rules
+from rllink_zmq.rllib.pipelines import Filters, Pipelines, has_own_connectors, state_bytes
+from rllink_zmq.rllib.service import MAX_ROWS, ActService, ModuleActor, PipelineActor
+from rllink_zmq.rllib.settings import LinkSettings, explores, longest_chunk, sampling_rules, trainer_terms
 
 logger = logging.getLogger("rllink_zmq")
 
@@ -65,10 +67,15 @@ TIMERS: dict[str, tuple[str, ...]] = {
 
 
 class Held(NamedTuple):
-    """The newest weights that a runner has: parameter name -> array."""
+    """The newest weights that a runner has (parameter name -> array), and the state of the connectors with them."""
 
     version: int
     weights: StateDict
+    connectors: bytes = b""
+
+    def body(self, manifest: PolicyManifest) -> bytes:
+        """As simulators get them."""
+        return weights_body(manifest, self.weights, connectors=self.connectors)
 
 
 class ZmqEnvRunner(EnvRunner, Checkpointable):
@@ -94,7 +101,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             INPUT_ENV_SINGLE_SPACES: spaces,
         }
         self._callbacks: list[RLlibCallback] = [cls() for cls in _as_list(self.config.callbacks_class)]
-        device = get_device(self.config, 0 if not self.worker_index else self.config.num_gpus_per_env_runner)
+        gpus = self.config.num_gpus_per_env_runner if self.worker_index else 0
+        self._device = device = get_device(self.config, gpus)
         self._env_to_module = self.config.build_env_to_module_connector(env=None, spaces=self.spaces, device=device)
         self.spaces[DEFAULT_MODULE_ID] = (self._env_to_module.observation_space, spaces[1])
         self._module_to_env = self.config.build_module_to_env_connector(env=None, spaces=self.spaces)
@@ -107,9 +115,16 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self._link: RunnerLink | None = None
         self._service: ActService | None = None
         self._manifest: PolicyManifest | None = None
+        self._pipelines: Pipelines | None = None
+        self._filters = Filters(trainer_terms(self.config).lag_limit + 2)
+        self._connectors = b""
+        if has_own_connectors(self.config):
+            self._pipelines = Pipelines(self.config, learns=self._env_to_module)
+            self._connectors = state_bytes(self._env_to_module)
         self._builder = EpisodeBuilder(
-            *spaces, self.module, longest_chunk(self.config), runner_log(self.settings.audit)
-        )
+            *spaces, self.module, longest_chunk(self.config), runner_log(self.settings.audit),
+            None if self._pipelines is None else self._rewrite,
+        )  # fmt: skip
         self._finished: list[Finished] = []
         self._sampled_at: float | None = None
         self._fragments = 0
@@ -147,12 +162,17 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             return
         config, settings = self.config, self.settings
         try:
-            actor = ModuleActor(
-                self.module, manifest, self.spaces[INPUT_ENV_SINGLE_SPACES][1], bool(config.normalize_actions),
-                bool(config.clip_actions),
-            )  # fmt: skip
+            if manifest.remote_only:
+                actor: ModuleActor = PipelineActor(
+                    self.module, manifest, Pipelines(config, self._device), self._filters.published
+                )
+            else:
+                actor = ModuleActor(
+                    self.module, manifest, self.spaces[INPUT_ENV_SINGLE_SPACES][1], bool(config.normalize_actions),
+                    bool(config.clip_actions),
+                )  # fmt: skip
             if self.held is not None:
-                actor.apply(self.held.version, weights_body(manifest, self.held.weights))
+                actor.apply(self.held.version, self.held.body(manifest))
         except Exception as e:  # a module of the user's that can't be copied, say
             logger.warning("runner %s computes no single actions: %s: %s", self.worker_index, type(e).__name__, e)
             return
@@ -180,7 +200,24 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         manifest = self._manifest
         if self._link is None or manifest is None:
             return
-        self._link.offer(held.version, manifest.weights_bytes, lambda: weights_body(manifest, held.weights))
+        self._link.offer(held.version, manifest.weights_bytes, lambda: held.body(manifest))
+
+    def _rewrite(self, message: FRAGMENT, observations: Any) -> tuple[Any, gym.Space[Any]]:
+        """A fragment's observations as the policy saw them. Raises `UnknownFilter` when this runner doesn't know any
+        longer, or not yet, what the filters were like at that version."""
+        pipelines, count = self._pipelines, message.steps + 1
+        assert pipelines is not None
+        if pipelines.stateful:
+            state = self._filters.at(message.version)
+            if state is None:
+                raise UnknownFilter(f"the filters of version {message.version} aren't known here")
+            pipelines.set_state(state)
+            pipelines.learn(observations, 1 if message.t0 else 0, count)
+        return pipelines.rewritten(observations, count)
+
+    def connectors(self) -> StateDict:
+        """The part of a state that is of the env-to-module connectors."""
+        return {COMPONENT_ENV_TO_MODULE_CONNECTOR: self._env_to_module.get_state()}
 
     # ---- sampling
 
@@ -227,9 +264,10 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         leases = link.sample(sampling_rules(self.config, self.num_workers))
         chunks, refused = self._builder.build(leases)
         for message, error in refused:
-            link.drop(message, "malformed")
+            reason = "stale" if isinstance(error, UnknownFilter) else "malformed"
+            link.drop(message, reason)
             logger.warning("a fragment was dropped: %s", error)
-            self.metrics.log_value((RLLINK, "dropped", "malformed"), 1, reduce="lifetime_sum")
+            self.metrics.log_value((RLLINK, "dropped", reason), 1, reduce="lifetime_sum")
         dropped = {id(message) for message, _ in refused}
         kept = [lease.message for lease in leases if id(lease.message) not in dropped]
         samples = [chunk.episode for chunk in chunks]
@@ -315,8 +353,14 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
                 weights = ray.get(weights)
             state = {**state, COMPONENT_RL_MODULE: weights}
         SingleAgentEnvRunner.set_state(self, state)
+        if self._pipelines is not None and COMPONENT_ENV_TO_MODULE_CONNECTOR in state:
+            # As all runners have it now; until the next one it only learns here what is merged then.
+            self._connectors = state_bytes(self._env_to_module)
         if COMPONENT_RL_MODULE in state:
-            self.held = Held(self._weights_seq_no, state[COMPONENT_RL_MODULE])
+            if restored:
+                self._filters.restart()
+            self.held = Held(self._weights_seq_no, state[COMPONENT_RL_MODULE], self._connectors)
+            self._filters.own(*self.held[::2])
             self._offer(self.held)
             if restored and self.on_restored is not None:
                 self.on_restored()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -27,7 +27,8 @@ from rllink_zmq.errors import RllinkError
 from rllink_zmq.messages import ACT, ACTION, Column
 from rllink_zmq.packing import packing_of
 from rllink_zmq.policy import PolicyManifest
-from rllink_zmq.rllib.export import ForEnv
+from rllink_zmq.rllib.export import ForEnv, connectors_state
+from rllink_zmq.rllib.pipelines import Pipelines
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import ServiceSession
 from rllink_zmq.spaces import from_wire
@@ -118,6 +119,34 @@ class ModuleActor:
             return torch.from_numpy(observations).to(self._device)
         arrays = self._packing.arrays(observations)
         return self._packing.structure([torch.from_numpy(array).to(self._device) for array in arrays])
+
+
+class PipelineActor(ModuleActor):
+    """Acts behind the connectors that the user configured, by RLlib's own pipelines. `on_state(version, state)`: told
+    of the state that these have at each version."""
+
+    def __init__(
+        self,
+        module: RLModule,
+        manifest: PolicyManifest,
+        pipelines: Pipelines,
+        on_state: Callable[[int, bytes], None] | None = None,
+    ) -> None:
+        super().__init__(module, manifest, pipelines.action_space, False, False)
+        self._pipelines = pipelines
+        self._on_state = on_state
+
+    def apply(self, version: int, body: bytes) -> None:
+        super().apply(version, body)
+        self.version = -1
+        state = connectors_state(self.manifest, body)
+        self._pipelines.set_state(state)
+        self.version = version
+        if self._on_state is not None:
+            self._on_state(version, state)
+
+    def act(self, observations: NDArray[Any], explore: bool) -> dict[str, NDArray[Any]]:
+        return self._pipelines.act(self._module, observations, explore)
 
 
 class ActService:

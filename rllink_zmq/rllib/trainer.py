@@ -23,9 +23,9 @@ from rllink_zmq import __version__
 from rllink_zmq.errors import RllinkError
 from rllink_zmq.messages import Duty, TrainerHello
 from rllink_zmq.policy import policy_hash, unpack_policy
-from rllink_zmq.rllib.export import check_connectors, export_policy
+from rllink_zmq.rllib.policies import policy_of
 from rllink_zmq.rllib.pool import Pool
-from rllink_zmq.rllib.settings import KEY, LinkSettings, explores, trainer_terms
+from rllink_zmq.rllib.settings import KEY, LinkSettings, trainer_terms
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import TrainerSession
 from rllink_zmq.spaces import spaces_to_wire
@@ -53,20 +53,12 @@ class Trainer:
         self._group: EnvRunnerGroup = algorithm.env_runner_group
         self._owner = algorithm
         self._terms = trainer_terms(config)
-        check_connectors(config)
         local = self._local = algorithm.env_runner
         module = local.module if local is not None else config.get_rl_module_spec(
             env=None, spaces=algorithm.spaces, inference_only=True
         ).build()  # fmt: skip
         observation_space, action_space = config.observation_space, config.action_space
-        blob = export_policy(
-            module,
-            observation_space,
-            action_space,
-            normalize_actions=bool(config.normalize_actions),
-            clip_actions=bool(config.clip_actions),
-            evaluation_explores=explores(config)[1],
-        )
+        blob = policy_of(config, module)
         self.manifest = unpack_policy(blob)[0]
         self.run = new_run_id()
         self.pool = Pool(self, self._group, self.settings.runner_timeout_s or RUNNER_TIMEOUT, self.settings.runners)
@@ -155,9 +147,10 @@ class Trainer:
         run, manifest, first = self.run, self.manifest, self._first
         server = getattr(self._owner, "_env_runner_state_server", None)
         held = self._local.held if self._local is not None else None
+        pieces = self._local.connectors() if self._local is not None else {}
 
         def join(runner: Any) -> bytes:
-            runner.set_state(first)
+            runner.set_state({**first, **pieces})
             if held is not None:
                 runner.set_state({COMPONENT_RL_MODULE: held.weights, WEIGHTS_SEQ_NO: held.version})
             if server is not None:

@@ -1,0 +1,91 @@
+"""The policy of a training, as simulators are told of it: exported, so that they can run it; or, where that can't be,
+for runners alone, which simulators ask for actions."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
+from ray.rllib.core.rl_module.rl_module import RLModule
+from ray.rllib.core.rl_module.torch import TorchRLModule
+
+from rllink_zmq.errors import PolicyError, SettingsError
+from rllink_zmq.fragments import layout_of_spaces
+from rllink_zmq.policy import PolicyManifest, Tensor, Weight, pack_policy
+from rllink_zmq.rllib.export import OPSET, check_connectors, export_policy
+from rllink_zmq.rllib.pipelines import Pipelines
+from rllink_zmq.rllib.settings import explores
+from rllink_zmq.spaces import to_wire
+
+logger = logging.getLogger("rllink_zmq")
+
+
+def policy_of(config: AlgorithmConfig, module: RLModule) -> bytes:
+    """The blob of `module` behind the connectors of `config`. Where it can't be exported a warning says why, and that
+    simulators have to ask. Raises `PolicyError` for what runners can't act by either, `SettingsError` for settings that
+    a filter can't do with."""
+    try:
+        check_connectors(config)
+        return export_policy(
+            module,
+            config.observation_space,
+            config.action_space,
+            normalize_actions=bool(config.normalize_actions),
+            clip_actions=bool(config.clip_actions),
+            evaluation_explores=explores(config)[1],
+        )
+    except PolicyError as error:
+        blob = _remote_policy(config, module, str(error))
+        logger.warning("simulators have to ask for the actions of this policy: %s", error)
+        return blob
+
+
+def _remote_policy(config: AlgorithmConfig, module: RLModule, why: str) -> bytes:
+    module = module.unwrapped()
+    name = type(module).__name__
+    if isinstance(module, MultiRLModule) or not isinstance(module, TorchRLModule):
+        raise PolicyError(f"{name} is not a single TorchRLModule: neither simulators nor runners can act by it")
+    if module.is_stateful():
+        raise PolicyError(why)
+    pipelines = Pipelines(config)
+    dist_inputs = pipelines.check(module)
+    state = pipelines.state
+    if state and not (config.merge_env_runner_states and config.broadcast_env_runner_states):
+        raise SettingsError(
+            "the configured connectors keep a state, and each runner would have one of its own: leave "
+            "config.env_runners(merge_env_runner_states=..., broadcast_env_runner_states=...) as they are"
+        )
+    layout = layout_of_spaces(config.observation_space, config.action_space)
+    weights = [
+        (key, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for key, tensor in module.state_dict().items()
+    ]
+    action = _tensor(layout.action)
+    try:
+        manifest = PolicyManifest(
+            format=1,
+            module=name,
+            observation=_tensor(layout.obs),
+            noise="normal",
+            noise_shape=(),
+            action=action,
+            env_action=action,
+            action_dist_inputs=dist_inputs,
+            opset=OPSET,
+            weights=msgspec.convert(weights, tuple[Weight, ...]),
+            evaluation_explores=explores(config)[1],
+            packed=to_wire(config.observation_space) if layout.packing else None,
+            parts=layout.packing.tensors if layout.packing else (),
+            remote_only=why[:4096],
+            connectors=8 + 2 * len(state) + 4096 if state else 0,
+        )
+    except msgspec.ValidationError as error:
+        raise PolicyError(f"{name} has weights that can't travel: {error}") from error
+    return pack_policy(manifest, b"")
+
+
+def _tensor(row: Any) -> Tensor:
+    return msgspec.convert((row.dtype.name, row.shape), Tensor)

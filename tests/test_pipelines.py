@@ -1,0 +1,262 @@
+"""The user's connectors: at the action service, in fragments, and in RLlib's own runner beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.connectors.connector_v2 import ConnectorV2
+from ray.rllib.connectors.env_to_module import FlattenObservations, MeanStdFilter, PrevActionsPrevRewards
+from ray.rllib.connectors.env_to_module.frame_stacking import FrameStackingEnvToModule
+from ray.rllib.connectors.env_to_module.observation_preprocessor import SingleAgentObservationPreprocessor
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.columns import Columns
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from test_packed_policies import fragment
+
+from rllink_zmq.errors import PolicyError, SettingsError
+from rllink_zmq.packing import Packing
+from rllink_zmq.policy import Policy, PolicyManifest, unpack_policy
+from rllink_zmq.rllib.episodes import EpisodeBuilder
+from rllink_zmq.rllib.export import connectors_state, weights_body
+from rllink_zmq.rllib.pipelines import Filters, Pipelines, has_own_connectors, state_bytes
+from rllink_zmq.rllib.policies import policy_of
+from rllink_zmq.rllib.service import PipelineActor
+from rllink_zmq.rllib.states import from_bytes, to_bytes
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+MIXED = gym.spaces.Dict(
+    {"where": gym.spaces.Box(-1, 1, (2,)), "which": gym.spaces.Discrete(3), "on": gym.spaces.MultiBinary(2)}
+)
+BOX = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
+DISCRETE = gym.spaces.Discrete(2)
+
+
+class Halved(SingleAgentObservationPreprocessor):
+    def preprocess(self, observation: Any, episode: Any) -> Any:
+        return observation / 2
+
+
+class Steps(ConnectorV2):
+    """Adds how many steps there have been: what a request alone can't tell."""
+
+    def __call__(self, *, batch: Any, episodes: Any, **kwargs: Any) -> Any:
+        for episode in self.single_agent_episode_iterator(episodes):
+            self.add_batch_item(batch, "steps", np.float32(len(episode)), single_agent_episode=episode)
+        return batch
+
+
+class Broken(ConnectorV2):
+    def __call__(self, **kwargs: Any) -> Any:
+        raise ValueError("no such sensor")
+
+
+class Opaque(Halved):
+    def get_state(self, *args: Any, **kwargs: Any) -> Any:
+        return {"lock": object()}
+
+    def set_state(self, state: Any) -> None: ...
+
+
+class Turned(ConnectorV2):
+    """Module-to-env: does the other thing."""
+
+    def __call__(self, *, batch: Any, **kwargs: Any) -> Any:
+        acted = batch[Columns.ACTIONS]
+        batch[Columns.ACTIONS] = {key: [1 - action for action in actions] for key, actions in acted.items()}
+        return batch
+
+
+def config(space: gym.Space[Any], *pieces: type, to_env: type | None = None, **more: Any) -> PPOConfig:
+    return (
+        PPOConfig()
+        .environment(observation_space=space, action_space=DISCRETE)
+        .env_runners(
+            env_to_module_connector=(lambda env, spaces, device: [p() for p in pieces]) if pieces else None,
+            module_to_env_connector=(lambda env, spaces: [to_env()]) if to_env else None,
+            num_env_runners=0,
+            **more,
+        )
+        .rl_module(model_config={"fcnet_hiddens": [8]})
+    )
+
+
+def module_of(made: PPOConfig) -> Any:
+    torch.manual_seed(3)
+    seen = Pipelines(made).to_module.observation_space
+    return made.get_rl_module_spec(spaces={DEFAULT_MODULE_ID: (seen, DISCRETE)}, inference_only=True).build()
+
+
+def actor_of(made: PPOConfig, state: bytes = b"") -> tuple[PipelineActor, PolicyManifest]:
+    module = module_of(made)
+    manifest = unpack_policy(policy_of(made, module))[0]
+    actor = PipelineActor(module, manifest, Pipelines(made))
+    actor.apply(0, weights_body(manifest, module.get_state(), connectors=state))
+    return actor, manifest
+
+
+class Replayed(gym.Env[Any, int]):
+    """Gives recorded observations, one after the other."""
+
+    def __init__(self, space: gym.Space[Any], observations: list[Any]) -> None:
+        self.observation_space, self.action_space = space, DISCRETE
+        self._observations = observations
+        self._at = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        self._at = 0
+        return self._observations[0], {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self._at += 1
+        return self._observations[self._at], 1.0, False, self._at == len(self._observations) - 1, {}
+
+
+def rllib(made: PPOConfig, observations: list[Any], explore: bool = False) -> Any:
+    """The episode that RLlib's own runner makes of these observations, by the weights of `module_of`."""
+    copy = made.copy(copy_frozen=False)
+    copy.environment(env=lambda _: Replayed(made.observation_space, observations))
+    runner = SingleAgentEnvRunner(config=copy)
+    try:
+        runner.module.set_state(module_of(made).get_state())
+        (episode,) = runner.sample(num_episodes=1, explore=explore)
+        return episode.to_numpy()
+    finally:
+        runner.stop()
+
+
+def samples(space: gym.Space[Any], count: int = 6) -> list[Any]:
+    space.seed(5)
+    return [space.sample() for _ in range(count)]
+
+
+def rows(space: gym.Space[Any], observations: list[Any]) -> NDArray[Any]:
+    if not isinstance(space, gym.spaces.Dict):
+        return np.stack(observations)
+    packing = Packing(space)
+    return np.stack([packing.pack(o, lambda v, w, s, d: np.asarray(v, d)) for o in observations])
+
+
+@pytest.mark.parametrize(
+    ("space", "pieces"), [(MIXED, (FlattenObservations,)), (BOX, (Halved,)), (BOX, (Halved, Halved))]
+)
+def test_actions_and_episodes_are_those_of_rllibs_own_runner(space: gym.Space[Any], pieces: tuple[type, ...]) -> None:
+    made, observations = config(space, *pieces), samples(space)
+    theirs = rllib(made, observations)
+    actor, _ = actor_of(made)
+    ours = actor.act(rows(space, observations[:-1]), False)
+    np.testing.assert_array_equal(ours["actions"], theirs.get_actions())
+    expected = theirs.get_extra_model_outputs(Columns.ACTION_DIST_INPUTS)
+    np.testing.assert_allclose(ours["action_dist_inputs"], expected, rtol=1e-5, atol=1e-6)
+    pipelines = Pipelines(made)
+    builder = EpisodeBuilder(
+        space, DISCRETE, actor._module, rewrite=lambda m, o: pipelines.rewritten(o, m.steps + 1)
+    )  # fmt: skip
+    (built,), refused = builder.build([fragment(rows(space, observations))])
+    assert not refused
+    np.testing.assert_allclose(built.episode.get_observations(), theirs.get_observations(), rtol=1e-6)
+    assert built.episode.observation_space == theirs.observation_space
+
+
+def test_module_to_env_pieces_have_the_last_word() -> None:
+    turned = actor_of(config(BOX, to_env=Turned))[0].act(np.stack(samples(BOX)), False)
+    plain = actor_of(config(BOX, Halved))[0]
+    straight = plain.act(np.stack(samples(BOX)) * 2, False)
+    np.testing.assert_array_equal(turned["actions"], 1 - straight["actions"])
+    np.testing.assert_array_equal(turned["env_actions"], turned["actions"])
+
+
+def test_a_filters_state_is_the_versions_and_does_not_learn_from_requests() -> None:
+    made = config(BOX, MeanStdFilter)
+    learning = made.build_env_to_module_connector(
+        spaces=dict.fromkeys(("__env__", "__env_single__"), (BOX, DISCRETE))
+    )  # fmt: skip
+    live = Pipelines(made, learns=learning)
+    before = state_bytes(learning)
+    data = np.random.default_rng(1).normal(3.0, 2.0, (200, 3)).astype(np.float32)
+    live.learn(data, 0, 200)
+    after = state_bytes(learning)
+    assert live.stateful and after != before
+    actor, manifest = actor_of(made, before)
+    module = module_of(made)
+    body = weights_body(manifest, module.get_state(), connectors=after)
+    assert len(body) == manifest.weights_bytes and connectors_state(manifest, body) == after
+    told: list[tuple[int, bytes]] = []
+    actor._on_state = lambda version, state: told.append((version, state))
+    actor.apply(1, body)
+    assert told == [(1, after)]
+    mean, std = data.mean(0), data.std(0, ddof=1)
+    with torch.no_grad():
+        expected = module.forward_inference({Columns.OBS: torch.from_numpy((data[:5] - mean) / std)})
+    for _ in range(2):
+        ours = actor.act(data[:5], False)
+        np.testing.assert_allclose(
+            ours["action_dist_inputs"], expected[Columns.ACTION_DIST_INPUTS], rtol=1e-3, atol=1e-4
+        )
+    live.set_state(after)
+    seen, _ = live.rewritten(data[:5], 5)
+    np.testing.assert_allclose(seen, (data[:5] - mean) / std, rtol=1e-3, atol=1e-4)
+    assert state_bytes(learning) == after
+
+
+def test_filters_are_known_by_version_for_a_while() -> None:
+    filters = Filters(2)
+    for version in range(5):
+        filters.own(version, f"own {version}".encode())
+    filters.published(4, b"published")
+    assert [filters.at(version) for version in range(6)] == [None, None, b"own 2", b"own 3", b"published", None]
+    filters.restart()
+    assert filters.at(4) is None
+
+
+@pytest.mark.parametrize(
+    ("space", "piece", "text"),
+    [
+        (BOX, (PrevActionsPrevRewards, FlattenObservations), "PrevActionsPrevRewards looks at the steps before"),
+        (BOX, Steps, "Steps looks at the steps before"),
+        (gym.spaces.Box(0, 1, (10, 10, 1)), lambda: FrameStackingEnvToModule(num_frames=2), "FrameStacking looks at"),
+        (BOX, Broken, "piece Broken fails for one observation: ValueError: no such sensor"),
+        (BOX, Opaque, r"state\['Opaque'\]\['lock'\] is a object, which can't travel"),
+    ],
+)
+def test_what_cannot_work_is_named_at_start(space: gym.Space[Any], piece: Any, text: str) -> None:
+    made = config(space, *(piece if isinstance(piece, tuple) else (piece,)))
+    with pytest.raises(PolicyError, match=text):
+        policy_of(made, module_of(made) if piece is not Opaque else module_of(config(space, Halved)))
+
+
+def test_a_filter_of_each_runners_own_is_refused() -> None:
+    made = config(BOX, MeanStdFilter, broadcast_env_runner_states=False)
+    with pytest.raises(SettingsError, match="each runner would have one of its own"):
+        policy_of(made, module_of(made))
+
+
+def test_a_simulator_is_told_why_it_has_to_ask(caplog: pytest.LogCaptureFixture) -> None:
+    made = config(BOX, Halved)
+    assert has_own_connectors(made) and not has_own_connectors(config(BOX))
+    blob = policy_of(made, module_of(made))
+    assert "simulators have to ask for the actions" in caplog.text and "Halved" in caplog.text
+    with pytest.raises(PolicyError, match=r"can only be asked for its actions \(connect\(inference='remote'\).*Halved"):
+        Policy.load(blob)
+
+
+def test_states_go_over_the_wire_and_nothing_else_does() -> None:
+    state = {None: {"shape": np.array([3]), "list": [1, 2.5, True, "x", b"y"], "tuple": (np.float32(1.5), None)}}
+    back = from_bytes(to_bytes(state))
+    assert list(back) == [None] and back[None]["list"] == state[None]["list"] and back[None]["tuple"] == (1.5, None)
+    np.testing.assert_array_equal(back[None]["shape"], [3])
+    for bad in (b"\xc1", to_bytes({})[:-1], b"\x92\xa1z\x01", b"\x93\xa1a\xa3|O8\x90", b"\x94\xa1a\xa3|O8\x90\xc4\x00"):
+        with pytest.raises(PolicyError, match="came damaged"):
+            from_bytes(bad)
+    with pytest.raises(PolicyError, match=r"state\['a'\]\[0\] is a set"):
+        to_bytes({"a": [{1}]})
