@@ -164,12 +164,12 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         try:
             if manifest.remote_only:
                 actor: ModuleActor = PipelineActor(
-                    self.module, manifest, Pipelines(config, self._device), self._filters.published
+                    self.module, manifest, Pipelines(config, self._device), self._device, self._filters.published
                 )
             else:
                 actor = ModuleActor(
                     self.module, manifest, self.spaces[INPUT_ENV_SINGLE_SPACES][1], bool(config.normalize_actions),
-                    bool(config.clip_actions),
+                    bool(config.clip_actions), self._device,
                 )  # fmt: skip
             if self.held is not None:
                 actor.apply(self.held.version, self.held.body(manifest))

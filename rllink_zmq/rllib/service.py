@@ -63,17 +63,24 @@ class OwnPolicy(Wanted):
 
 
 class ModuleActor:
-    """A copy of `module` that acts. `version`: of its weights, -1 before the first. Not for two threads at once."""
+    """A copy of `module` that acts, on `device` (the runner's GPU, say). `version`: of its weights, -1 before the first.
+    Not for two threads at once."""
 
     def __init__(
-        self, module: RLModule, manifest: PolicyManifest, action_space: gym.Space[Any], normalize: bool, clip: bool
+        self,
+        module: RLModule,
+        manifest: PolicyManifest,
+        action_space: gym.Space[Any],
+        normalize: bool,
+        clip: bool,
+        device: Any = "cpu",
     ) -> None:
         self.manifest = manifest
         self.version = -1
-        self._module: Any = copy.deepcopy(module.unwrapped())
+        self._device = torch.device(device)
+        self._module: Any = copy.deepcopy(module.unwrapped()).to(self._device)
         self._module.eval()
         self._state = self._module.state_dict()
-        self._device = next(iter(self._state.values())).device if self._state else torch.device("cpu")
         self._for_env = ForEnv(action_space, normalize, clip)
         self._packing = None if manifest.packed is None else packing_of(from_wire(manifest.packed))
         self.dtype = np.dtype(manifest.observation.dtype)
@@ -130,9 +137,10 @@ class PipelineActor(ModuleActor):
         module: RLModule,
         manifest: PolicyManifest,
         pipelines: Pipelines,
+        device: Any = "cpu",
         on_state: Callable[[int, bytes], None] | None = None,
     ) -> None:
-        super().__init__(module, manifest, pipelines.action_space, False, False)
+        super().__init__(module, manifest, pipelines.action_space, False, False, device)
         self._pipelines = pipelines
         self._on_state = on_state
 
