@@ -63,7 +63,7 @@ class OwnPolicy(Wanted):
 
 
 class ModuleActor:
-    """A copy of `module` that acts, on `device` (the runner's GPU, say). `version`: of its weights, -1 before the first.
+    """A copy of `module` that acts, on `device` (the runner's GPU, say). `version`: its weights', -1 before the first.
     Not for two threads at once."""
 
     def __init__(
