@@ -12,7 +12,7 @@ import numpy as np
 
 from rllink_zmq import __version__
 from rllink_zmq.errors import PolicyError
-from rllink_zmq.fragments import Layout, Origin, Row
+from rllink_zmq.fragments import Layout, Origin, Row, StateRow
 from rllink_zmq.policy import Policy, PolicyManifest, policy_hash
 from rllink_zmq.session import ReaderSession, SimulatorSession, State
 from rllink_zmq.transport import Connection, Subscription, beside
@@ -35,7 +35,12 @@ def layout_of_policy(manifest: PolicyManifest) -> Layout:
     """The layout of fragments whose actions the policy chose."""
     obs, action = manifest.observation, manifest.action
     return Layout(
-        Row(obs.shape, np.dtype(obs.dtype)), Row(action.shape, np.dtype(action.dtype)), 0, manifest.action_dist_inputs
+        Row(obs.shape, np.dtype(obs.dtype)),
+        Row(action.shape, np.dtype(action.dtype)),
+        0,
+        manifest.action_dist_inputs,
+        tuple(StateRow(state.name, Row(state.shape, np.dtype(state.dtype))) for state in manifest.state),
+        tuple(state.start for state in manifest.state),
     )
 
 
