@@ -202,12 +202,14 @@ class Client:
                     rows = np.stack([builder.observe(observation) for builder, observation in pairs])
                     taken = time.perf_counter()
                     drawn = np.array([explores(builder, reader.policy) for builder, _ in pairs])
-                    acted = reader.policy.act(rows, explore=drawn)
+                    memories = zip(*(builder.state for builder, _ in pairs), strict=True)
+                    acted = reader.policy.act(rows, explore=drawn, state=[np.stack(each) for each in memories])
                     chosen = time.perf_counter()
                     break
         logps = acted.action_logp.tolist()
         for i, (builder, _) in enumerate(pairs):
-            builder.act(acted.actions[i], logps[i], acted.action_dist_inputs[i])
+            state = [array[i] for array in acted.state]
+            builder.act(acted.actions[i], logps[i], acted.action_dist_inputs[i], state)
         timed = pairs[0][0]  # the whole batch, told once a fragment of its first episode
         if timed.steps == 1:
             done = time.perf_counter()

@@ -79,8 +79,9 @@ class Episode:
                     if not builder.steps:
                         acted = _act_timed(builder, policy, observation)
                         break
-                    acted = policy.act_one(builder.observe(observation), builder.sent or explores(builder, policy))
-                    builder.act(acted.actions, acted.action_logp, acted.action_dist_inputs)
+                    row = builder.observe(observation)
+                    acted = policy.act_one(row, builder.sent or explores(builder, policy), builder.state)
+                    builder.act(acted.actions, acted.action_logp, acted.action_dist_inputs, acted.state)
                     break
         flow.credit -= self._cost
         return acted.env_actions
@@ -120,7 +121,8 @@ class Episode:
 
         `action`: in the action space as RLlib trains on it (for Box before unsquashing and clipping). `action_logp`:
         its log-probability, which the losses of PPO and APPO need. Waits like `get_action`.
-        Raises EpisodeError for an observation or action that doesn't fit, and after the end. An action that the service
+        Raises EpisodeError for an observation or action that doesn't fit, after the end, and where the policy is
+        recurrent: its memory has no place for a step that it did not take. An action that the service
         was asked for is given up.
         """
         if self._pending is not None:
@@ -215,8 +217,8 @@ def _act_timed(builder: FragmentBuilder, policy: Policy, observation: Any) -> Ac
     began = _clock()
     row = builder.observe(observation)
     taken = _clock()
-    acted = policy.act_one(row, builder.sent or explores(builder, policy))
+    acted = policy.act_one(row, builder.sent or explores(builder, policy), builder.state)
     chosen = _clock()
-    builder.act(acted.actions, acted.action_logp, acted.action_dist_inputs)
+    builder.act(acted.actions, acted.action_logp, acted.action_dist_inputs, acted.state)
     builder.timings |= {"observation": taken - began, "inference": chosen - taken, "action": _clock() - chosen}
     return acted

@@ -105,6 +105,11 @@ class Flow:
         """See to it that each of these episodes has a fragment that takes one more step of `kind`: cut what is full or
         of other weights, wait for policy and room. Returns the fragments' origin; None if it would have to wait and
         `wait` is false. Raises EpisodeError for an observation that doesn't fit, RefusedError."""
+        if kind == "logged" and self._recurrent:
+            raise EpisodeError(
+                "log_action: the policy is recurrent, and remembers what it has seen when it acted itself: a step that "
+                "it did not take would leave a hole. Let it act (get_action) for whole episodes"
+            )
         needed = sum(builder.sent and not builder.dropping for builder, _ in pairs)
         looked = self.look_if_due()
         while True:
@@ -178,6 +183,12 @@ class Flow:
             self._logged, self._logged_at = told, now
         return self._logged
 
+    @property
+    def _recurrent(self) -> bool:
+        """Whether the policy is known to have a memory."""
+        layout = self.reader.layout if self.remote is None else self.remote.layout
+        return layout is not None and bool(layout.state)
+
     def layout_of(self, kind: Kind) -> Layout | None:
         remote = self.remote
         if kind == "acted" and remote is None:
@@ -200,7 +211,7 @@ class Flow:
         most = layout.most_steps(kind, fragment_bytes)
         if not most:
             raise EpisodeError(
-                f"one step takes {layout.obs.nbytes + layout.step_bytes(kind)} bytes, a fragment may have "
+                f"one step takes {layout.last_bytes + layout.step_bytes(kind)} bytes, a fragment may have "
                 f"{fragment_bytes}: start the broker with a larger --fragment-bytes"
             )
         return min(self.session.fragment_steps, most)

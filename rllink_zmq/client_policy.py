@@ -12,7 +12,7 @@ import numpy as np
 
 from rllink_zmq import __version__
 from rllink_zmq.errors import PolicyError
-from rllink_zmq.fragments import Layout, Origin, Row
+from rllink_zmq.fragments import Layout, Origin, Row, StateRow
 from rllink_zmq.packing import packing_of
 from rllink_zmq.policy import Policy, PolicyManifest, policy_hash
 from rllink_zmq.session import ReaderSession, SimulatorSession, State
@@ -42,6 +42,8 @@ def layout_of_policy(manifest: PolicyManifest) -> Layout:
         (),
         manifest.action_dist_inputs,
         None if manifest.packed is None else packing_of(from_wire(manifest.packed)),
+        tuple(StateRow(state.name, Row(state.shape, np.dtype(state.dtype))) for state in manifest.state),
+        tuple(state.start for state in manifest.state),
     )
 
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from rllink_zmq import __version__
 from rllink_zmq.arrays import Array, from_body, to_buffers
 from rllink_zmq.errors import EpisodeError, PolicyError, ProtocolError
-from rllink_zmq.fragments import FragmentBuilder, Layout, Origin
-from rllink_zmq.messages import ACTION, Message
+from rllink_zmq.fragments import FragmentBuilder, Layout, Origin, Row, StateRow
+from rllink_zmq.messages import ACTION, STARTS, STATE_IN, STATE_OUT, Message
 from rllink_zmq.session import ReaderSession, State
 from rllink_zmq.transport import Connection
 from rllink_zmq.wire import Buffer
@@ -80,12 +80,12 @@ class RemotePolicy:
         session = self.session
         return session.state is State.LIVE and len(session.open_acts) < max(1, session.requests)
 
-    def ask(self, rows: NDArray[Any], *, explore: bool | None, evaluation: bool) -> int:
-        """Request actions for (B, *shape) observations; the number of the request."""
-        columns, body = to_buffers({"obs": rows})
+    def ask(self, arrays: dict[str, NDArray[Any]], *, explore: bool | None, evaluation: bool) -> int:
+        """Request actions for `obs`, (B, *shape), with what else the request has; the number of the request."""
+        columns, body = to_buffers(arrays)
         copied = [bytes(buffer) for buffer in body]  # kept until the answer is there: the rows are the builder's
         request = self.session.act(
-            columns, len(rows), copied, self.connection.clock(), explore=explore, evaluation=evaluation
+            columns, len(arrays["obs"]), copied, self.connection.clock(), explore=explore, evaluation=evaluation
         )
         self.connection.flush()
         return request
@@ -135,6 +135,7 @@ class PendingActions:
         # What was sent is what the fragments get: the caller's arrays may be others by the time of the answer.
         self._rows = np.stack([builder.observe(observation) for builder, observation in pairs])
         self._builders = [builder for builder, _ in pairs]
+        self._memory = _memory(self._builders, remote.layout)
         self._counted = sum(builder.sent for builder in self._builders)
         self._answer: Answer | None = None
         self._pause = AGAIN
@@ -146,7 +147,7 @@ class PendingActions:
 
     def _send(self) -> int:
         first = self._builders[0]
-        return self._remote.ask(self._rows, explore=first.explore, evaluation=not first.sent)
+        return self._remote.ask({"obs": self._rows, **self._memory}, explore=first.explore, evaluation=not first.sent)
 
     @property
     def due(self) -> float:
@@ -204,13 +205,16 @@ class PendingActions:
             dist_inputs = arrays["action_dist_inputs"].reshape(rows, -1)
         except (KeyError, ValueError) as e:
             raise PolicyError(f"the action service answers without actions that a learner can use: {e}") from None
+        before = {name: arrays[name] for name in arrays if name.startswith(STATE_IN)}
+        after = {name.removeprefix(STATE_OUT): arrays[name] for name in arrays if name.startswith(STATE_OUT)}
         layout = flow.layout_of("acted")
         assert layout is not None  # or nothing had been asked
-        if layout.dist_inputs != dist_inputs.shape[1]:
-            layout = remote.layout = layout._replace(dist_inputs=dist_inputs.shape[1])
+        state = tuple(StateRow(name, Row(array.shape[1:], array.dtype)) for name, array in after.items())
+        if layout.dist_inputs != dist_inputs.shape[1] or layout.state != state:
+            layout = remote.layout = layout._replace(dist_inputs=dist_inputs.shape[1], state=state, starts=())
         for i, builder in enumerate(self._builders):
             builder.observe(self._rows[i])
-            if builder.origin is not answer.origin or builder.width != layout.dist_inputs:
+            if builder.origin is not answer.origin or builder.width != layout.dist_inputs or builder.remembers != state:
                 # Other weights chose than those of the steps before.
                 if builder.steps:
                     flow.cut(builder, "no")
@@ -218,8 +222,26 @@ class PendingActions:
                     builder.began = flow.connection.clock()
                 builder.begin(layout, "acted", answer.origin, flow.length(layout, "acted", builder))
                 builder.observe(self._rows[i])
-            builder.act(actions[i], logps[i], dist_inputs[i])
+            if builder.fresh and before:
+                builder.remember([before[STATE_IN + name][i] for name in after])
+            builder.act(actions[i], logps[i], dist_inputs[i], [array[i] for array in after.values()])
         return arrays.get("env_actions", actions).copy()  # the caller's own: the message's bytes can't be written
+
+
+def _memory(builders: Sequence[FragmentBuilder], layout: Layout | None) -> dict[str, NDArray[Any]]:
+    """A request's columns of a recurrent policy's memory: none where all episodes begin. What the policy begins with is
+    the service's to know."""
+    state = layout.state if layout is not None else ()
+    starts = np.array([builder.fresh or builder.remembers != state for builder in builders])
+    if not state or starts.all():
+        return {}
+    columns: dict[str, NDArray[Any]] = {STARTS: starts} if starts.any() else {}
+    for j, part in enumerate(state):
+        column = columns[STATE_IN + part.name] = np.zeros((len(builders), *part.row.shape), part.row.dtype)
+        for i, builder in enumerate(builders):
+            if not starts[i]:
+                column[i] = builder.state[j]
+    return columns
 
 
 def request(flow: Flow, remote: RemotePolicy, pairs: Pairs) -> PendingActions:

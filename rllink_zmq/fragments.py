@@ -3,11 +3,15 @@
 A fragment of T steps has T + 1 observations: the last one is the first of the next. So it can be cut where the next
 observation is known (`cut`), or one step earlier (`cut_before_last`), and the next fragment goes on without a gap.
 Columns are arrays of the final dtype from the start: a step costs a few assignments, a cut no conversion.
+
+A recurrent policy's memory is the episode's, and is kept as observations are: T + 1 rows, the last one the first of the
+next fragment.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, cast
 
@@ -17,6 +21,7 @@ from numpy.typing import NDArray
 
 from rllink_zmq.arrays import Array
 from rllink_zmq.errors import EpisodeError, SpaceError
+from rllink_zmq.messages import STATE_IN
 from rllink_zmq.packing import Packing, dtype_of, packing_of
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -49,23 +54,38 @@ class Row(NamedTuple):
         return self.size * self.dtype.itemsize
 
 
+class StateRow(NamedTuple):
+    """One row of a column `state_in/<name>`."""
+
+    name: str
+    row: Row
+
+
 class Layout(NamedTuple):
     """The columns of an episode. `choices`: how many values a Discrete action has, or each of a MultiDiscrete's.
-    `dist_inputs`: numbers of a row of `action_dist_inputs`. `packing`: of observations that are packed."""
+    `dist_inputs`: numbers of a row of `action_dist_inputs`. `packing`: of observations that are packed. `state`: the
+    memory of a recurrent policy; `starts`: what it begins an episode with, if that is known."""
 
     obs: Row
     action: Row
     choices: tuple[int, ...] = ()
     dist_inputs: int = 0
     packing: Packing | None = None
+    state: tuple[StateRow, ...] = ()
+    starts: tuple[Array, ...] = ()
+
+    @property
+    def last_bytes(self) -> int:
+        """Bytes of the row after the last step: its observation and memory."""
+        return self.obs.nbytes + sum(state.row.nbytes for state in self.state)
 
     def step_bytes(self, kind: Kind) -> int:
         """Bytes that each step adds to a fragment."""
-        return self.obs.nbytes + self.action.nbytes + 8 + (4 * self.dist_inputs if kind == "acted" else 0)
+        return self.last_bytes + self.action.nbytes + 8 + (4 * self.dist_inputs if kind == "acted" else 0)
 
     def most_steps(self, kind: Kind, fragment_bytes: int) -> int:
         """How many steps a fragment of `fragment_bytes` holds; 0 if not even one."""
-        return max(0, (fragment_bytes - self.obs.nbytes) // self.step_bytes(kind))
+        return max(0, (fragment_bytes - self.last_bytes) // self.step_bytes(kind))
 
 
 def layout_of_spaces(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Layout:
@@ -110,9 +130,9 @@ class FragmentBuilder:
     For each step: `observe`, then `act` (the policy chose) or `log` (the simulator did), then `reward` any number of
     times. `begin` comes before the first step of a fragment. `steps`: of the fragment being built; `limit`: how many it
     may have; `episode_return`: of all steps so far, in float64. `sent` = False: what is built is thrown away, and
-    `explore` says whether its actions are drawn (None = as the trainer's evaluation does);
-    `dropping`: this fragment is. For whoever keeps the time: `began`: when the first step was taken; `timings`: of this
-    fragment, as in FRAGMENT.
+    `explore` says whether its actions are drawn (None = as the trainer's evaluation does); `dropping`: this fragment
+    is. `state`: the policy's memory before the next step, in the layout's order; `fresh`: no step has been taken with
+    it. For whoever keeps the time: `began`: when the first step was taken; `timings`: of this fragment, as in FRAGMENT.
     """
 
     def __init__(self, episode: str, *, sent: bool = True, explore: bool | None = None) -> None:
@@ -134,12 +154,17 @@ class FragmentBuilder:
         self.episode_return = 0.0
         self.began = 0.0
         self.timings: dict[str, float] = {}
+        self.fresh = True
+        self.state: tuple[Array, ...] = ()
+        self._states: tuple[Array, ...] = ()
 
     def begin(self, layout: Layout, kind: Kind, origin: Origin, limit: int) -> None:
         """Start the next fragment, of at most `limit` >= 1 steps. An observation that ended the last one is kept."""
         last = self._obs[0] if self.t0 else None
         rows = max(1, min(limit, self._rows))
         obs, action = layout.obs, layout.action
+        if layout.state or self._states:
+            self._begin_state(layout, rows)
         self._layout, self.kind, self.origin, self.limit = layout, kind, origin, limit
         self._shape, self._dtype, self._packing = obs.shape, obs.dtype, layout.packing
         self._float = obs.dtype.kind == "f"
@@ -188,9 +213,11 @@ class FragmentBuilder:
             self._not_finite("observation", self._obs[steps])
         return cast(Array, observation)
 
-    def act(self, action: Any, logp: float, dist_inputs: NDArray[np.float32]) -> None:
-        """A step whose action the policy chose. Copies. Raises `EpisodeError` for a log-probability that isn't finite:
-        the weights are not."""
+    def act(
+        self, action: Any, logp: float, dist_inputs: NDArray[np.float32], state: Sequence[NDArray[Any]] = ()
+    ) -> None:
+        """A step whose action the policy chose, and its memory after it. Copies. Raises `EpisodeError` for a
+        log-probability that isn't finite: the weights are not."""
         steps = self.steps
         if not -FLOAT32_MAX <= logp <= FLOAT32_MAX:
             raise EpisodeError(
@@ -202,6 +229,9 @@ class FragmentBuilder:
         self._actions[steps] = action
         self._logp[steps] = logp
         self._dist[steps] = dist_inputs
+        if self._states:
+            self.remember(state, steps + 1)
+            self.fresh = False
         self._reward = 0.0
         self.steps = steps + 1
 
@@ -251,13 +281,35 @@ class FragmentBuilder:
         """Numbers of a row of `action_dist_inputs` in the fragment being built."""
         return self._layout.dist_inputs if self._layout is not None else 0
 
+    # ---- memory
+
+    @property
+    def remembers(self) -> tuple[StateRow, ...]:
+        """What of the memory is kept in the fragment being built."""
+        return self._layout.state if self._layout is not None else ()
+
+    def remember(self, state: Sequence[NDArray[Any]], row: int | None = None) -> None:
+        """Set the memory before step `row` of the fragment, which is the next one; None = as `steps` says."""
+        row = self.steps if row is None else row
+        for column, array in zip(self._states, state, strict=True):
+            column[row] = array
+        self.state = tuple(column[row, ...] for column in self._states)
+
+    def _begin_state(self, layout: Layout, rows: int) -> None:
+        """Columns of a new fragment. The memory of another policy than the one that acts from now on is no memory."""
+        goes_on = bool(self.t0) and layout.state == self.remembers
+        first = self.state if goes_on else layout.starts
+        self.fresh = self.fresh or not goes_on
+        self._states = tuple(np.zeros((rows + 1, *state.row.shape), state.row.dtype) for state in layout.state)
+        self.remember(first or [column[0] for column in self._states], 0)
+
     # ---- cutting
 
     @property
     def nbytes(self) -> int:
         """Bytes of the fragment being built."""
         layout = self._layout
-        return 0 if layout is None or not self.steps else layout.obs.nbytes + self.steps * self.step_bytes
+        return 0 if layout is None or not self.steps else layout.last_bytes + self.steps * self.step_bytes
 
     def cut(self) -> Cut:
         """The fragment of all its steps (one or more); the observation after the last was given to `observe`."""
@@ -272,13 +324,15 @@ class FragmentBuilder:
         layout, limit = self._layout, self.limit
         assert layout is not None
         actions, rewards, logp, dist = self._actions, self._rewards, self._logp, self._dist
-        reward = self._reward
+        reward, state = self._reward, self.state  # the memory after the last step
         cut = self._cut(last, self.episode_return - reward)
         self.begin(layout, self.kind, self.origin, limit)
         self._actions[0], self._rewards[0] = actions[last], rewards[last]
         self._logp[0] = logp[last]
         if self.kind == "acted":
             self._dist[0] = dist[last]
+        if state:
+            self.remember(state, 1)
         self._reward = reward
         self.steps = 1
         return cut
@@ -292,6 +346,8 @@ class FragmentBuilder:
         }
         if self.kind == "acted":
             arrays["action_dist_inputs"] = self._dist[:steps]
+        for state, column in zip(self.remembers, self._states, strict=True):
+            arrays[f"{STATE_IN}{state.name}"] = column[: steps + 1]
         last = self._obs[steps].copy()
         if steps * 2 < self._rows:
             # What is kept until it is settled takes the memory that the window counts, not twice as much.
@@ -302,6 +358,8 @@ class FragmentBuilder:
         self.steps = 0
         self._rows = max(FIRST_ROWS, steps)
         self._obs = last[np.newaxis]
+        if self._states:
+            self.state = tuple(column[steps].copy() for column in self._states)
         self._reward = 0.0
         return cut
 
@@ -324,6 +382,7 @@ class FragmentBuilder:
         self._logp = longer(self._logp, rows, held)  # type: ignore[assignment]
         if self.kind == "acted":
             self._dist = longer(self._dist, rows, held)  # type: ignore[assignment]
+        self._states = tuple(longer(column, rows + 1, held + 1) for column in self._states)
 
     # ---- what doesn't fit
 

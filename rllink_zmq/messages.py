@@ -31,6 +31,10 @@ MAX_DIMENSIONS = 8
 """Of one value of a space. A column has one more: its rows."""
 MAX_BOUNDS = 8192
 """Bounds listed one by one in a Box: those of two spaces fit into a header."""
+STATE_IN, STATE_OUT = "state_in/", "state_out/"
+"""Before the name of a recurrent policy's state: the columns of its memory before steps, and after them."""
+STARTS = "starts"
+"""The column of ACT that says which rows are the first of an episode."""
 MAX_SPACE_BYTES = 64 * 1024 * 1024
 """One observation or action."""
 MAX_PARTS = 256

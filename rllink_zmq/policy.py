@@ -12,6 +12,7 @@ input, in this order      shape                       what
 ========================  ==========================  ==========================================================
 ``observations``          (B, *observation.shape)     as the environment gave them, cast to `observation.dtype`
 ``noise``                 (B, *noise_shape)           float32; independent draws of `noise`
+``state_in/<name>``       (B, *its shape)             a recurrent policy's memory before this step: one for each `state`
 ``weights/<name>``        as in the manifest          one for each weight, in the manifest's order
 ========================  ==========================  ==========================================================
 
@@ -25,6 +26,7 @@ output                  shape       what
 ``action_logp``         (B, 1)      its log-probability, float32
 ``action_dist_inputs``  (B, k)      the distribution's inputs (logits, or means and log stds), float32
 ``env_actions``         (B, m)      what `env.step` wants; left out where the action goes to the environment as it is
+``state_out/<name>``    (B, ...)    the memory after this step, each of the shape of its ``state_in/<name>``
 ======================  ==========  ==================================================================================
 
 Zeros as noise give the most likely action. This module needs numpy, msgspec and, from `Policy.load` on, onnxruntime.
@@ -53,6 +55,9 @@ MAX_BLOB_BYTES = 64 * 1024 * 1024
 MAX_WEIGHTS_BYTES = 1 << 30
 MAX_ROW_BYTES = 64 * 1024 * 1024
 """One observation, one row of noise."""
+
+MAX_STATES = 32
+"""Arrays of a recurrent policy's memory."""
 
 NOISE_BLOCK_BYTES = 64 * 1024
 """Noise is drawn this much at a time (at most 1024 rows): a draw for each step would cost more than its numbers."""
@@ -108,13 +113,38 @@ class Weight(Struct, frozen=True, array_like=True):
         return Tensor(self.dtype, self.shape).nbytes
 
 
+class State(Struct, frozen=True, array_like=True):
+    """One array of a recurrent policy's memory, without the batch dimension. `initial`: its bytes at an episode's start
+    (C order, little endian); none = zeros."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=48)]
+    dtype: DType
+    shape: Shape
+    initial: bytes = b""
+
+    @property
+    def start(self) -> NDArray[Any]:
+        """The array at an episode's start: `shape`. Raises PolicyError if `initial` has another size."""
+        tensor = Tensor(self.dtype, self.shape)
+        if not self.initial:
+            return np.zeros(self.shape, self.dtype)
+        if len(self.initial) != tensor.nbytes:
+            raise PolicyError(
+                f"the policy's state '{self.name}' starts with {len(self.initial)} bytes, not {tensor.nbytes}"
+            )
+        return (
+            np.frombuffer(self.initial, np.dtype(self.dtype).newbyteorder("<")).reshape(self.shape).astype(self.dtype)
+        )
+
+
 class PolicyManifest(Struct, frozen=True):
     """What a client must know to run the graph. `module` is the RLModule's class. `action` is what RLlib trains on,
     `env_action` what `env.step` wants. `action_dist_inputs`: how many for one action. `opset`: ONNX's.
     `evaluation_explores`: whether episodes that are not trained on draw their actions, or take the most likely ones.
     `packed`: the observations' space where they are packed, each row of `observation` being the bytes of `parts`.
     `remote_only`: why this policy can't run but where the learner's modules are; there is no graph then. `connectors`:
-    bytes at the end of a version's, which are the state of such a policy's connectors."""
+    bytes at the end of a version's, which are the state of such a policy's connectors. `state`: the memory of a
+    recurrent policy."""
 
     format: Literal[1]
     module: Annotated[str, Meta(max_length=256)]
@@ -131,6 +161,7 @@ class PolicyManifest(Struct, frozen=True):
     parts: Annotated[tuple[Tensor, ...], Meta(max_length=256)] = ()
     remote_only: Annotated[str, Meta(max_length=4096)] = ""
     connectors: Annotated[int, Meta(ge=0, lt=1 << 30)] = 0
+    state: Annotated[tuple[State, ...], Meta(max_length=MAX_STATES)] = ()
 
     @property
     def weights_bytes(self) -> int:
@@ -149,6 +180,8 @@ class Actions(NamedTuple):
     """(B,) float32."""
     action_dist_inputs: NDArray[np.float32]
     """(B, k) float32."""
+    state: tuple[NDArray[Any], ...] = ()
+    """The memory after the step, for the next call: (B, *shape) for each of the manifest's `state`."""
 
 
 _Blob: TypeAlias = tuple[PolicyManifest, bytes]
@@ -177,8 +210,12 @@ def unpack_policy(blob: Buffer) -> tuple[PolicyManifest, bytes]:
         if manifest.packed is None or manifest.observation != row:
             raise PolicyError(f"the parts of an observation take {row.nbytes} bytes, a row is {manifest.observation}")
     noise = Tensor("float32", manifest.noise_shape)
-    if max(part.nbytes for part in (manifest.observation, manifest.action, manifest.env_action, noise)) > MAX_ROW_BYTES:
-        raise PolicyError(f"one row of observations, actions or noise is over the limit of {MAX_ROW_BYTES} bytes")
+    states = [Tensor(state.dtype, state.shape) for state in manifest.state]
+    rows = (manifest.observation, manifest.action, manifest.env_action, noise, *states)
+    if max(part.nbytes for part in rows) > MAX_ROW_BYTES:
+        raise PolicyError(
+            f"one row of observations, actions, noise or state is over the limit of {MAX_ROW_BYTES} bytes"
+        )
     return manifest, graph
 
 
@@ -191,7 +228,8 @@ class Policy:
     """A policy that acts. Make one with `Policy.load`, give it weights with `apply`, then `act` or `act_one`.
 
     Not for two threads at once: `apply` writes where `act` reads. Actions depend on `seed`, the weights and the
-    observations in the order they came, not on how they were split into calls.
+    observations in the order they came, not on how they were split into calls. A recurrent policy remembers nothing
+    itself: what a call answers as `state` is the next one's, of the same episode.
     """
 
     def __init__(self, blob: Buffer, threads: int, seed: int | None) -> None:
@@ -223,6 +261,11 @@ class Policy:
         self._env_action_out = np.zeros((1, manifest.env_action.size), manifest.env_action.dtype)
         self._logp_out = np.zeros((1, 1), np.float32)
         self._dist_inputs_out = np.zeros((1, manifest.action_dist_inputs), np.float32)
+        self._starts = tuple(state.start for state in manifest.state)
+        self._states_in = tuple(start[np.newaxis].copy() for start in self._starts)
+        self._states_out = tuple(start[np.newaxis].copy() for start in self._starts)
+        self._state_rows = tuple(array[0, ...] for array in self._states_in)
+        self._state_views = tuple(array[0, ...] for array in self._states_out)
         self._shape = manifest.observation.shape
         self._observation_row = self._observation_in[0, ...]
         self._parts_in = [np.zeros((1, *part.shape), part.dtype) for part in manifest.parts]
@@ -291,11 +334,13 @@ class Policy:
         noise: NDArray[Any] | None = None,
         *,
         explore: bool | NDArray[np.bool_] = True,
+        state: Sequence[NDArray[Any]] | None = None,
     ) -> Actions:
         """Actions for B >= 1 observations, in new arrays.
 
         `observations`: (B, *observation.shape), of a dtype that casts to the policy's within its kind.
         `noise`: (B, *noise_shape), drawn if None. `explore`: False for the most likely actions, or (B,) of which.
+        `state`: (B, *shape) for each of the manifest's; None = that of episodes which begin.
         Raises PolicyError before the first `apply`, and for other shapes.
         """
         import onnxruntime
@@ -318,19 +363,32 @@ class Policy:
             ),
             **weights,
         }
+        if state is None:
+            state = [np.repeat(start[np.newaxis], rows, 0) for start in self._starts]
+        for part, array in zip(manifest.state, self._counted(state), strict=True):
+            inputs[f"state_in/{part.name}"] = onnxruntime.OrtValue.ortvalue_from_numpy(
+                self._rows(array, f"the state '{part.name}'", rows, part.shape, part.dtype)
+            )
         names = ["actions", "action_logp", "action_dist_inputs"] + ["env_actions"] * self._transforms
+        names += [f"state_out/{part.name}" for part in manifest.state]
         outputs = [value.numpy() for value in self._batch_session.run_with_ort_values(names, inputs)]
         actions = outputs[0].reshape(rows, *manifest.action.shape)
         env_actions = outputs[3].reshape(rows, *manifest.env_action.shape) if self._transforms else actions.copy()
-        return Actions(env_actions, actions, outputs[1].reshape(rows), outputs[2])
+        return Actions(
+            env_actions, actions, outputs[1].reshape(rows), outputs[2], tuple(outputs[3 + self._transforms :])
+        )
 
-    def act_one(self, observation: NDArray[Any], explore: bool = True) -> Actions:
+    def act_one(
+        self, observation: NDArray[Any], explore: bool = True, state: Sequence[NDArray[Any]] | None = None
+    ) -> Actions:
         """The action for one observation: the same as `act` for a batch of one, at a fraction of its cost.
 
         `observation`: exactly of shape `observation.shape`; values are cast. `explore`: False for the most likely
-        action. The answer's `env_actions` is new: an int
-        for Discrete, else an array. `actions` is an int for Discrete, `action_logp` a float; `actions` otherwise and
-        `action_dist_inputs` (k,) are views that THE NEXT CALL OVERWRITES: copy them to keep them.
+        action. `state`: the memory of the episode's last step, one array for each of the manifest's `state`; None = the
+        episode begins. The answer's `env_actions` is new: an int
+        for Discrete, else an array. `actions` is an int for Discrete, `action_logp` a float; `actions` otherwise,
+        `action_dist_inputs` (k,) and the `state` are views that THE NEXT CALL OVERWRITES (which may be given that very
+        `state`): copy them to keep them.
         Raises PolicyError before the first `apply`, and for another shape.
         """
         bound = self._bound
@@ -347,13 +405,32 @@ class Policy:
             used = 0
         self._noise_row[...] = self._noise_views[used] if explore else 0.0
         self._noise_used = used + 1
+        if self._state_rows:
+            self._take_state(self._starts if state is None else state)
         self._session.run_with_iobinding(bound)
         if self._scalar:
             env_action = action = self._action_out.item()
         else:
             env_action, action = self._env_action_view.copy(), self._action_view
         # Half the time of Actions(...), which passes through a Python-level __new__.
-        return tuple.__new__(Actions, (env_action, action, self._logp_out.item(), self._dist_inputs_view))
+        return tuple.__new__(
+            Actions, (env_action, action, self._logp_out.item(), self._dist_inputs_view, self._state_views)
+        )
+
+    # ---- memory
+
+    def _counted(self, state: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
+        if len(state) != len(self._starts):
+            raise PolicyError(f"expected a state of {len(self._starts)} arrays, got {len(state)}")
+        return state
+
+    def _take_state(self, state: Sequence[NDArray[Any]]) -> None:
+        for row, array in zip(self._state_rows, self._counted(state), strict=True):
+            if array.shape != row.shape:
+                raise PolicyError(
+                    f"expected a state of shapes {[r.shape for r in self._state_rows]}, got {array.shape}"
+                )
+            row[...] = array
 
     # ---- noise ------------------------------------------------------------------------------------------------
 
@@ -411,9 +488,12 @@ class Policy:
             **{n: (_ONNX_TYPES[t.dtype], [1, *t.shape]) for n, t in zip(names, observed, strict=True)},
             "noise": ("tensor(float)", [1, *manifest.noise_shape]),
         }
+        states = {part.name: (_ONNX_TYPES[part.dtype], [1, *part.shape]) for part in manifest.state}
+        inputs |= {f"state_in/{name}": array for name, array in states.items()}
         for weight in manifest.weights:
             inputs[f"weights/{weight.name}"] = (_ONNX_TYPES[weight.dtype], list(weight.shape))
-        outputs = {
+        outputs = {f"state_out/{name}": array for name, array in states.items()}
+        outputs |= {
             "actions": (_ONNX_TYPES[manifest.action.dtype], [1, manifest.action.size]),
             "action_logp": ("tensor(float)", [1, 1]),
             "action_dist_inputs": ("tensor(float)", [1, manifest.action_dist_inputs]),
@@ -450,6 +530,9 @@ class Policy:
         binding.bind_ortvalue_output("action_dist_inputs", as_value(self._dist_inputs_out))
         if self._transforms:
             binding.bind_ortvalue_output("env_actions", as_value(self._env_action_out))
+        for part, given, made in zip(self.manifest.state, self._states_in, self._states_out, strict=True):
+            binding.bind_ortvalue_input(f"state_in/{part.name}", as_value(given))
+            binding.bind_ortvalue_output(f"state_out/{part.name}", as_value(made))
         return binding
 
     def _given(self, rows: NDArray[Any]) -> list[tuple[str, NDArray[Any]]]:

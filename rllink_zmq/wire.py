@@ -22,6 +22,7 @@ from rllink_zmq.messages import (
     MAX_FRAMES,
     MAX_HEADER_BYTES,
     STATE,
+    STATE_IN,
     Message,
     decode,
     encode,
@@ -77,7 +78,7 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
         steps = message.steps
         for column in message.columns:
             claimed += column_bytes(column)
-            rows = steps + 1 if column.name == "obs" else steps
+            rows = steps + 1 if column.name == "obs" or column.name.startswith(STATE_IN) else steps
             if not column.shape or column.shape[0] != rows:
                 raise ProtocolError(
                     f"column '{column.name}' of a fragment of {steps} steps must have {rows} rows, "

@@ -20,6 +20,7 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from test_packed_policies import fragment
 
 from rllink_zmq.errors import PolicyError, SettingsError
+from rllink_zmq.messages import STATE_IN, STATE_OUT
 from rllink_zmq.packing import Packing
 from rllink_zmq.policy import Policy, PolicyManifest, unpack_policy
 from rllink_zmq.rllib.episodes import EpisodeBuilder
@@ -260,3 +261,19 @@ def test_states_go_over_the_wire_and_nothing_else_does() -> None:
             from_bytes(bad)
     with pytest.raises(PolicyError, match=r"state\['a'\]\[0\] is a set"):
         to_bytes({"a": [{1}]})
+
+
+def test_a_recurrent_policy_keeps_its_memory_behind_connectors() -> None:
+    """Step by step by requests, as RLlib's own runner steps through the episode."""
+    made = config(BOX, Halved).rl_module(model_config={"fcnet_hiddens": [8], "use_lstm": True, "max_seq_len": 4})
+    observations = samples(BOX)
+    theirs = rllib(made, observations)
+    actor, manifest = actor_of(made)
+    assert [part.name for part in manifest.state] == actor.memory.names != []
+    state = None
+    for t, observation in enumerate(observations[:-1]):
+        answer = actor.act(observation[np.newaxis], False, state)
+        expected = theirs.get_extra_model_outputs(Columns.ACTION_DIST_INPUTS, t)
+        np.testing.assert_allclose(answer["action_dist_inputs"][0], expected, rtol=1e-5, atol=1e-6)
+        assert (STATE_IN + manifest.state[0].name in answer) is (t == 0), "who begins is told with what"
+        state = [answer[STATE_OUT + part.name] for part in manifest.state]

@@ -119,8 +119,8 @@ def test_actions_are_what_weights_and_noise_make_of_observations(policy):
     np.testing.assert_array_equal(acted.env_actions, acted.actions)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(acted.action_logp, np.take_along_axis(logp, acted.actions[:, None], 1)[:, 0], atol=1e-5)
-    assert [x.dtype.name for x in acted] == ["int64", "int64", "float32", "float32"]
-    assert [x.shape for x in acted] == [(2500,), (2500,), (2500,), (2500, 2)]
+    assert [x.dtype.name for x in acted[:4]] == ["int64", "int64", "float32", "float32"]
+    assert [x.shape for x in acted[:4]] == [(2500,), (2500,), (2500,), (2500, 2)]
 
 
 def test_no_noise_is_the_most_likely_action(policy):

@@ -26,9 +26,10 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from rllink_zmq.arrays import from_body
 from rllink_zmq.audit import Log
 from rllink_zmq.errors import ProtocolError
-from rllink_zmq.messages import FRAGMENT
+from rllink_zmq.messages import FRAGMENT, STATE_IN
 from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.rllib.audit import COLUMN, names
+from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.session_runner import Lease
 
 REMEMBERED = 10_000
@@ -74,6 +75,8 @@ class _Piece(NamedTuple):
     actions: NDArray[Any]
     rewards: NDArray[np.float32]
     outputs: dict[str, NDArray[Any]]
+    state: list[NDArray[Any]]
+    """A recurrent policy's memory before each step and after the last: steps + 1 rows each."""
 
 
 class EpisodeBuilder:
@@ -99,6 +102,7 @@ class EpisodeBuilder:
         self.action_space = action_space
         self._packing = packing_of(observation_space)
         self.module = module
+        self.memory = Memory(module)
         self.longest = longest
         self.audit = audit
         self._next: OrderedDict[tuple[bytes, str], tuple[int, str, float]] = OrderedDict()
@@ -161,6 +165,7 @@ class EpisodeBuilder:
         seen: Any = observations if self._packing is None else self._packing.unpack(observations.view(np.uint8))
         if self._rewrite is not None:
             seen, self._seen_space = self._rewrite(message, seen)
+        state = self._check_state(arrays)
         inputs = arrays.get("action_dist_inputs")
         outputs = {
             Columns.ACTION_LOGP: logp,
@@ -169,7 +174,7 @@ class EpisodeBuilder:
         }
         if self.audit is not None:
             outputs[COLUMN] = names(message.session, message.number, message.steps)
-        return _Piece(message, seen, actions, rewards, outputs)
+        return _Piece(message, seen, actions, rewards, outputs, state)
 
     def _chunk(self, pieces: Sequence[_Piece]) -> Built:
         first, last = pieces[0].message, pieces[-1].message
@@ -192,7 +197,10 @@ class EpisodeBuilder:
             actions=_buffer(_joined([p.actions for p in pieces])),
             rewards=_buffer(rewards),
             infos=InfiniteLookbackBuffer(data=[{}] * (steps + 1), lookback=0),
-            extra_model_outputs={name: _buffer(values) for name, values in outputs.items()},
+            extra_model_outputs={
+                **{name: _buffer(values) for name, values in outputs.items()},
+                **self._state_out(pieces),
+            },
             terminated=last.end == "terminated",
             truncated=last.end == "truncated",
             t_started=first.t0,
@@ -206,6 +214,19 @@ class EpisodeBuilder:
             return Built(episode, None, step_seconds, timings)
         total = first.return_so_far + float(rewards.sum(dtype=np.float64))
         return Built(episode, Finished(last.t0 + last.steps, total, last.seconds), step_seconds, timings)
+
+    def _state_out(self, pieces: Sequence[_Piece]) -> dict[str, InfiniteLookbackBuffer]:
+        """STATE_OUT of each step. What was before the first one is the row that a learner looks back to: where it cuts
+        the chunk into sequences, each begins with the state that the policy had there."""
+        if not self.memory:
+            return {}
+        rows = [
+            _joined([*(each[:-1] for each in columns[:-1]), columns[-1]])
+            for columns in zip(*(piece.state for piece in pieces), strict=True)
+        ]
+        buffer = InfiniteLookbackBuffer(data=self.memory.nested(rows))
+        buffer.lookback = 1  # the constructor would count the dict's keys
+        return {Columns.STATE_OUT: buffer}
 
     def _place(self, message: FRAGMENT) -> tuple[str, float | None]:
         """The chunk's episode id, and when it began, in seconds since the episode did, if that is known."""
@@ -232,6 +253,25 @@ class EpisodeBuilder:
         for part, values in zip(packing.parts, packing.arrays(rows), strict=True):
             self._check(part.name, values, part.space)
 
+    def _check_state(self, arrays: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        columns = []
+        for name, start in zip(self.memory.names, self.memory.start, strict=True):
+            column = arrays.get(STATE_IN + name)
+            if column is None:
+                raise ProtocolError(
+                    f"the policy is recurrent, and a fragment needs its memory of each step: no '{STATE_IN}{name}'. "
+                    f"Let the policy act: a simulator that chooses actions itself has none"
+                )
+            if column.shape[1:] != start.shape or column.dtype != start.dtype:
+                raise ProtocolError(
+                    f"'{STATE_IN}{name}' has rows of {column.dtype}{list(column.shape[1:])}, the module's state is "
+                    f"{start.dtype}{list(start.shape)}"
+                )
+            if not np.isfinite(column).all():
+                raise ProtocolError(f"'{STATE_IN}{name}' holds NaN or infinity")
+            columns.append(column)
+        return columns
+
     def _check(self, name: str, values: NDArray[Any], space: gym.Space[Any]) -> None:
         shape = space.shape or ()
         if values.shape[1:] != shape:
@@ -256,6 +296,10 @@ class EpisodeBuilder:
         column (PPO's KL term), and it must be there in all fragments or in none."""
         if self.module is None:
             raise ProtocolError("this runner has no RLModule to fill in 'action_dist_inputs'")
+        if self.memory:
+            raise ProtocolError(
+                "the policy is recurrent, and 'action_dist_inputs' can't be filled in: they depend on its memory"
+            )
         with torch.no_grad():
             batch = tree.map_structure(
                 lambda a: torch.from_numpy(a[:-1].astype(np.float32) if a.dtype == np.float64 else a[:-1].copy()),

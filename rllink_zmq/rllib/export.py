@@ -38,6 +38,7 @@ from ray.rllib.utils.spaces.space_utils import clip_action, unsquash_action
 from rllink_zmq.errors import PolicyError, SpaceError
 from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.policy import Noise, Policy, PolicyManifest, Tensor, Weight, pack_policy, unpack_policy
+from rllink_zmq.rllib.recurrent import Memory, one_step
 from rllink_zmq.spaces import to_wire
 
 OPSET = 20
@@ -61,19 +62,25 @@ def export_policy(
     config's `explore`. As in RLlib, `start` of a Discrete space
     is not added. The module is unchanged afterwards; the blob of two modules of one architecture is the same.
 
-    Raises PolicyError, naming the module's class, for a module that is stateful, chooses actions itself, has another
-    distribution than RLlib's default one, can't be traced, or whose graph doesn't compute what the module does.
+    A stateful module's state goes in and comes out with each step (`rllink_zmq.rllib.recurrent`).
+
+    Raises PolicyError, naming the module's class, for a module that chooses actions itself, has another distribution
+    than RLlib's default one or a state that can't travel, can't be traced, or whose graph doesn't compute what the
+    module does.
     """
     module = module.unwrapped()
     name = type(module).__name__
     if isinstance(module, MultiRLModule) or not isinstance(module, TorchRLModule):
         raise PolicyError(f"{name} is not a single TorchRLModule: export the modules of a MultiRLModule one by one")
-    if module.is_stateful():
-        raise PolicyError(f"{name} is stateful (an LSTM?), and the graph keeps no state: turn it off, or {_REMOTE}")
+    try:
+        memory = Memory(module)
+        states = memory.states()
+    except PolicyError as error:
+        raise PolicyError(f"{name} has {error}") from error
     example = _Example(name, observation_space)
     head = _head(name, module.get_exploration_action_dist_cls(), action_space)
     for_env = ForEnv(action_space, normalize_actions, clip_actions)
-    graph = _Graph(module, head, for_env, example.packing)
+    graph = _Graph(module, head, for_env, memory, example.packing)
     training = module.training
     module.eval()  # as forward_exploration does for the time of the call
     try:
@@ -93,6 +100,7 @@ def export_policy(
             evaluation_explores=evaluation_explores,
             packed=to_wire(observation_space) if example.packing else None,
             parts=example.parts,
+            state=states,
         )
         blob = pack_policy(manifest, _canonical(model, manifest))
         _verify(blob, graph, example, head, for_env)
@@ -371,32 +379,41 @@ _FLOATS = (torch.float32, torch.float64)
 class _Graph(torch.nn.Module):
     """What is traced."""
 
-    def __init__(self, module: TorchRLModule, head: _Head, for_env: ForEnv, packing: Packing | None) -> None:
+    def __init__(
+        self, module: TorchRLModule, head: _Head, for_env: ForEnv, memory: Memory, packing: Packing | None
+    ) -> None:
         super().__init__()
+        self.memory = memory
         self._packing = packing
         self.module = module
         self._head = head
         self._for_env = for_env
 
-    def dist_inputs(self, observations: Observed) -> torch.Tensor:
-        """(B, k). Raises PolicyError if the module answers with anything else."""
+    def infer(self, observations: Observed, *state: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Dist inputs (B, k), and the state after the step. Raises PolicyError if the module answers with anything
+        else."""
         if self._packing is not None:
             observations = self._packing.structure(list(observations))
-        answer = self.module.forward_exploration({Columns.OBS: observations})
+        given = self.memory.batch(observations, state)
+        answer, after = self.memory.answer(self.module.forward_exploration(given))
         if Columns.ACTION_DIST_INPUTS not in answer or Columns.ACTIONS in answer:
             raise PolicyError(
                 f"{type(self.module).__name__}.forward_exploration answers with {sorted(answer)}: the graph needs "
                 f"{Columns.ACTION_DIST_INPUTS} and draws the actions itself. Use an algorithm that samples from a "
                 f"distribution (PPO, APPO, IMPALA), or {_REMOTE}"
             )
-        return answer[Columns.ACTION_DIST_INPUTS]
+        return answer[Columns.ACTION_DIST_INPUTS], after
 
-    def forward(self, observations: Observed, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        dist_inputs = self.dist_inputs(observations)
+    def forward(self, observations: Observed, noise: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        dist_inputs, after = self.infer(observations, *state)
         actions, logp = self._head.draw(dist_inputs, noise)
         if self._for_env.transforms:
-            return actions, logp, dist_inputs, self._for_env(actions)
-        return actions, logp, dist_inputs
+            return actions, logp, dist_inputs, self._for_env(actions), *after
+        return actions, logp, dist_inputs, *after
+
+    def starts(self, rows: int) -> list[torch.Tensor]:
+        """The state of `rows` episodes that begin."""
+        return [torch.from_numpy(array) for array in self.memory.starts(rows)]
 
 
 # ---- from module to graph -----------------------------------------------------------------------------------------
@@ -406,7 +423,7 @@ def _count_dist_inputs(name: str, graph: _Graph, example: _Example, head: _Head)
     """How many dist inputs the module makes of an observation. Raises PolicyError if it can't run or they don't fit."""
     try:
         with torch.no_grad():
-            dist_inputs = graph.dist_inputs(example.given(example.rows(2)))
+            dist_inputs, _ = graph.infer(example.given(example.rows(2)), *graph.starts(2))
     except PolicyError:
         raise
     except Exception as error:  # a user's module
@@ -427,10 +444,12 @@ def _trace(name: str, graph: _Graph, example: _Example, head: _Head) -> tuple[An
     """The ONNX model, with the module's state as inputs after the other two, and what of the state it uses.
     Raises PolicyError if torch can't trace the module."""
     outputs = ["actions", "action_logp", "action_dist_inputs"] + ["env_actions"] * graph._for_env.transforms
-    arguments = (example.given(example.rows(2)), torch.zeros(2, head.width))
-    observed = [f"observations/{i}" for i in range(len(example.parts))] or ["observations"]
+    outputs += [f"state_out/{part}" for part in graph.memory.names]
+    arguments = (example.given(example.rows(2)), torch.zeros(2, head.width), *graph.starts(2))
+    given = [f"observations/{i}" for i in range(len(example.parts))] or ["observations"]
+    given += ["noise", *(f"state_in/{part}" for part in graph.memory.names)]
     try:
-        with _quiet():
+        with _quiet(), one_step(graph.module):
             program = torch.onnx.export(
                 _capture(graph, arguments),
                 dynamo=True,
@@ -438,7 +457,7 @@ def _trace(name: str, graph: _Graph, example: _Example, head: _Head) -> tuple[An
                 optimize=False,
                 verbose=False,
                 opset_version=OPSET,
-                input_names=[*observed, "noise"],
+                input_names=given,
                 output_names=outputs,
             )
             state = {f"module.{key}": value for key, value in graph.module.state_dict().items()}
@@ -470,7 +489,9 @@ def _capture(graph: _Graph, arguments: tuple[Observed, torch.Tensor]) -> Any:
     """The traced program, for any batch size. Raises whatever torch.export raises."""
     batch = {0: torch.export.Dim("batch")}
     observed = arguments[0]
-    shapes = (batch if isinstance(observed, torch.Tensor) else (batch,) * len(observed), batch)
+    shapes: tuple[Any, ...] = (batch if isinstance(observed, torch.Tensor) else (batch,) * len(observed), batch)
+    if graph.memory:
+        shapes += ((batch,) * len(graph.memory.names),)
     try:
         return torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=False)
     except Exception as plain:
@@ -507,19 +528,21 @@ def _canonical(model: Any, manifest: PolicyManifest) -> bytes:
         keep[value.name] = f"weights/{weight.name}"
     _rename(graph, keep, iter(range(1 << 31)))
     graph.name = "policy"
-    widths = {
-        "actions": manifest.action.size,
-        "action_logp": 1,
-        "action_dist_inputs": manifest.action_dist_inputs,
-        "env_actions": manifest.env_action.size,
+    shapes: dict[str, tuple[int, ...]] = {
+        "actions": (manifest.action.size,),
+        "action_logp": (1,),
+        "action_dist_inputs": (manifest.action_dist_inputs,),
+        "env_actions": (manifest.env_action.size,),
+        **{f"state_out/{part.name}": part.shape for part in manifest.state},
     }
     for value in (*graph.input[:given], *graph.output):
         dims = value.type.tensor_type.shape.dim
         dims[0].Clear()
         dims[0].dim_param = "batch"
-        if value.name in widths:
+        if value.name in shapes:
             del dims[1:]
-            dims.add().dim_value = widths[value.name]
+            for length in shapes[value.name]:
+                dims.add().dim_value = length
     for field in ("doc_string", "producer_name", "producer_version", "domain", "model_version", "metadata_props"):
         model.ClearField(field)
     return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
@@ -581,17 +604,29 @@ def _verify(blob: bytes, graph: _Graph, example: _Example, head: _Head, for_env:
     policy = Policy.load(blob, seed=0)
     policy.apply(0, weights_body(policy.manifest, state))
     observations = example.rows(3)  # not the number it was traced with
-    acted = policy.act(observations)
+    memory = [start + torch.rand(start.shape, generator=generator).to(start.dtype) for start in graph.starts(3)]
+    acted = policy.act(observations, state=[part.numpy() for part in memory])
     with torch.no_grad():
         replaced = {f"graph.module.{key}": value for key, value in state.items()}
-        expected = torch.func.functional_call(_DistInputs(graph), replaced, (example.given(observations),))
+        given = (example.given(observations), *memory)
+        expected, after = torch.func.functional_call(_Infer(graph), replaced, given)
+        starts = torch.func.functional_call(_Start(graph), replaced, ())
         logp = head.distribution.from_logits(torch.from_numpy(acted.action_dist_inputs)).logp(
             torch.from_numpy(acted.actions)
+        )
+    if not all(np.array_equal(start, of_all) for start, of_all in zip(starts, graph.memory.start, strict=True)):
+        raise PolicyError(
+            f"{name}.get_initial_state changes with the weights, and a simulator is told it once: let it be constant, "
+            f"or {_REMOTE}"
         )
     for what, ours, theirs in (
         ("action_dist_inputs", acted.action_dist_inputs, expected.numpy()),
         ("action_logp", acted.action_logp, logp.numpy()),
         ("env_actions", acted.env_actions, for_env.reference(acted.actions)),
+        *(
+            (f"the state '{part}'", ours, theirs.numpy())
+            for part, ours, theirs in zip(graph.memory.names, acted.state, after, strict=True)
+        ),
     ):
         if not np.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True):
             worst = float(np.max(np.abs(np.asarray(ours, np.float64) - theirs)))
@@ -601,15 +636,26 @@ def _verify(blob: bytes, graph: _Graph, example: _Example, head: _Head, for_env:
             )
 
 
-class _DistInputs(torch.nn.Module):
-    """`_Graph.dist_inputs` as a module's forward, for functional_call."""
+class _Infer(torch.nn.Module):
+    """`_Graph.infer` as a module's forward, for functional_call."""
 
     def __init__(self, graph: _Graph) -> None:
         super().__init__()
         self.graph = graph
 
-    def forward(self, observations: Observed) -> torch.Tensor:
-        return self.graph.dist_inputs(observations)
+    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return self.graph.infer(*given)
+
+
+class _Start(torch.nn.Module):
+    """The module's initial state as a module's forward, for functional_call."""
+
+    def __init__(self, graph: _Graph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self) -> list[NDArray[Any]]:
+        return Memory(self.graph.module).start
 
 
 def _first_line(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.packing import Packing, packing_of
+from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.rllib.states import from_bytes, to_bytes
 
 TRIED = 4
@@ -82,17 +83,30 @@ class Pipelines:
 
     # ---- acting
 
-    def act(self, module: Any, rows: NDArray[Any], explore: bool) -> dict[str, NDArray[Any]]:
-        """Columns of an answer for (B, *row) observations as they travel: RLlib's pipelines around `module`."""
-        return self._act(module, self._episodes(self._each(rows)), explore)
+    def act(
+        self, module: Any, rows: NDArray[Any], explore: bool, memory: Memory, before: Sequence[torch.Tensor]
+    ) -> tuple[dict[str, NDArray[Any]], list[NDArray[Any]]]:
+        """Columns of an answer for (B, *row) observations as they travel: RLlib's pipelines around `module`; and its
+        memory after the step, which was `before`."""
+        return self._act(module, self._episodes(self._each(rows)), explore, memory, before)
 
-    def _act(self, module: Any, episodes: list[SingleAgentEpisode], explore: bool) -> dict[str, NDArray[Any]]:
+    def _act(
+        self,
+        module: Any,
+        episodes: list[SingleAgentEpisode],
+        explore: bool,
+        memory: Memory,
+        before: Sequence[torch.Tensor],
+    ) -> tuple[dict[str, NDArray[Any]], list[NDArray[Any]]]:
         shared: dict[str, Any] = {}
         with torch.no_grad():
             batch = self.to_module(
                 rl_module=module, batch={}, episodes=episodes, explore=explore, shared_data=shared
             )  # fmt: skip
+            if memory:
+                batch[Columns.STATE_IN] = memory.nested(before)  # to RLlib these episodes begin
             out = module.forward_exploration(batch) if explore else module.forward_inference(batch)
+            after = [array.numpy(force=True) for array in memory.flat(out[Columns.STATE_OUT])] if memory else []
             answer = self.to_env(
                 rl_module=module, batch=dict(out), episodes=episodes, explore=explore, shared_data=shared
             )  # fmt: skip
@@ -107,7 +121,7 @@ class Pipelines:
             columns[Columns.ACTION_LOGP] = np.zeros(count, np.float32)
         if Columns.ACTIONS_FOR_ENV in answer:
             columns["env_actions"] = _stacked(answer[Columns.ACTIONS_FOR_ENV], count)
-        return columns
+        return columns, after
 
     # ---- fragments
 
@@ -156,8 +170,10 @@ class Pipelines:
         actions.seed(0)
         (alone,), (past,) = self._episodes([samples[-1]]), self._episodes([samples[0]])
         past.id_ = alone.id_  # by which batches name what is in them
+        memory = Memory(module)
+        outputs = {Columns.STATE_OUT: memory.nested(memory.start)} if memory else {}
         for sample in samples[1:]:
-            past.add_env_step(sample, actions.sample(), 1.0)
+            past.add_env_step(sample, actions.sample(), 1.0, extra_model_outputs=outputs)
         batches: list[dict[str, Any]] = [{}, {}]
         shared: list[dict[str, Any]] = [{}, {}]
         for piece in self.to_module.connectors:
@@ -182,7 +198,8 @@ class Pipelines:
                     f"FrameStackObservation stacks frames, for example) and leave {name} out"
                 )
         try:
-            answer = self._act(module, self._episodes(samples), True)
+            before = [torch.from_numpy(array) for array in memory.starts(TRIED)]
+            answer, _ = self._act(module, self._episodes(samples), True, memory, before)
         except PolicyError:
             raise
         except Exception as error:  # a user's module or piece

@@ -17,6 +17,7 @@ from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.policy import PolicyManifest, Tensor, Weight, pack_policy
 from rllink_zmq.rllib.export import OPSET, check_connectors, export_policy
 from rllink_zmq.rllib.pipelines import Pipelines
+from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.rllib.settings import explores
 from rllink_zmq.spaces import to_wire
 
@@ -48,8 +49,6 @@ def _remote_policy(config: AlgorithmConfig, module: RLModule, why: str) -> bytes
     name = type(module).__name__
     if isinstance(module, MultiRLModule) or not isinstance(module, TorchRLModule):
         raise PolicyError(f"{name} is not a single TorchRLModule: neither simulators nor runners can act by it")
-    if module.is_stateful():
-        raise PolicyError(why)
     pipelines = Pipelines(config)
     dist_inputs = pipelines.check(module)
     state = pipelines.state
@@ -81,6 +80,7 @@ def _remote_policy(config: AlgorithmConfig, module: RLModule, why: str) -> bytes
             parts=layout.packing.tensors if layout.packing else (),
             remote_only=why[:4096],
             connectors=8 + 2 * len(state) + 4096 if state else 0,
+            state=Memory(module).states(),
         )
     except msgspec.ValidationError as error:
         raise PolicyError(f"{name} has weights that can't travel: {error}") from error

@@ -22,13 +22,14 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.rl_module import RLModule
 
 from rllink_zmq import __version__
-from rllink_zmq.arrays import column_of
+from rllink_zmq.arrays import column_of, from_body
 from rllink_zmq.errors import RllinkError
-from rllink_zmq.messages import ACT, ACTION, Column
+from rllink_zmq.messages import ACT, ACTION, STARTS, STATE_IN, STATE_OUT, Column
 from rllink_zmq.packing import packing_of
 from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib.export import ForEnv, connectors_state
 from rllink_zmq.rllib.pipelines import Pipelines
+from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import ServiceSession
 from rllink_zmq.spaces import from_wire
@@ -47,6 +48,10 @@ SWITCH_INTERVAL = 0.1
 
 NEWS_INTERVAL = 0.05
 """Seconds between two looks for newer weights while nobody asks."""
+
+
+def _said(columns: dict[str, tuple[str, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{name} {np.dtype(dtype)}{list(shape)}" for name, (dtype, shape) in columns.items())
 
 
 class OwnPolicy(Wanted):
@@ -83,6 +88,7 @@ class ModuleActor:
         self._state = self._module.state_dict()
         self._for_env = ForEnv(action_space, normalize, clip)
         self._packing = None if manifest.packed is None else packing_of(from_wire(manifest.packed))
+        self.memory = Memory(self._module)
         self.dtype = np.dtype(manifest.observation.dtype)
         self.shape = manifest.observation.shape
 
@@ -101,12 +107,38 @@ class ModuleActor:
                 offset += weight.nbytes
         self.version = version
 
-    def act(self, observations: NDArray[Any], explore: bool) -> dict[str, NDArray[Any]]:
-        """Columns of an answer for (B, *shape) observations of the policy's dtype."""
+    def act(
+        self,
+        observations: NDArray[Any],
+        explore: bool,
+        state: Sequence[NDArray[Any]] | None = None,
+        starts: NDArray[np.bool_] | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Columns of an answer for (B, *shape) observations of the policy's dtype.
+
+        `state`: a recurrent module's memory before the step, (B, *shape) each, in the manifest's order; in rows that
+        `starts` an episode it is the initial one, whatever is given. None = all rows start.
+        """
+        before = self.memory.starts(len(observations))
+        if state is not None:
+            goes_on = np.ones(len(observations), bool) if starts is None else ~starts
+            for array, given in zip(before, state, strict=True):
+                array[goes_on] = given[goes_on]
+        columns = self._compute(observations, explore, [torch.from_numpy(array).to(self._device) for array in before])
+        if state is None or (starts is not None and starts.any()):
+            # Who begins is told with what.
+            columns |= {STATE_IN + name: array for name, array in zip(self.memory.names, before, strict=True)}
+        return columns
+
+    def _compute(
+        self, observations: NDArray[Any], explore: bool, before: Sequence[torch.Tensor]
+    ) -> dict[str, NDArray[Any]]:
         with torch.no_grad():
-            batch = {Columns.OBS: self._given(observations)}
+            batch = self.memory.batch(self._given(observations), before)
             module = self._module
-            out = module.forward_exploration(batch) if explore else module.forward_inference(batch)
+            out, after = self.memory.answer(
+                module.forward_exploration(batch) if explore else module.forward_inference(batch)
+            )
             dist_inputs = out[Columns.ACTION_DIST_INPUTS]
             drawn_from = module.get_exploration_action_dist_cls().from_logits(dist_inputs)
             if explore:
@@ -118,6 +150,7 @@ class ModuleActor:
             columns = {"actions": actions, "action_logp": logp, "action_dist_inputs": dist_inputs}
             if self._for_env.transforms:
                 columns["env_actions"] = self._for_env(actions.cpu())
+            columns |= {STATE_OUT + name: array for name, array in zip(self.memory.names, after, strict=True)}
             return {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in columns.items()}
 
     def _given(self, observations: NDArray[Any]) -> Any:
@@ -153,8 +186,11 @@ class PipelineActor(ModuleActor):
         if self._on_state is not None:
             self._on_state(version, state)
 
-    def act(self, observations: NDArray[Any], explore: bool) -> dict[str, NDArray[Any]]:
-        return self._pipelines.act(self._module, observations, explore)
+    def _compute(
+        self, observations: NDArray[Any], explore: bool, before: Sequence[torch.Tensor]
+    ) -> dict[str, NDArray[Any]]:
+        columns, after = self._pipelines.act(self._module, observations, explore, self.memory, before)
+        return columns | {STATE_OUT + name: array for name, array in zip(self.memory.names, after, strict=True)}
 
 
 class ActService:
@@ -185,7 +221,7 @@ class ActService:
         self._asked_greeting = 0
         self._switched = float("-inf")
         self._news_at = 0.0
-        self._columns: dict[tuple[int, bool], tuple[Column, ...]] = {}
+        self._columns: dict[tuple[int, tuple[str, ...]], tuple[Column, ...]] = {}
         self.session = ServiceSession(secrets.token_bytes(16), run, name=name, package=__version__)
         self.session.on_message = self._wanted.answer
         self._thread = ConnectionThread(Connection(self.session, address), self._step, f"{name}-acting")
@@ -231,20 +267,24 @@ class ActService:
         """One forward pass for all that fits; a reason for each that doesn't."""
         actor = self.actor
         fit: list[ACT] = []
-        bodies: list[Buffer] = []
+        bodies: list[Sequence[Buffer]] = []
         for message, body in batch:
             why = self._misfit(message)
             if why:
                 self._say(message, ACTION(message.session, message.request, code="malformed", text=why), b"", now)
                 continue
             fit.append(message)
-            bodies.extend(body)
+            bodies.append(body)
         if not fit:
             return
         rows = sum(message.rows for message in fit)
         try:
-            observations = np.frombuffer(bytearray().join(bodies), actor.dtype).reshape(rows, *actor.shape)
-            arrays = actor.act(observations, explore)
+            if actor.memory:
+                observations, state, starts = self._gathered(fit, bodies)
+                arrays = actor.act(observations, explore, state, starts)
+            else:
+                joined = bytearray().join(buffer for body in bodies for buffer in body)
+                arrays = actor.act(np.frombuffer(joined, actor.dtype).reshape(rows, *actor.shape), explore)
         except Exception as e:  # a user's module may raise anything; who asked is told, and the service goes on
             if len(fit) > 1:  # perhaps for one of them alone: an observation that overflows, say
                 asked = {(message.session, message.request): (message, body) for message, body in batch}
@@ -274,8 +314,27 @@ class ActService:
             self._give(message, self._columns_of(arrays, message.rows), answer, now)
             first = last
 
+    def _gathered(
+        self, fit: Sequence[ACT], bodies: Sequence[Sequence[Buffer]]
+    ) -> tuple[NDArray[Any], list[NDArray[Any]], NDArray[np.bool_]]:
+        """Observations of all requests, the memory that they come with, and which rows have none."""
+        memory = self.actor.memory
+        asked = [from_body(message.columns, body) for message, body in zip(fit, bodies, strict=True)]
+        observations = np.concatenate([arrays["obs"] for arrays in asked])
+        state = memory.starts(len(observations))
+        starts = np.ones(len(observations), bool)
+        first = 0
+        for message, arrays in zip(fit, asked, strict=True):
+            rows = slice(first, first + message.rows)
+            first += message.rows
+            if len(message.columns) > 1:
+                starts[rows] = arrays.get(STARTS, False)
+                for array, name in zip(state, memory.names, strict=True):
+                    array[rows] = arrays[STATE_IN + name]
+        return observations, state, starts
+
     def _columns_of(self, arrays: dict[str, NDArray[Any]], rows: int) -> tuple[Column, ...]:
-        key = (rows, "env_actions" in arrays)
+        key = (rows, tuple(arrays))
         columns = self._columns.get(key)
         if columns is None:
             columns = tuple(column_of(name, array[:1].repeat(rows, 0)) for name, array in arrays.items())
@@ -299,7 +358,9 @@ class ActService:
         actor, column = self.actor, message.columns[0]
         if message.module:
             return f"there is no module '{message.module}' here: leave it out"
-        if len(message.columns) != 1 or column.name != "obs":
+        memory = actor.memory
+        rest = message.columns[1:]
+        if column.name != "obs" or (rest and not memory):
             names = ", ".join(c.name for c in message.columns)
             return f"expected one column 'obs', got {names}"
         if column.shape[1:] != actor.shape or np.dtype(column.dtype) != actor.dtype:
@@ -307,6 +368,17 @@ class ActService:
                 f"expected observations of {actor.dtype}{list(actor.shape)}, got {np.dtype(column.dtype)}"
                 f"{list(column.shape[1:])}: start the simulator with the trainer's environment"
             )
+        if rest:
+            named = zip(memory.names, memory.start, strict=True)
+            expected = {STATE_IN + name: (array.dtype.str, array.shape) for name, array in named}
+            found = {c.name: (c.dtype, c.shape[1:]) for c in rest}
+            if found.get(STARTS) == ("|b1", ()):
+                del found[STARTS]
+            if found != expected or len(rest) != len({c.name for c in rest}):
+                return (
+                    f"expected the policy's memory before this step, {_said(expected)}, or none of it where all rows "
+                    f"begin an episode; got {_said(found)}"
+                )
         return ""
 
     # ---- weights

@@ -25,6 +25,7 @@ from rllink_zmq.messages import Duty, TrainerHello
 from rllink_zmq.policy import policy_hash, unpack_policy
 from rllink_zmq.rllib.policies import policy_of
 from rllink_zmq.rllib.pool import Pool
+from rllink_zmq.rllib.recurrent import send_what_acts
 from rllink_zmq.rllib.settings import KEY, LinkSettings, trainer_terms
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import TrainerSession
@@ -71,8 +72,11 @@ class Trainer:
         self._thread = ConnectionThread(Connection(self.session, self.settings.broker), _no_step, "rllink-trainer")
         self._thread.start()
         self._await_welcome()
+        if self.manifest.state:
+            send_what_acts(algorithm.learner_group, [weight.name for weight in self.manifest.weights])
         self._first = self._learned()
-        self._tell(None, None)
+        # What RLlib gave the runners when it made them may lack a part that acts.
+        self._tell(None, self._first if self.manifest.state else None)
         self.pool.start()
         if local is not None:
             local.on_restored = self.begin_run

@@ -1,0 +1,81 @@
+"""Recurrent policies through real simulators, a real broker and a real Ray, each in its own process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from processes import REAL_RAY, balanced, environment, rllink, status, until
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.appo import APPOConfig
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.examples.envs.classes.stateless_cartpole import StatelessCartPole
+from small_ppo import only_staleness, ppo
+
+from rllink_zmq.rllib import attach
+
+pytestmark = REAL_RAY
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+MODEL = {"use_lstm": True, "lstm_cell_size": 16, "fcnet_hiddens": [16], "max_seq_len": 8, "vf_share_layers": False}
+
+
+def simulators(addresses: dict[str, str], *more: str) -> Any:
+    """Four StatelessCartPoles at this broker, for a `with`."""
+    path = os.pathsep.join([str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return rllink(
+        "simulate", "--env", "stateless_cartpole:StatelessCartPole-v0", "--broker", addresses["frontend"], "--num", "4",
+        *more, stdout=subprocess.DEVNULL, env=environment(PYTHONPATH=path),
+    )  # fmt: skip
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(np.allclose(one[name], other[name]) for name in one.keys() & other.keys())
+
+
+@pytest.mark.parametrize("inference", ["local", "remote"])
+def test_a_recurrent_ppo_trains(inference: str, addresses: dict[str, str], built: list[Algorithm]) -> None:
+    config = ppo().environment(StatelessCartPole).rl_module(model_config=MODEL)
+    with simulators(addresses, "--inference", inference):
+        algorithm = attach(config, addresses["backend"]).build_algo()
+        built.append(algorithm)
+        results = [algorithm.train() for _ in range(3)]
+    assert all(r["env_runners"]["num_env_steps_sampled"] >= 500 for r in results)
+    assert results[-1]["learners"][DEFAULT_MODULE_ID]["num_module_steps_trained"] > 0
+    ledger = status(addresses)["ledger"]
+    assert balanced(ledger) and only_staleness(ledger)
+    # The critic that acts is the learner's. (RLlib's own runner keeps the one it was built with.)
+    learned = algorithm.learner_group.get_state()["learner"]["rl_module"][DEFAULT_MODULE_ID]
+    group = algorithm.env_runner_group
+    for acting in group.foreach_env_runner(lambda runner: runner.held.weights, local_env_runner=False):
+        acting = acting.get(DEFAULT_MODULE_ID, acting)
+        critic = [name for name in acting if name.startswith("encoder.critic_encoder.lstm")]
+        assert critic and same(acting, learned)
+
+
+def test_a_recurrent_appo_trains(addresses: dict[str, str], built: list[Algorithm]) -> None:
+    config = (
+        APPOConfig()
+        .environment(StatelessCartPole)
+        .env_runners(num_env_runners=2)
+        .training(train_batch_size_per_learner=250)
+        .learners(num_learners=0)
+        .rl_module(model_config=MODEL)
+    )
+    config.min_time_s_per_iteration = 1
+    with simulators(addresses):
+        algorithm = attach(config, addresses["backend"]).build_algo()
+        built.append(algorithm)
+
+        def learned() -> bool:
+            result = algorithm.train()
+            steps = result.get("env_runners", {}).get("num_env_steps_sampled_lifetime", 0)
+            return steps > 1000 and result["rllink"]["version"] > 2
+
+        until(learned, "1,000 steps and two updates")
+    ledger = status(addresses)["ledger"]
+    assert balanced(ledger) and only_staleness(ledger)
