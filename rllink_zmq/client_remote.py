@@ -20,7 +20,7 @@ from rllink_zmq import __version__
 from rllink_zmq.arrays import Array, from_body, to_buffers
 from rllink_zmq.errors import EpisodeError, PolicyError, ProtocolError
 from rllink_zmq.fragments import FragmentBuilder, Layout, Origin, Row, StateRow
-from rllink_zmq.messages import ACTION, STARTS, STATE_IN, STATE_OUT, Message
+from rllink_zmq.messages import ACTION, LOOKBACK, OBS_BEFORE, STARTS, STATE_IN, STATE_OUT, STEPS_BEFORE, Message
 from rllink_zmq.session import ReaderSession, State
 from rllink_zmq.transport import Connection
 from rllink_zmq.wire import Buffer
@@ -135,7 +135,7 @@ class PendingActions:
         # What was sent is what the fragments get: the caller's arrays may be others by the time of the answer.
         self._rows = np.stack([builder.observe(observation) for builder, observation in pairs])
         self._builders = [builder for builder, _ in pairs]
-        self._memory = _memory(self._builders, remote.layout)
+        self._memory = _memory(self._builders, remote.layout) | _before(self._builders, remote.layout, self._rows)
         self._counted = sum(builder.sent for builder in self._builders)
         self._answer: Answer | None = None
         self._pause = AGAIN
@@ -210,11 +210,14 @@ class PendingActions:
         layout = flow.layout_of("acted")
         assert layout is not None  # or nothing had been asked
         state = tuple(StateRow(name, Row(array.shape[1:], array.dtype)) for name, array in after.items())
-        if layout.dist_inputs != dist_inputs.shape[1] or layout.state != state:
-            layout = remote.layout = layout._replace(dist_inputs=dist_inputs.shape[1], state=state, starts=())
+        # Said where it was not asked by: in an episode's first step, and when another policy came.
+        lookback = int(arrays[LOOKBACK][0]) if LOOKBACK in arrays else layout.lookback
+        told = layout._replace(dist_inputs=dist_inputs.shape[1], state=state, lookback=lookback)
+        if told != layout:
+            layout = remote.layout = told._replace(starts=())
         for i, builder in enumerate(self._builders):
             builder.observe(self._rows[i])
-            if builder.origin is not answer.origin or builder.width != layout.dist_inputs or builder.remembers != state:
+            if builder.origin is not answer.origin or builder.layout is not layout:
                 # Other weights chose than those of the steps before.
                 if builder.steps:
                     flow.cut(builder, "no")
@@ -242,6 +245,20 @@ def _memory(builders: Sequence[FragmentBuilder], layout: Layout | None) -> dict[
             if not starts[i]:
                 column[i] = builder.state[j]
     return columns
+
+
+def _before(builders: Sequence[FragmentBuilder], layout: Layout | None, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """A request's columns of earlier observations, which stand at the end of each row: none where the policy looks at
+    none, or all episodes begin."""
+    if layout is None or not layout.lookback or not any(builder.t0 + builder.steps for builder in builders):
+        return {}
+    earlier = np.zeros((len(rows), layout.lookback, *rows.shape[1:]), rows.dtype)
+    counts = np.zeros(len(rows), np.int32)
+    for i, builder in enumerate(builders):
+        known = builder.before()
+        counts[i] = len(known)
+        earlier[i, layout.lookback - len(known) :] = known
+    return {OBS_BEFORE: earlier, STEPS_BEFORE: counts}
 
 
 def request(flow: Flow, remote: RemotePolicy, pairs: Pairs) -> PendingActions:

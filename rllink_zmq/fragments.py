@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from rllink_zmq.arrays import Array
 from rllink_zmq.errors import EpisodeError, SpaceError
-from rllink_zmq.messages import STATE_IN
+from rllink_zmq.messages import OBS_BEFORE, STATE_IN
 from rllink_zmq.packing import Packing, dtype_of, packing_of
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -64,7 +64,8 @@ class StateRow(NamedTuple):
 class Layout(NamedTuple):
     """The columns of an episode. `choices`: how many values a Discrete action has, or each of a MultiDiscrete's.
     `dist_inputs`: numbers of a row of `action_dist_inputs`. `packing`: of observations that are packed. `state`: the
-    memory of a recurrent policy; `starts`: what it begins an episode with, if that is known."""
+    memory of a recurrent policy; `starts`: what it begins an episode with, if that is known.
+    `lookback`: earlier observations that the policy looks at."""
 
     obs: Row
     action: Row
@@ -73,11 +74,13 @@ class Layout(NamedTuple):
     packing: Packing | None = None
     state: tuple[StateRow, ...] = ()
     starts: tuple[Array, ...] = ()
+    lookback: int = 0
 
     @property
     def last_bytes(self) -> int:
-        """Bytes of the row after the last step: its observation and memory."""
-        return self.obs.nbytes + sum(state.row.nbytes for state in self.state)
+        """Bytes beside those of the steps: of the row after the last one, its observation and memory, and of what
+        comes before the first one."""
+        return self.obs.nbytes * (1 + self.lookback) + sum(state.row.nbytes for state in self.state)
 
     def step_bytes(self, kind: Kind) -> int:
         """Bytes that each step adds to a fragment."""
@@ -157,6 +160,7 @@ class FragmentBuilder:
         self.fresh = True
         self.state: tuple[Array, ...] = ()
         self._states: tuple[Array, ...] = ()
+        self._past: Array | None = None
 
     def begin(self, layout: Layout, kind: Kind, origin: Origin, limit: int) -> None:
         """Start the next fragment, of at most `limit` >= 1 steps. An observation that ended the last one is kept."""
@@ -277,9 +281,9 @@ class FragmentBuilder:
         self.episode_return += value
 
     @property
-    def width(self) -> int:
-        """Numbers of a row of `action_dist_inputs` in the fragment being built."""
-        return self._layout.dist_inputs if self._layout is not None else 0
+    def layout(self) -> Layout | None:
+        """Of the fragment being built."""
+        return self._layout
 
     # ---- memory
 
@@ -302,6 +306,13 @@ class FragmentBuilder:
         self.fresh = self.fresh or not goes_on
         self._states = tuple(np.zeros((rows + 1, *state.row.shape), state.row.dtype) for state in layout.state)
         self.remember(first or [column[0] for column in self._states], 0)
+
+    def before(self) -> Array:
+        """(n, *shape): the observations before the newest one, of the last `lookback` those that there are."""
+        layout = self._layout
+        assert layout is not None
+        known = self._obs[: self.steps] if self._past is None else np.concatenate([self._past, self._obs[: self.steps]])
+        return known[max(0, len(known) - layout.lookback) :]
 
     # ---- cutting
 
@@ -348,6 +359,8 @@ class FragmentBuilder:
             arrays["action_dist_inputs"] = self._dist[:steps]
         for state, column in zip(self.remembers, self._states, strict=True):
             arrays[f"{STATE_IN}{state.name}"] = column[: steps + 1]
+        if self._past is not None and len(self._past):
+            arrays[OBS_BEFORE] = self._past
         last = self._obs[steps].copy()
         if steps * 2 < self._rows:
             # What is kept until it is settled takes the memory that the window counts, not twice as much.
@@ -355,6 +368,9 @@ class FragmentBuilder:
         cut = Cut(self.origin, self.t0, steps, self._before, arrays)
         self._before = return_after
         self.t0 += steps
+        if self._layout is not None and self._layout.lookback:
+            self.steps = steps
+            self._past = self.before().copy()
         self.steps = 0
         self._rows = max(FIRST_ROWS, steps)
         self._obs = last[np.newaxis]

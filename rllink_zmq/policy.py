@@ -144,7 +144,7 @@ class PolicyManifest(Struct, frozen=True):
     `packed`: the observations' space where they are packed, each row of `observation` being the bytes of `parts`.
     `remote_only`: why this policy can't run but where the learner's modules are; there is no graph then. `connectors`:
     bytes at the end of a version's, which are the state of such a policy's connectors. `state`: the memory of a
-    recurrent policy."""
+    recurrent policy. `lookback`: how many observations before the newest such connectors look at."""
 
     format: Literal[1]
     module: Annotated[str, Meta(max_length=256)]
@@ -162,6 +162,7 @@ class PolicyManifest(Struct, frozen=True):
     remote_only: Annotated[str, Meta(max_length=4096)] = ""
     connectors: Annotated[int, Meta(ge=0, lt=1 << 30)] = 0
     state: Annotated[tuple[State, ...], Meta(max_length=MAX_STATES)] = ()
+    lookback: Annotated[int, Meta(ge=0, le=1024)] = 0
 
     @property
     def weights_bytes(self) -> int:

@@ -21,6 +21,7 @@ from rllink_zmq.messages import (
     MAX_FRAME_BYTES,
     MAX_FRAMES,
     MAX_HEADER_BYTES,
+    OBS_BEFORE,
     STATE,
     STATE_IN,
     Message,
@@ -78,6 +79,8 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
         steps = message.steps
         for column in message.columns:
             claimed += column_bytes(column)
+            if column.name == OBS_BEFORE and column.shape:
+                continue  # as many as there are
             rows = steps + 1 if column.name == "obs" or column.name.startswith(STATE_IN) else steps
             if not column.shape or column.shape[0] != rows:
                 raise ProtocolError(

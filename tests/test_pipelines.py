@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -14,21 +15,26 @@ from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.connectors.env_to_module import FlattenObservations, MeanStdFilter, PrevActionsPrevRewards
 from ray.rllib.connectors.env_to_module.frame_stacking import FrameStackingEnvToModule
 from ray.rllib.connectors.env_to_module.observation_preprocessor import SingleAgentObservationPreprocessor
+from ray.rllib.connectors.learner.frame_stacking import FrameStackingLearner
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from test_packed_policies import fragment
 
+from rllink_zmq.arrays import to_buffers
 from rllink_zmq.errors import PolicyError, SettingsError
-from rllink_zmq.messages import STATE_IN, STATE_OUT
+from rllink_zmq.fragments import FragmentBuilder, Origin, layout_of_spaces
+from rllink_zmq.messages import FRAGMENT, STATE_IN, STATE_OUT
 from rllink_zmq.packing import Packing
 from rllink_zmq.policy import Policy, PolicyManifest, unpack_policy
 from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import connectors_state, weights_body
-from rllink_zmq.rllib.pipelines import Filters, Pipelines, has_own_connectors, state_bytes
+from rllink_zmq.rllib.pipelines import Filters, FragmentConnectors, Pipelines, has_own_connectors, state_bytes
 from rllink_zmq.rllib.policies import policy_of
 from rllink_zmq.rllib.service import PipelineActor
 from rllink_zmq.rllib.states import from_bytes, to_bytes
+from rllink_zmq.session_runner import Lease
+from rllink_zmq.wire import check_body
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -159,13 +165,13 @@ def test_actions_and_episodes_are_those_of_rllibs_own_runner(space: gym.Space[An
     np.testing.assert_array_equal(ours["actions"], theirs.get_actions())
     expected = theirs.get_extra_model_outputs(Columns.ACTION_DIST_INPUTS)
     np.testing.assert_allclose(ours["action_dist_inputs"], expected, rtol=1e-5, atol=1e-6)
-    pipelines = Pipelines(made)
-    builder = EpisodeBuilder(
-        space, DISCRETE, actor._module, rewrite=lambda m, o: pipelines.rewritten(o, m.steps + 1)
-    )  # fmt: skip
+    connectors = FragmentConnectors(Pipelines(made), Filters(2))
+    builder = EpisodeBuilder(space, DISCRETE, actor._module, connectors=connectors)
     (built,), refused = builder.build([fragment(rows(space, observations))])
     assert not refused
     np.testing.assert_allclose(built.episode.get_observations(), theirs.get_observations(), rtol=1e-6)
+    filled_in = built.episode.get_extra_model_outputs(Columns.ACTION_DIST_INPUTS)
+    np.testing.assert_allclose(filled_in, expected, rtol=1e-5, atol=1e-6)
     assert built.episode.observation_space == theirs.observation_space
 
 
@@ -210,6 +216,70 @@ def test_a_filters_state_is_the_versions_and_does_not_learn_from_requests() -> N
     assert state_bytes(learning) == after
 
 
+PIXELS = gym.spaces.Box(0.0, 1.0, (10, 10, 1), np.float32)
+
+
+def stacked(**more: Any) -> PPOConfig:
+    """Three frames, halved before: a piece that rewrites, and one that looks back at what it made."""
+    made = config(PIXELS, Halved, partial(FrameStackingEnvToModule, num_frames=3), episode_lookback_horizon=3, **more)
+    return made.learners(num_learners=0).learners(learner_connector=lambda *_: FrameStackingLearner(num_frames=3))
+
+
+def test_frames_are_stacked_of_what_a_request_brings() -> None:
+    made, observations = stacked(), samples(PIXELS, 7)
+    theirs = rllib(made, observations)
+    actor, manifest = actor_of(made)
+    assert manifest.lookback == actor.lookback == 2
+    rows = np.stack(observations)
+    earlier = [rows[max(0, t - 2) : t] for t in range(6)]
+    ours = actor.act(rows[:-1], False, earlier=earlier)
+    expected = theirs.get_extra_model_outputs(Columns.ACTION_DIST_INPUTS)
+    np.testing.assert_allclose(ours["action_dist_inputs"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(6,), (2, 4), (1, 1, 4), (5, 1)], ids=str)
+def test_a_learner_gets_the_stacks_that_rllibs_own_runner_makes(lengths: tuple[int, ...]) -> None:
+    """Fragments of these lengths, each built alone as if it had come to another runner, and all by the same one."""
+    made, observations = stacked(), samples(PIXELS, 7)
+    module = module_of(made)
+
+    def batch(episodes: list[Any]) -> NDArray[Any]:
+        """What RLlib's learner stacks of them."""
+        pipeline = made.build_learner_connector(PIXELS, DISCRETE)
+        found = pipeline(rl_module=module, batch={}, episodes=episodes, shared_data={})
+        taken = found.get(DEFAULT_MODULE_ID, found)[Columns.OBS]
+        return np.asarray(taken)
+
+    expected = batch([rllib(made, observations)])
+    builder = FragmentBuilder("e")
+    layout = layout_of_spaces(PIXELS, DISCRETE)._replace(dist_inputs=2, lookback=2)
+    leases, t = [], 0
+    for i, length in enumerate(lengths):
+        builder.begin(layout, "acted", Origin("r", 0), length)
+        for observation in observations[t : t + length]:
+            builder.observe(observation)
+            builder.act(0, -1.0, np.zeros(2, np.float32))
+        t += length
+        builder.observe(observations[t])
+        cut = builder.cut()
+        columns, body = to_buffers(cut.arrays)
+        message = FRAGMENT(
+            session=b"s" * 16, number=i + 1, episode="e", t0=cut.t0, steps=length, run="r", version=0, base=1,
+            return_so_far=0.0, columns=columns, end="no" if t < 6 else "truncated",
+        )  # fmt: skip
+        check_body(message, body)
+        leases.append(Lease(message, tuple(body)))
+    for together in (True, False):
+        episodes = []
+        for some in [leases] if together else [[lease] for lease in leases]:
+            connectors = FragmentConnectors(Pipelines(made, lookback=2), Filters(2))
+            built, refused = EpisodeBuilder(PIXELS, DISCRETE, module, connectors=connectors).build(some)
+            assert not refused
+            episodes += [one.episode for one in built]
+        assert len(episodes) == 1 if together else len(lengths)
+        np.testing.assert_allclose(batch(episodes), expected, rtol=1e-6)
+
+
 def test_filters_are_known_by_version_for_a_while() -> None:
     filters = Filters(2)
     for version in range(5):
@@ -223,9 +293,9 @@ def test_filters_are_known_by_version_for_a_while() -> None:
 @pytest.mark.parametrize(
     ("space", "piece", "text"),
     [
-        (BOX, (PrevActionsPrevRewards, FlattenObservations), "PrevActionsPrevRewards looks at the steps before"),
-        (BOX, Steps, "Steps looks at the steps before"),
-        (gym.spaces.Box(0, 1, (10, 10, 1)), lambda: FrameStackingEnvToModule(num_frames=2), "FrameStacking looks at"),
+        (BOX, (PrevActionsPrevRewards, FlattenObservations), "PrevActionsPrevRewards looks at earlier actions"),
+        (BOX, Steps, "Steps looks at earlier actions"),
+        (gym.spaces.Box(0, 1, (10, 10, 1)), lambda: FrameStackingEnvToModule(num_frames=18), "FrameStacking looks at"),
         (BOX, Broken, "piece Broken fails for one observation: ValueError: no such sensor"),
         (BOX, Opaque, r"state\['Opaque'\]\['lock'\] is a object, which can't travel"),
     ],

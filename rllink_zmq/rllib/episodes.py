@@ -9,7 +9,7 @@ rest gets a new episode id: RLlib's replay buffers take a gap for a bug and stop
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -26,9 +26,10 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from rllink_zmq.arrays import from_body
 from rllink_zmq.audit import Log
 from rllink_zmq.errors import ProtocolError
-from rllink_zmq.messages import FRAGMENT, STATE_IN
+from rllink_zmq.messages import FRAGMENT, OBS_BEFORE, STATE_IN
 from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.rllib.audit import COLUMN, names
+from rllink_zmq.rllib.pipelines import FragmentConnectors
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.session_runner import Lease
 
@@ -62,13 +63,9 @@ class Refusal(NamedTuple):
     error: ProtocolError
 
 
-class UnknownFilter(ProtocolError):
-    """How a fragment's observations were filtered isn't known here."""
-
-
 class _Piece(NamedTuple):
-    """One fragment, checked. Arrays: `observations` (a structure of arrays of steps + 1 rows), the rest one row a
-    step."""
+    """One fragment, checked. Arrays: `observations` (a structure of arrays of `back` rows that came before, and
+    steps + 1 of its own), the rest one row a step."""
 
     message: FRAGMENT
     observations: Any
@@ -77,14 +74,14 @@ class _Piece(NamedTuple):
     outputs: dict[str, NDArray[Any]]
     state: list[NDArray[Any]]
     """A recurrent policy's memory before each step and after the last: steps + 1 rows each."""
+    back: int
 
 
 class EpisodeBuilder:
     """Builds chunks for one runner. `module` fills in what a simulator that acts by itself doesn't know; `longest`:
     fragments are joined to chunks of at most so many steps (APPO and IMPALA cut their batch into rows of that length).
     `audit`: tells what is handed over, and has each step say which fragment's it is (`rllink_zmq.rllib.audit`).
-    `rewrite(message, observations)`: what the user's connectors make of a fragment's observations, a structure of
-    arrays, and the space of that; it may raise `UnknownFilter`.
+    `connectors`: the user's own, for what they make of a fragment's observations.
     """
 
     def __init__(
@@ -94,9 +91,9 @@ class EpisodeBuilder:
         module: RLModule | None,
         longest: float = float("inf"),
         audit: Log | None = None,
-        rewrite: Callable[[FRAGMENT, Any], tuple[Any, gym.Space[Any]]] | None = None,
+        connectors: FragmentConnectors | None = None,
     ) -> None:
-        self._rewrite = rewrite
+        self._connectors = connectors
         self._seen_space = observation_space
         self.observation_space = observation_space
         self.action_space = action_space
@@ -162,26 +159,32 @@ class EpisodeBuilder:
         for name, values in (("rewards", rewards), ("action_logp", logp)):
             if values.ndim != 1 or not np.isfinite(values).all():
                 raise ProtocolError(f"'{name}' must be one finite number a step, its shape is {list(values.shape)}")
-        seen: Any = observations if self._packing is None else self._packing.unpack(observations.view(np.uint8))
-        if self._rewrite is not None:
-            seen, self._seen_space = self._rewrite(message, seen)
+        seen, back = self._history(arrays)
+        came = seen
+        if self._connectors is not None:
+            seen, self._seen_space = self._connectors.rewrite(message, seen, back)
         state = self._check_state(arrays)
         inputs = arrays.get("action_dist_inputs")
         outputs = {
             Columns.ACTION_LOGP: logp,
-            Columns.ACTION_DIST_INPUTS: self._dist_inputs(seen) if inputs is None else inputs,
+            Columns.ACTION_DIST_INPUTS: self._dist_inputs(message, came, back) if inputs is None else inputs,
             WEIGHTS_SEQ_NO: np.full(message.steps, message.version, np.int64),
         }
         if self.audit is not None:
             outputs[COLUMN] = names(message.session, message.number, message.steps)
-        return _Piece(message, seen, actions, rewards, outputs, state)
+        return _Piece(message, seen, actions, rewards, outputs, state, back)
 
     def _chunk(self, pieces: Sequence[_Piece]) -> Built:
         first, last = pieces[0].message, pieces[-1].message
         steps = sum(p.message.steps for p in pieces)
         # Each piece's last observation is the next one's first.
-        each = [tree.map_structure(lambda a: a[:-1], p.observations) for p in pieces[:-1]]
-        observations = tree.map_structure(lambda *a: _joined(a), *each, pieces[-1].observations)
+        back = pieces[0].back
+        each = [
+            tree.map_structure(lambda a, i=i, p=p: a[p.back if i else 0 : -1], p.observations)
+            for i, p in enumerate(pieces[:-1])
+        ]
+        newest = tree.map_structure(lambda a: a[pieces[-1].back if each else 0 :], pieces[-1].observations)
+        observations = tree.map_structure(lambda *a: _joined(a), *each, newest)
         rewards = _joined([p.rewards for p in pieces])
         outputs = {name: _joined([p.outputs[name] for p in pieces]) for name in pieces[0].outputs}
         began: float | None = None
@@ -193,7 +196,7 @@ class EpisodeBuilder:
             id_=id_,
             observation_space=self._seen_space,
             action_space=self.action_space,
-            observations=_buffer(observations),
+            observations=_buffer(observations, back, self._seen_space),
             actions=_buffer(_joined([p.actions for p in pieces])),
             rewards=_buffer(rewards),
             infos=InfiniteLookbackBuffer(data=[{}] * (steps + 1), lookback=0),
@@ -291,7 +294,25 @@ class EpisodeBuilder:
         elif isinstance(space, gym.spaces.MultiBinary) and not np.isin(values, (0, 1)).all():
             raise ProtocolError(f"'{name}' must be zeros and ones")
 
-    def _dist_inputs(self, observations: Any) -> NDArray[np.float32]:
+    def _history(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[Any, int]:
+        """A fragment's observations as the environment gave them, with those that came before at the front, and how
+        many these are."""
+        observations: NDArray[Any] = arrays["obs"]
+        earlier = arrays.get(OBS_BEFORE)
+        back = 0
+        if earlier is not None and self._connectors is not None:
+            if earlier.dtype != observations.dtype or earlier.shape[1:] != observations.shape[1:]:
+                raise ProtocolError(
+                    f"'{OBS_BEFORE}' has rows of {earlier.dtype}{list(earlier.shape[1:])}, 'obs' of "
+                    f"{observations.dtype}{list(observations.shape[1:])}"
+                )
+            back = len(earlier)
+            observations = np.concatenate([earlier, observations])
+        if self._packing is None:
+            return observations, back
+        return self._packing.unpack(observations.view(np.uint8)), back
+
+    def _dist_inputs(self, message: FRAGMENT, observations: Any, back: int) -> NDArray[np.float32]:
         """What the policy would have drawn from, for a simulator that chose its actions itself: the learner wants the
         column (PPO's KL term), and it must be there in all fragments or in none."""
         if self.module is None:
@@ -300,6 +321,8 @@ class EpisodeBuilder:
             raise ProtocolError(
                 "the policy is recurrent, and 'action_dist_inputs' can't be filled in: they depend on its memory"
             )
+        if self._connectors is not None:
+            return self._connectors.dist_inputs(self.module, message, observations, back)
         with torch.no_grad():
             batch = tree.map_structure(
                 lambda a: torch.from_numpy(a[:-1].astype(np.float32) if a.dtype == np.float64 else a[:-1].copy()),
@@ -317,5 +340,7 @@ def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _buffer(values: Any) -> InfiniteLookbackBuffer:
-    return InfiniteLookbackBuffer(data=values, lookback=0)
+def _buffer(values: Any, lookback: int = 0, space: gym.Space[Any] | None = None) -> InfiniteLookbackBuffer:
+    buffer = InfiniteLookbackBuffer(data=values, space=space)
+    buffer.lookback = lookback  # its constructor takes the number of a dict's keys for its length
+    return buffer

@@ -1,17 +1,17 @@
 """The connectors that a user configured, as RLlib's own runner would run them: where runners compute actions, and where
 fragments become episodes.
 
-A request brings one observation, so a piece may look at that one alone; `Pipelines.check` tries each with steps before
-it and without, and names the one that answers differently. A piece that rewrites observations (a filter, flattening)
-does so again for the fragment that the simulator sends, with the same state: the state belongs to a version of the
-weights, and travels at the end of their bytes.
+A request brings one observation, and of those before it as many as the pieces look at (stacked frames);
+`Pipelines.check` finds out how many, and names a piece that needs what no request can bring. A piece that rewrites
+observations (a filter, flattening) does so again for the fragment that the simulator sends, with the same state: the
+state belongs to a version of the weights, and travels at the end of their bytes.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -26,13 +26,17 @@ from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
-from rllink_zmq.errors import PolicyError
+from rllink_zmq.errors import PolicyError, ProtocolError
+from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.rllib.states import from_bytes, to_bytes
 
 TRIED = 4
 """Observations that pieces are tried with at start."""
+
+MAX_LOOKBACK = 16
+"""The most observations before the newest that pieces may look at."""
 
 _OUTPUTS = (Columns.ACTIONS, Columns.ACTION_LOGP, Columns.ACTION_DIST_INPUTS)
 
@@ -51,10 +55,12 @@ class Pipelines:
     """A config's env-to-module and module-to-env pipelines. They never learn of what they see (a filter's statistics),
     only from `set_state`. Not for two threads.
 
-    `learns`: an env-to-module pipeline of the same config that shall learn instead, by `learn`.
+    `learns`: an env-to-module pipeline of the same config that shall learn instead, by `learn`. `lookback`: how many
+    observations before the newest the pieces look at.
     """
 
-    def __init__(self, config: AlgorithmConfig, device: Any = None, *, learns: Any = None) -> None:
+    def __init__(self, config: AlgorithmConfig, device: Any = None, *, learns: Any = None, lookback: int = 0) -> None:
+        self.lookback = lookback
         self.observation_space: gym.Space[Any] = config.observation_space
         self.action_space: gym.Space[Any] = config.action_space
         self._packing: Packing | None = packing_of(self.observation_space)
@@ -68,6 +74,7 @@ class Pipelines:
                 piece._update_stats = False  # RLlib's MeanStdFilter, which has no public name for it
         self._learning: list[ConnectorV2] = [] if learns is None else learns.connectors[:made]
         self.stateful = bool(state_bytes(self.to_module))
+        self._action = _seeded(self.action_space).sample()
 
     # ---- state
 
@@ -84,11 +91,23 @@ class Pipelines:
     # ---- acting
 
     def act(
-        self, module: Any, rows: NDArray[Any], explore: bool, memory: Memory, before: Sequence[torch.Tensor]
+        self,
+        module: Any,
+        histories: Sequence[Sequence[Any]],
+        explore: bool,
+        memory: Memory,
+        before: Sequence[torch.Tensor],
     ) -> tuple[dict[str, NDArray[Any]], list[NDArray[Any]]]:
-        """Columns of an answer for (B, *row) observations as they travel: RLlib's pipelines around `module`; and its
-        memory after the step, which was `before`."""
-        return self._act(module, self._episodes(self._each(rows)), explore, memory, before)
+        """Columns of an answer for observations, each at the end of those before it: RLlib's pipelines around `module`;
+        and its memory after the step, which was `before`."""
+        return self._act(module, self._episodes(histories, memory), explore, memory, before)
+
+    def each(self, rows: NDArray[Any]) -> list[Any]:
+        """(n, *row) as they travel -> n observations."""
+        if self._packing is None:
+            return list(rows)
+        unpacked = self._packing.arrays(rows)
+        return [self._packing.structure([array[i] for array in unpacked]) for i in range(len(rows))]
 
     def _act(
         self,
@@ -126,80 +145,89 @@ class Pipelines:
     # ---- fragments
 
     def rewritten(self, observations: Any, count: int) -> tuple[Any, gym.Space[Any]]:
-        """What an RLlib runner would have in its episodes for `count` observations, a structure of (count, ...) arrays,
-        and its space: the same, unless a piece rewrites them."""
+        """What an RLlib runner would have in its episodes for `count` observations that follow each other, a structure
+        of (count, ...) arrays, and its space: the same, unless a piece rewrites them."""
         if not self._own:
             return observations, self.observation_space
-        each = [tree.map_structure(lambda a, i=i: a[i], observations) for i in range(count)]
-        episodes = self._episodes(each)
-        found = _seen(self._own, episodes)
+        each = _rows(observations, 0, count)
+        if self.lookback:
+            found, space = self._stepped(each, count)
+        else:
+            episodes = self._episodes([[one] for one in each])
+            found, space = _seen(self._own, episodes), episodes[0].observation_space
         if all(one is other for one, other in zip(found, each, strict=True)):
             return observations, self.observation_space
-        return tree.map_structure(lambda *leaves: np.stack(leaves), *found), episodes[0].observation_space
+        return tree.map_structure(lambda *leaves: np.stack(leaves), *found), space
 
     def learn(self, observations: Any, first: int, count: int) -> None:
         """Let the pipeline that learns see observations `first` .. `count - 1`, in their order."""
         if self.stateful and self._learning:
-            each = [tree.map_structure(lambda a, i=i: a[i], observations) for i in range(first, count)]
-            _seen(self._learning, self._episodes(each))
+            if self.lookback:
+                self._stepped(_rows(observations, 0, count), first)
+            else:
+                _seen(self._learning, self._episodes([[one] for one in _rows(observations, first, count)]))
 
-    def _each(self, rows: NDArray[Any]) -> list[Any]:
-        if self._packing is None:
-            return list(rows)
-        unpacked = self._packing.arrays(rows)
-        return [self._packing.structure([array[i] for array in unpacked]) for i in range(len(rows))]
+    def dist_inputs(self, module: Any, observations: Any, back: int, steps: int) -> NDArray[Any]:
+        """(steps, k): what the module would have drawn from at each of these steps, the first of which comes after
+        `back` other observations."""
+        each = _rows(observations, 0, back + steps)
+        histories = [each[max(0, i - self.lookback) : i + 1] for i in range(back, back + steps)]
+        columns, _ = self.act(module, histories, True, Memory(None), ())
+        return columns[Columns.ACTION_DIST_INPUTS].reshape(steps, -1)
 
-    def _episodes(self, observations: Iterable[Any]) -> list[SingleAgentEpisode]:
-        """One of one observation each."""
-        episodes = []
-        for observation in observations:
-            episode = SingleAgentEpisode(observation_space=self.observation_space, action_space=self.action_space)
-            episode.add_env_reset(observation)
-            episodes.append(episode)
+    def _stepped(self, each: Sequence[Any], learn_from: int) -> tuple[list[Any], gym.Space[Any]]:
+        """One episode of these observations, step by step; from the given one on by the pieces that learn."""
+        episode = self._new()
+        found = []
+        for i, one in enumerate(each):
+            if i:
+                episode.add_env_step(one, self._action, 0.0)
+            else:
+                episode.add_env_reset(one)
+            found += _seen(self._own if i < learn_from else self._learning, [episode])
+        return found, episode.observation_space
+
+    def _new(self) -> SingleAgentEpisode:
+        return SingleAgentEpisode(observation_space=self.observation_space, action_space=self.action_space)
+
+    def _episodes(self, histories: Sequence[Sequence[Any]], memory: Memory | None = None) -> list[SingleAgentEpisode]:
+        """One of each history; the pieces have seen all but the newest observations."""
+        outputs = {Columns.STATE_OUT: memory.nested(memory.start)} if memory else {}
+        episodes = [self._new() for _ in histories]
+        for back in range(max(map(len, histories)) - 1, -1, -1):
+            there = [(e, h) for e, h in zip(episodes, histories, strict=True) if len(h) > back]
+            for episode, history in there:
+                one = history[len(history) - 1 - back]
+                if len(history) - 1 == back:
+                    episode.add_env_reset(one)
+                else:
+                    episode.add_env_step(one, self._action, 0.0, extra_model_outputs=outputs)
+            if back:
+                _seen(self._own, [episode for episode, _ in there])
         return episodes
 
     # ---- at start
 
     def check(self, module: RLModule) -> int:
-        """Try them all; returns how many `action_dist_inputs` an action has. Raises `PolicyError`, with the name of a
-        piece that fails, or that answers differently when it doesn't see the steps before."""
-        space = copy.deepcopy(self.observation_space)
-        space.seed(0)
-        samples = [tree.map_structure(_moderate, space.sample()) for _ in range(TRIED)]
-        actions = copy.deepcopy(self.action_space)
-        actions.seed(0)
-        (alone,), (past,) = self._episodes([samples[-1]]), self._episodes([samples[0]])
-        past.id_ = alone.id_  # by which batches name what is in them
+        """Try them all, and find `lookback`; returns how many `action_dist_inputs` an action has. Raises `PolicyError`,
+        with the name of a piece that fails, or that looks at what no request brings."""
+        space = _seeded(self.observation_space)
+        samples = [tree.map_structure(_moderate, space.sample()) for _ in range(TRIED + MAX_LOOKBACK)]
         memory = Memory(module)
-        outputs = {Columns.STATE_OUT: memory.nested(memory.start)} if memory else {}
-        for sample in samples[1:]:
-            past.add_env_step(sample, actions.sample(), 1.0, extra_model_outputs=outputs)
-        batches: list[dict[str, Any]] = [{}, {}]
-        shared: list[dict[str, Any]] = [{}, {}]
-        for piece in self.to_module.connectors:
-            name = type(piece).__name__
-            state = copy.deepcopy(piece.get_state())
-            for i, episode in enumerate((alone, past)):
-                if state:
-                    piece.set_state(state)
-                try:
-                    batches[i] = piece(
-                        rl_module=module, batch=batches[i], episodes=[episode], explore=True, shared_data=shared[i]
-                    )
-                except Exception as error:  # a user's piece may raise anything
-                    where = "for one observation" if i == 0 else "for an episode of several steps"
-                    raise PolicyError(
-                        f"the env-to-module piece {name} fails {where}: {type(error).__name__}: {error}"
-                    ) from error
-            if not _same(batches[0], batches[1]) or not _same(alone.get_observations(-1), past.get_observations(-1)):
-                raise PolicyError(
-                    f"the env-to-module piece {name} looks at the steps before, and a request to the action service "
-                    f"brings one observation: have the environment give what it needs (gymnasium.wrappers."
-                    f"FrameStackObservation stacks frames, for example) and leave {name} out"
-                )
+        for self.lookback in range(MAX_LOOKBACK + 1):
+            name = self._differs(module, memory, samples)
+            if not name:
+                break
+        else:
+            raise PolicyError(
+                f"the env-to-module piece {name} looks at earlier actions or rewards, or further back than "
+                f"{MAX_LOOKBACK} observations, and a request to the action service brings none of that: have the "
+                f"environment give what it needs, and leave {name} out"
+            )
         try:
             before = [torch.from_numpy(array) for array in memory.starts(TRIED)]
-            answer, _ = self._act(module, self._episodes(samples), True, memory, before)
+            histories = [[sample] for sample in samples[:TRIED]]
+            answer, _ = self.act(module, histories, True, memory, before)
         except PolicyError:
             raise
         except Exception as error:  # a user's module or piece
@@ -207,6 +235,71 @@ class Pipelines:
                 f"{type(module).__name__} can't act behind the configured connectors: {type(error).__name__}: {error}"
             ) from error
         return int(answer[Columns.ACTION_DIST_INPUTS].reshape(TRIED, -1).shape[1])
+
+    def _differs(self, module: RLModule, memory: Memory, samples: list[Any]) -> str:
+        """The first piece that answers differently when it sees `lookback` earlier observations, instead of all that
+        has been in an episode; '' if none does."""
+        outputs = {Columns.STATE_OUT: memory.nested(memory.start)} if memory else {}
+        actions = _seeded(self.action_space, 1)
+        past = self._new()
+        past.add_env_reset(samples[0])
+        states = [copy.deepcopy(piece.get_state()) for piece in self.to_module.connectors]
+
+        def run(piece: ConnectorV2, i: int, episode: SingleAgentEpisode, batch: Any, shared: Any, where: str) -> Any:
+            if states[i]:
+                piece.set_state(states[i])
+            try:
+                return piece(rl_module=module, batch=batch, episodes=[episode], explore=True, shared_data=shared)
+            except Exception as error:  # a user's piece may raise anything
+                raise PolicyError(
+                    f"the env-to-module piece {type(piece).__name__} fails {where}: {type(error).__name__}: {error}"
+                ) from error
+
+        one, several = "for one observation", "for an episode of several steps"
+        for sample in samples[1:]:
+            batch: Any = {}
+            for i, piece in enumerate(self._own):
+                batch = run(piece, i, past, batch, {}, one if len(past) == 0 else several)
+            past.add_env_step(sample, actions.sample(), 1.0, extra_model_outputs=outputs)
+        (alone,) = self._episodes([samples[-1 - self.lookback :]], memory)
+        alone.id_ = past.id_  # by which batches name what is in them
+        batches: list[dict[str, Any]] = [{}, {}]
+        shared: list[dict[str, Any]] = [{}, {}]
+        for i, piece in enumerate(self.to_module.connectors):
+            for j, (episode, where) in enumerate(((alone, one), (past, several))):
+                batches[j] = run(piece, i, episode, batches[j], shared[j], where)
+            if not _same(batches[0], batches[1]) or not _same(alone.get_observations(-1), past.get_observations(-1)):
+                return type(piece).__name__
+        return ""
+
+
+class FragmentConnectors:
+    """What a runner needs `pipelines` for where fragments become episodes. `filters`: their state at each version."""
+
+    def __init__(self, pipelines: Pipelines, filters: Filters) -> None:
+        self._pipelines = pipelines
+        self._filters = filters
+
+    def rewrite(self, message: FRAGMENT, observations: Any, back: int) -> tuple[Any, gym.Space[Any]]:
+        """A fragment's observations as the policy saw them, a structure of (back + steps + 1, ...) arrays; and the
+        space of that. Raises `UnknownFilter`."""
+        pipelines, count = self._pipelines, back + message.steps + 1
+        if pipelines.stateful:
+            state = self._filters.at(message.version)
+            if state is None:
+                raise UnknownFilter(f"the filters of version {message.version} aren't known here")
+            pipelines.set_state(state)
+            pipelines.learn(observations, back + 1 if message.t0 else back, count)
+        return pipelines.rewritten(observations, count)
+
+    def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> NDArray[Any]:
+        """(steps, k) of the fragment that was rewritten last: what `module` would have drawn its actions from.
+        `observations`: as they came."""
+        return self._pipelines.dist_inputs(module, observations, back, message.steps)
+
+
+class UnknownFilter(ProtocolError):
+    """How a fragment's observations were filtered isn't known to this runner, not any longer or not yet."""
 
 
 def _seen(pieces: Sequence[ConnectorV2], episodes: list[SingleAgentEpisode]) -> list[Any]:
@@ -268,6 +361,18 @@ def _count_own(config: AlgorithmConfig, pipeline: Any) -> int:
     return len(pipeline.connectors) - len(plain.build_env_to_module_connector(env=None, spaces=spaces).connectors)
 
 
+def _seeded(space: gym.Space[Any], seed: int = 0) -> gym.Space[Any]:
+    """A copy: sampling moves a space's random state, and this one is the user's."""
+    space = copy.deepcopy(space)
+    space.seed(seed)
+    return space
+
+
+def _rows(observations: Any, first: int, last: int) -> list[Any]:
+    """A structure of (n, ...) arrays -> the structures of rows `first` .. `last - 1`."""
+    return [tree.map_structure(lambda a, i=i: a[i], observations) for i in range(first, last)]
+
+
 def _moderate(value: Any) -> Any:
     array = np.asarray(value)
     return np.clip(array, -10.0, 10.0).astype(array.dtype) if array.dtype.kind == "f" else value
@@ -298,4 +403,4 @@ def _equal(one: Any, other: Any) -> bool:
     return type(one) is type(other)  # what else is in a batch: episodes and such
 
 
-__all__ = ["Filters", "Pipelines", "has_own_connectors", "state_bytes"]
+__all__ = ["Filters", "FragmentConnectors", "Pipelines", "UnknownFilter", "has_own_connectors", "state_bytes"]

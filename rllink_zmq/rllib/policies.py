@@ -81,6 +81,7 @@ def _remote_policy(config: AlgorithmConfig, module: RLModule, why: str) -> bytes
             remote_only=why[:4096],
             connectors=8 + 2 * len(state) + 4096 if state else 0,
             state=Memory(module).states(),
+            lookback=pipelines.lookback,
         )
     except msgspec.ValidationError as error:
         raise PolicyError(f"{name} has weights that can't travel: {error}") from error

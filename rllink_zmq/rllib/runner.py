@@ -41,13 +41,19 @@ from ray.rllib.utils.metrics import (
 from ray.rllib.utils.typing import ResultDict, StateDict
 
 from rllink_zmq.errors import RllinkError
-from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib.audit import runner_log
-from rllink_zmq.rllib.episodes import EpisodeBuilder, Finished, UnknownFilter
+from rllink_zmq.rllib.episodes import EpisodeBuilder, Finished
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.link import RunnerLink
-from rllink_zmq.rllib.pipelines import Filters, Pipelines, has_own_connectors, state_bytes
+from rllink_zmq.rllib.pipelines import (
+    Filters,
+    FragmentConnectors,
+    Pipelines,
+    UnknownFilter,
+    has_own_connectors,
+    state_bytes,
+)
 from rllink_zmq.rllib.service import MAX_ROWS, ActService, ModuleActor, PipelineActor
 from rllink_zmq.rllib.settings import LinkSettings, explores, longest_chunk, sampling_rules, trainer_terms
 
@@ -123,7 +129,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             self._connectors = state_bytes(self._env_to_module)
         self._builder = EpisodeBuilder(
             *spaces, self.module, longest_chunk(self.config), runner_log(self.settings.audit),
-            None if self._pipelines is None else self._rewrite,
+            None if self._pipelines is None else FragmentConnectors(self._pipelines, self._filters),
         )  # fmt: skip
         self._finished: list[Finished] = []
         self._sampled_at: float | None = None
@@ -150,6 +156,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         index = f"{self.worker_index or 0}"
         host = socket.gethostname()
         self._manifest = manifest
+        if self._pipelines is not None:
+            self._pipelines.lookback = manifest.lookback
         self._link = RunnerLink(self.settings.broker, run, f"runner-{index}@{host}", local=not self.worker_index)
         if self.held is not None:
             self._offer(self.held)
@@ -164,7 +172,11 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         try:
             if manifest.remote_only:
                 actor: ModuleActor = PipelineActor(
-                    self.module, manifest, Pipelines(config, self._device), self._device, self._filters.published
+                    self.module,
+                    manifest,
+                    Pipelines(config, self._device, lookback=manifest.lookback),
+                    self._device,
+                    self._filters.published,
                 )
             else:
                 actor = ModuleActor(
@@ -201,19 +213,6 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         if self._link is None or manifest is None:
             return
         self._link.offer(held.version, manifest.weights_bytes, lambda: held.body(manifest))
-
-    def _rewrite(self, message: FRAGMENT, observations: Any) -> tuple[Any, gym.Space[Any]]:
-        """A fragment's observations as the policy saw them. Raises `UnknownFilter` when this runner doesn't know any
-        longer, or not yet, what the filters were like at that version."""
-        pipelines, count = self._pipelines, message.steps + 1
-        assert pipelines is not None
-        if pipelines.stateful:
-            state = self._filters.at(message.version)
-            if state is None:
-                raise UnknownFilter(f"the filters of version {message.version} aren't known here")
-            pipelines.set_state(state)
-            pipelines.learn(observations, 1 if message.t0 else 0, count)
-        return pipelines.rewritten(observations, count)
 
     def connectors(self) -> StateDict:
         """The part of a state that is of the env-to-module connectors."""

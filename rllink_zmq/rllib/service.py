@@ -24,7 +24,17 @@ from ray.rllib.core.rl_module.rl_module import RLModule
 from rllink_zmq import __version__
 from rllink_zmq.arrays import column_of, from_body
 from rllink_zmq.errors import RllinkError
-from rllink_zmq.messages import ACT, ACTION, STARTS, STATE_IN, STATE_OUT, Column
+from rllink_zmq.messages import (
+    ACT,
+    ACTION,
+    LOOKBACK,
+    OBS_BEFORE,
+    STARTS,
+    STATE_IN,
+    STATE_OUT,
+    STEPS_BEFORE,
+    Column,
+)
 from rllink_zmq.packing import packing_of
 from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib.export import ForEnv, connectors_state
@@ -113,25 +123,37 @@ class ModuleActor:
         explore: bool,
         state: Sequence[NDArray[Any]] | None = None,
         starts: NDArray[np.bool_] | None = None,
+        earlier: Sequence[NDArray[Any]] | None = None,
     ) -> dict[str, NDArray[Any]]:
         """Columns of an answer for (B, *shape) observations of the policy's dtype.
 
         `state`: a recurrent module's memory before the step, (B, *shape) each, in the manifest's order; in rows that
-        `starts` an episode it is the initial one, whatever is given. None = all rows start.
+        `starts` an episode it is the initial one, whatever is given. None = all rows start. `earlier`: (n, *shape) for
+        each row, the observations before it, for who looks at them.
         """
         before = self.memory.starts(len(observations))
         if state is not None:
             goes_on = np.ones(len(observations), bool) if starts is None else ~starts
             for array, given in zip(before, state, strict=True):
                 array[goes_on] = given[goes_on]
-        columns = self._compute(observations, explore, [torch.from_numpy(array).to(self._device) for array in before])
+        given_on = [torch.from_numpy(array).to(self._device) for array in before]
+        columns = self._compute(observations, explore, given_on, earlier)
         if state is None or (starts is not None and starts.any()):
             # Who begins is told with what.
             columns |= {STATE_IN + name: array for name, array in zip(self.memory.names, before, strict=True)}
         return columns
 
+    @property
+    def lookback(self) -> int:
+        """How many earlier observations it looks at."""
+        return self.manifest.lookback
+
     def _compute(
-        self, observations: NDArray[Any], explore: bool, before: Sequence[torch.Tensor]
+        self,
+        observations: NDArray[Any],
+        explore: bool,
+        before: Sequence[torch.Tensor],
+        earlier: Sequence[NDArray[Any]] | None,
     ) -> dict[str, NDArray[Any]]:
         with torch.no_grad():
             batch = self.memory.batch(self._given(observations), before)
@@ -187,9 +209,17 @@ class PipelineActor(ModuleActor):
             self._on_state(version, state)
 
     def _compute(
-        self, observations: NDArray[Any], explore: bool, before: Sequence[torch.Tensor]
+        self,
+        observations: NDArray[Any],
+        explore: bool,
+        before: Sequence[torch.Tensor],
+        earlier: Sequence[NDArray[Any]] | None,
     ) -> dict[str, NDArray[Any]]:
-        columns, after = self._pipelines.act(self._module, observations, explore, self.memory, before)
+        pipelines = self._pipelines
+        histories = [[one] for one in pipelines.each(observations)]
+        for i, rows in enumerate(earlier or ()):
+            histories[i][:0] = pipelines.each(rows)
+        columns, after = pipelines.act(self._module, histories, explore, self.memory, before)
         return columns | {STATE_OUT + name: array for name, array in zip(self.memory.names, after, strict=True)}
 
 
@@ -269,7 +299,7 @@ class ActService:
         fit: list[ACT] = []
         bodies: list[Sequence[Buffer]] = []
         for message, body in batch:
-            why = self._misfit(message)
+            why = self._misfit(message, body)
             if why:
                 self._say(message, ACTION(message.session, message.request, code="malformed", text=why), b"", now)
                 continue
@@ -279,9 +309,8 @@ class ActService:
             return
         rows = sum(message.rows for message in fit)
         try:
-            if actor.memory:
-                observations, state, starts = self._gathered(fit, bodies)
-                arrays = actor.act(observations, explore, state, starts)
+            if actor.memory or actor.lookback:
+                arrays = self._act_on(fit, bodies, explore)
             else:
                 joined = bytearray().join(buffer for body in bodies for buffer in body)
                 arrays = actor.act(np.frombuffer(joined, actor.dtype).reshape(rows, *actor.shape), explore)
@@ -314,24 +343,31 @@ class ActService:
             self._give(message, self._columns_of(arrays, message.rows), answer, now)
             first = last
 
-    def _gathered(
-        self, fit: Sequence[ACT], bodies: Sequence[Sequence[Buffer]]
-    ) -> tuple[NDArray[Any], list[NDArray[Any]], NDArray[np.bool_]]:
-        """Observations of all requests, the memory that they come with, and which rows have none."""
-        memory = self.actor.memory
+    def _act_on(self, fit: Sequence[ACT], bodies: Sequence[Sequence[Buffer]], explore: bool) -> dict[str, NDArray[Any]]:
+        """Columns of the answer for requests that may bring more than an observation: memory, or what came before."""
+        actor = self.actor
+        memory = actor.memory
         asked = [from_body(message.columns, body) for message, body in zip(fit, bodies, strict=True)]
         observations = np.concatenate([arrays["obs"] for arrays in asked])
         state = memory.starts(len(observations))
         starts = np.ones(len(observations), bool)
+        earlier: list[NDArray[Any]] = []
         first = 0
         for message, arrays in zip(fit, asked, strict=True):
             rows = slice(first, first + message.rows)
             first += message.rows
-            if len(message.columns) > 1:
+            if memory and STATE_IN + memory.names[0] in arrays:
                 starts[rows] = arrays.get(STARTS, False)
                 for array, name in zip(state, memory.names, strict=True):
                     array[rows] = arrays[STATE_IN + name]
-        return observations, state, starts
+            before = arrays.get(OBS_BEFORE)
+            counts = arrays[STEPS_BEFORE].tolist() if before is not None else [0] * message.rows
+            for i, count in enumerate(counts):
+                earlier.append(arrays["obs"][:0] if before is None else before[i, actor.lookback - count :])
+        columns = actor.act(observations, explore, state, starts, earlier)
+        if actor.lookback:
+            columns[LOOKBACK] = np.full(len(observations), actor.lookback, np.int32)
+        return columns
 
     def _columns_of(self, arrays: dict[str, NDArray[Any]], rows: int) -> tuple[Column, ...]:
         key = (rows, tuple(arrays))
@@ -353,14 +389,13 @@ class ActService:
             return message.explore
         return self.actor.manifest.evaluation_explores if message.evaluation else self._explores
 
-    def _misfit(self, message: ACT) -> str:
+    def _misfit(self, message: ACT, body: Sequence[Buffer]) -> str:
         """Why this request can't be answered; '' when it can."""
         actor, column = self.actor, message.columns[0]
         if message.module:
             return f"there is no module '{message.module}' here: leave it out"
-        memory = actor.memory
         rest = message.columns[1:]
-        if column.name != "obs" or (rest and not memory):
+        if column.name != "obs" or (rest and not actor.memory and not actor.lookback):
             names = ", ".join(c.name for c in message.columns)
             return f"expected one column 'obs', got {names}"
         if column.shape[1:] != actor.shape or np.dtype(column.dtype) != actor.dtype:
@@ -368,17 +403,33 @@ class ActService:
                 f"expected observations of {actor.dtype}{list(actor.shape)}, got {np.dtype(column.dtype)}"
                 f"{list(column.shape[1:])}: start the simulator with the trainer's environment"
             )
-        if rest:
-            named = zip(memory.names, memory.start, strict=True)
-            expected = {STATE_IN + name: (array.dtype.str, array.shape) for name, array in named}
-            found = {c.name: (c.dtype, c.shape[1:]) for c in rest}
-            if found.get(STARTS) == ("|b1", ()):
-                del found[STARTS]
-            if found != expected or len(rest) != len({c.name for c in rest}):
-                return (
-                    f"expected the policy's memory before this step, {_said(expected)}, or none of it where all rows "
-                    f"begin an episode; got {_said(found)}"
-                )
+        return self._misfit_beside(rest, body) if rest else ""
+
+    def _misfit_beside(self, rest: Sequence[Column], body: Sequence[Buffer]) -> str:
+        """Why what comes beside the observations doesn't fit."""
+        actor = self.actor
+        memory, lookback = actor.memory, actor.lookback
+        found = {c.name: (c.dtype, c.shape[1:]) for c in rest}
+        if len(found) != len(rest):
+            return "two columns of one name"
+        named = zip(memory.names, memory.start, strict=True)
+        expected = {STATE_IN + name: (array.dtype.str, array.shape) for name, array in named}
+        history = {OBS_BEFORE: (actor.dtype.str, (lookback, *actor.shape)), STEPS_BEFORE: ("<i4", ())}
+        told = {name: found.pop(name) for name in history if name in found}
+        if told and (told != history or not lookback):
+            return f"expected {_said(history)}, or none of them where all rows begin an episode; got {_said(told)}"
+        if told:
+            columns = (Column("obs", actor.dtype.str, (rest[0].shape[0], *actor.shape)), *rest)
+            counts = from_body(columns, body)[STEPS_BEFORE]
+            if counts.min() < 0 or counts.max() > lookback:
+                return f"'{STEPS_BEFORE}' must be from 0 to {lookback}"
+        if found.get(STARTS) == ("|b1", ()):
+            del found[STARTS]
+        if found and found != expected:
+            return (
+                f"expected the policy's memory before this step, {_said(expected)}, or none of it where all rows "
+                f"begin an episode; got {_said(found)}"
+            )
         return ""
 
     # ---- weights
