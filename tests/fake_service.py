@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from broker.server import Server
 from rllink_zmq.arrays import from_body, to_buffers
-from rllink_zmq.messages import ACT, ACTION
+from rllink_zmq.messages import ACT, ACTION, LOOKBACK
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import ServiceSession
 from rllink_zmq.transport import Connection
@@ -23,15 +23,18 @@ from rllink_zmq.transport import Connection
 
 class Service:
     """Answers with the parity of the first number of an observation, as the weights `version`. `asked`: (request, rows)
-    of all that came; `how`: whether it is to explore, and for evaluation. `held`: answers nothing meanwhile; `refuses`:
-    with this code."""
+    of all that came, `beside`: their other columns; `how`: whether it is to explore, and for evaluation. `lookback`:
+    how many earlier observations it says that it looks at. `held`: answers nothing meanwhile; `refuses`: with this code.
+    """
 
     def __init__(self, backend: str, run: str = RUNS[0]) -> None:
         self.version = 0
         self.held = False
         self.refuses = ""
         self.asked: list[tuple[int, NDArray[Any]]] = []
+        self.beside: list[dict[str, NDArray[Any]]] = []
         self.how: list[tuple[bool | None, bool]] = []
+        self.lookback = 0
         self.session = ServiceSession(os.urandom(16), run, name="fake service")
         self._connection = Connection(self.session, backend)
         self._stop = False
@@ -63,7 +66,9 @@ class Service:
                 continue
             asked, session.asked = session.asked, {}
             for message, body in asked.values():
-                rows = from_body(message.columns, body)["obs"]
+                arrays = from_body(message.columns, body)
+                rows = arrays.pop("obs")
+                self.beside.append({name: array.copy() for name, array in arrays.items()})
                 self.asked.append((message.request, rows))
                 self.how.append((message.explore, message.evaluation))
                 now = time.monotonic()
@@ -72,7 +77,10 @@ class Service:
                         ACTION(message.session, message.request, code=self.refuses, text="no such thing"), (), now
                     )
                     continue
-                columns, buffers = to_buffers(self.answer(message, rows))
+                answer = self.answer(message, rows)
+                if self.lookback:
+                    answer[LOOKBACK] = np.full(len(rows), self.lookback, np.int32)
+                columns, buffers = to_buffers(answer)
                 header = ACTION(message.session, message.request, session.my_run, self.version, columns)
                 session.answer(header, buffers, now)
             self._connection.flush()

@@ -59,6 +59,31 @@ def test_an_episode_is_what_the_service_chose(world: World) -> None:
     assert learner.taken[-1][0].end == "terminated"
 
 
+def test_requests_and_fragments_bring_the_observations_before_them(world: World) -> None:
+    """Whoever answers an episode's first request says how many are wanted."""
+    server, learner, acting = world
+    acting.lookback = 2
+    with connect(server.frontend, inference="remote", **SPACES) as client:
+        with client.start_episode() as episode:
+            for i in range(7):
+                acting.version = i // 4
+                episode.get_action(obs(i))
+                episode.log_returns(1.0)
+            episode.end_episode(obs(7))
+        until(lambda: learner.steps == 7, "all is taken")
+    earlier = [
+        [] if not beside else beside["obs_before"][0][2 - beside["steps_before"][0] :, 0].tolist()
+        for beside in acting.beside
+    ]
+    assert earlier == [[], [0], [0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
+    assert acting.beside[1]["obs_before"][0][0].tolist() == [0, 0, 0], "what isn't there yet is zeros"
+    found = []
+    for header, arrays in learner.taken:
+        before = arrays["obs_before"][:, 0].tolist() if "obs_before" in arrays else []
+        found.append((header.t0, header.version, before, arrays["obs"][:, 0].tolist()))
+    assert found == [(0, 0, [], [0, 1, 2, 3, 4]), (4, 1, [2, 3], [4, 5, 6, 7])]
+
+
 def test_a_fragment_has_one_version_whoever_answered(world: World) -> None:
     server, learner, acting = world
     with connect(server.frontend, inference="remote", **SPACES) as client:

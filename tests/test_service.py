@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import gymnasium as gym
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
+from rllink_zmq.arrays import to_buffers
 from rllink_zmq.errors import RllinkError
 from rllink_zmq.messages import ACT, Column
 from rllink_zmq.policy import Policy, PolicyManifest, unpack_policy
@@ -189,6 +191,32 @@ def test_what_does_not_fit_is_told_and_the_rest_is_answered() -> None:
     assert by_request[4].text == "expected one column 'obs', got pixels"
     assert by_request[5].text == "there is no module 'other' here: leave it out"
     assert {m.code for r, m in by_request.items() if r > 1} == {"malformed"}
+
+
+def test_what_comes_beside_the_observations_is_checked() -> None:
+    """Of a policy that looks at two observations before the newest one."""
+    made = Made("discrete")
+    service = ActService.__new__(ActService)
+    service.actor = ModuleActor(
+        made.module, msgspec.structs.replace(made.manifest, lookback=2), made.action_space, True, False
+    )  # fmt: skip
+    obs, before = np.zeros((3, 4), np.float32), np.zeros((3, 2, 4), np.float32)
+    counts = np.array([0, 1, 2], np.int32)
+    for beside, text in (
+        ({}, ""),
+        ({"obs_before": before, "steps_before": counts}, ""),
+        (
+            {"obs_before": before[:, :1], "steps_before": counts},
+            "expected obs_before float32[2, 4], steps",
+        ),
+        ({"obs_before": before}, "got obs_before float32[2, 4]"),
+        ({"obs_before": before, "steps_before": counts + 1}, "'steps_before' must be from 0 to 2"),
+        ({"obs_before": before, "steps_before": counts - 1}, "'steps_before' must be from 0 to 2"),
+        ({"state_in/h": before}, "expected the policy's memory"),
+    ):
+        columns, body = to_buffers({"obs": obs, **beside})
+        said = service._misfit(ACT(b"s" * 16, 1, 3, columns), body)
+        assert said == text if not text else text in said, (said, text)
 
 
 def test_a_module_that_raises_is_told_to_all_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.ppo import PPO
 from ray.rllib.connectors.env_to_module import MeanStdFilter
+from ray.rllib.connectors.env_to_module.frame_stacking import FrameStackingEnvToModule
+from ray.rllib.connectors.learner.frame_stacking import FrameStackingLearner
 from small_ppo import only_staleness, ppo
 
 from rllink_zmq.rllib import attach
@@ -164,6 +166,29 @@ def test_an_example_trains_with_action_masks_here_and_remotely(addresses: dict[s
     assert len(returns) == 8 and returns[-1] > returns[0] + 0.8, returns
     assert shown["acting"]["answered"] > 1000
     assert balanced(shown["ledger"]) and only_staleness(shown["ledger"])
+
+
+def test_frames_are_stacked_for_simulators_that_ask(addresses: dict[str, str], built: list[Algorithm]) -> None:
+    """What one picture doesn't tell is learned: runners stack what requests bring, the learner what fragments do."""
+    observation_space, action_space = image_env.MOVING_SPACES
+    config = (
+        ppo(batch=500)
+        .environment(None, observation_space=observation_space, action_space=action_space)
+        .env_runners(
+            env_to_module_connector=lambda *_: FrameStackingEnvToModule(num_frames=2), episode_lookback_horizon=2
+        )
+        .learners(learner_connector=lambda *_: FrameStackingLearner(num_frames=2))
+        .training(lr=2e-3, num_epochs=6)
+        .rl_module(model_config={"conv_filters": [[8, 3, 2], [16, 3, 2]], "fcnet_hiddens": [32]})
+    )
+    with rllink(
+        "simulate", "--env", "image_env:Moving-v0", "--broker", addresses["frontend"], "--num", "4", "--inference",
+        "remote", stdout=subprocess.DEVNULL, env=environment(PYTHONPATH=str(Path(__file__).parent)),
+    ):  # fmt: skip
+        algorithm = attach(config, addresses["backend"]).build_algo()
+        built.append(algorithm)
+        until(lambda: algorithm.train()["env_runners"]["episode_return_mean"] > 8.0, "it sees it moving", 150)
+    assert only_staleness(status(addresses)["ledger"])
 
 
 def test_a_filter_travels_with_the_weights(addresses: dict[str, str], built: list[Algorithm]) -> None:
