@@ -24,7 +24,7 @@ from rllink_zmq.transport import Connection
 class Service:
     """Answers with the parity of the first number of an observation, as the weights `version`. `asked`: (request, rows)
     of all that came, `beside`: their other columns; `how`: whether it is to explore, and for evaluation. `lookback`:
-    how many earlier observations it says that it looks at. `held`: answers nothing meanwhile; `refuses`: with this code.
+    how many earlier observations it says it looks at. `held`: answers nothing meanwhile; `refuses`: with this code.
     """
 
     def __init__(self, backend: str, run: str = RUNS[0]) -> None:
