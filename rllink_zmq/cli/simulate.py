@@ -200,7 +200,7 @@ training to begin, and say what they wait for."""
 )  # fmt: skip
 @click.option(
     "--evaluate", is_flag=True,
-    help="Nothing is trained on; actions as the trainer's evaluation config says. Best with --episodes.",
+    help="Serve the trainer's evaluations: nothing is trained on, and actions are as its evaluation config says.",
 )  # fmt: skip
 @click.option("--episodes", type=click.IntRange(1), help="Of each simulator; without it they run until Ctrl-C.")
 @click.option("--seed", type=int, help="Of the environments and of the policy's draws.")
