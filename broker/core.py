@@ -144,7 +144,9 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
             ledger = self._ledger_of(message)
             ledger.receive(message.steps)
             ledger.settle(message.steps, "malformed")
-            if not message.evaluation:
+            if message.evaluation:
+                self._give_up(sim, message.episode, now)
+            else:
                 sim.taken_steps += message.steps
             sim.outcomes[message.number] = "malformed"
             self._ack(sim, message.number, "malformed", now)
@@ -358,6 +360,8 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         if fragment.state is State.LEASED and fragment.runner is not None:
             fragment.runner.unlease(fragment)
         fragment.move(Verb.DROP)
+        if fragment.header.evaluation:
+            self._give_up(fragment.simulator, fragment.header.episode, now)
         self._settle(fragment, reason, now)
 
     def _settle(self, fragment: Fragment, outcome: str, now: float) -> None:
