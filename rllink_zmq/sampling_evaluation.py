@@ -3,8 +3,9 @@
 RLlib asks for whole episodes, or for env steps (with `evaluation_duration="auto"` again and again, in small pieces):
 
 - **episodes**: so many are wanted of the broker, and the call returns when all of them are there, each whole.
-- **steps**: any number of episodes is wanted, and the call returns with what has come, pieces of episodes too. They go
-  on in the next call; when none comes for `LINGER` seconds the evaluation is over.
+- **steps**: any number of episodes is wanted, and the call returns with what has come, pieces of episodes too. Where
+  RLlib asks again and again, or has not got all, they go on in the next call; when none comes for `LINGER` seconds the
+  evaluation is over.
 
 RLlib gives a call up after its timeout, unseen. So a call returns what it has shortly before. One that has nothing is
 silent past it: RLlib asks again for what an answer in time leaves missing, for as long as there are answers. What was
@@ -19,8 +20,8 @@ from rllink_zmq.sampling import TOO_LATE, Next
 from rllink_zmq.session_evaluator import EvaluatorSession
 from rllink_zmq.session_runner import Lease
 
-LINGER = 1.0
-"""Seconds without a call after which an evaluation by steps is over."""
+LINGER = 0.5
+"""Seconds without a call after which an evaluation by steps is over. Meanwhile simulators serve it."""
 
 PAST = 0.1
 """Seconds past the timeout after which a call that has nothing returns: RLlib has given it up by then."""
@@ -31,13 +32,14 @@ ALL = (1 << 53) - 1
 
 class Wanted(NamedTuple):
     """One call. `episodes`, or if that is None `steps`; `version`: of the weights that are evaluated; `fresh`: nothing
-    from before the call counts. `timeout` in seconds."""
+    from before the call counts. `timeout` in seconds. `more`: other calls will go on with its episodes."""
 
     episodes: int | None
     steps: int
     version: int
     fresh: bool
     timeout: float
+    more: bool = False
 
 
 class Evaluation:
@@ -107,7 +109,7 @@ class Evaluation:
             self._asked_at, self._version = session.welcomes, wanted.version
             self._after = session.k
             session.want(wanted.version, ALL if wanted.episodes is None else wanted.episodes - self.complete, now)
-        session.take(ALL, now)
+        session.take(ALL if wanted.episodes is not None else wanted.steps - self._steps, now)
         self.wake = self._started + least
         return Next.WAIT
 
@@ -136,10 +138,10 @@ class Evaluation:
                 self.complete += 1
 
     def _return(self, now: float) -> Next:
-        self._lacked = self.missing
-        whole, self.wanted = self.wanted is not None and self.wanted.episodes is not None, None
-        self._ended = now
-        if whole or self._cancelled or self.session.duty != "serve":
+        wanted, self._lacked = self.wanted, self.missing
+        goes_on = wanted is not None and wanted.episodes is None and (wanted.more or self._lacked)
+        self.wanted, self._ended = None, now
+        if not goes_on or self._cancelled or self.session.duty != "serve":
             self._close(now)
         self.wake = now + LINGER if self._asked_at >= 0 else float("inf")
         return Next.RETURN

@@ -8,6 +8,7 @@ from typing import Any
 
 from processes import REAL_RAY, balanced, simulators, status, until
 from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 from small_ppo import only_staleness, ppo
 
@@ -111,6 +112,32 @@ def test_an_evaluation_runner_that_is_killed_comes_back(addresses: dict[str, str
             lambda: evaluates() and status(addresses)["evaluation"]["ledger"]["delivered"]["fragments"] > before,
             "again",
         )
+
+
+def test_several_runners_share_an_evaluation_of_appo(addresses: dict[str, str], built: list[Algorithm]) -> None:
+    config = (
+        APPOConfig()
+        .environment("CartPole-v1")
+        .env_runners(num_env_runners=1)
+        .training(train_batch_size_per_learner=250)
+        .learners(num_learners=0)
+        .rl_module(model_config={"fcnet_hiddens": [16]})
+        .evaluation(
+            evaluation_interval=1, evaluation_num_env_runners=3, evaluation_duration=200,
+            evaluation_duration_unit="timesteps", evaluation_sample_timeout_s=20,
+        )
+    )  # fmt: skip
+    config.min_time_s_per_iteration = 1
+    with simulators(addresses, 3), simulators(addresses, 1, more=EVALUATORS):
+        algorithm = attach(config, addresses["backend"]).build_algo()
+        built.append(algorithm)
+        for _ in range(2):
+            mine = algorithm.train()["evaluation"]["env_runners"]
+            assert 200 <= mine["num_env_steps_sampled"] < 500
+        algorithm.config._is_frozen = False
+        algorithm.config.evaluation(evaluation_duration=2, evaluation_duration_unit="episodes")
+        assert algorithm.evaluate()["env_runners"]["num_episodes"] == 2, "there are more runners than episodes"
+    assert balanced(status(addresses)["ledger"])
 
 
 def test_a_restored_training_evaluates(addresses: dict[str, str], built: list[Algorithm], tmp_path: Any) -> None:

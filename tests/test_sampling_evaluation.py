@@ -53,8 +53,10 @@ class Joined:
             if name == "v":
                 self.session.receive(message, (), self.now)
 
-    def call(self, episodes: int | None = None, steps: int = 0, *, version: int = 0, fresh: bool = True) -> None:
-        self.evaluation.call(Wanted(episodes, steps, version, fresh, TIMEOUT), self.now)
+    def call(
+        self, episodes: int | None = None, steps: int = 0, *, version: int = 0, fresh: bool = True, more: bool = True
+    ) -> None:
+        self.evaluation.call(Wanted(episodes, steps, version, fresh, TIMEOUT, more), self.now)
 
     def step(self) -> Next:
         """Until it waits for something that doesn't come by itself."""
@@ -163,6 +165,18 @@ def test_steps_are_of_any_episodes_and_go_on_in_the_next_call(joined: Joined) ->
     assert joined.wants() == [], "it is the same evaluation"
 
 
+def test_no_more_is_taken_than_steps_are_wanted(joined: Joined) -> None:
+    joined.call(steps=6)
+    joined.step()
+    for t0 in range(0, 20, 4):
+        joined.send("s1", "a", t0, 4)
+    assert joined.step() is Next.RETURN
+    assert joined.answer() == [("a", 0, 4), ("a", 4, 4)]
+    joined.call(steps=1, fresh=False)
+    assert joined.step() is Next.RETURN
+    assert joined.answer() == [("a", 8, 4)]
+
+
 def test_an_evaluation_by_steps_is_over_when_no_call_comes(joined: Joined) -> None:
     joined.call(steps=1)
     joined.step()
@@ -177,6 +191,24 @@ def test_an_evaluation_by_steps_is_over_when_no_call_comes(joined: Joined) -> No
     assert joined.bench.acks() == {"s1": [(1, "evaluated"), (2, "unwanted")]}
     joined.wait(5.0)
     assert joined.wants() == []
+
+
+def test_steps_that_are_all_there_end_the_evaluation_if_no_more_are_to_follow(joined: Joined) -> None:
+    joined.call(steps=2, more=False)
+    joined.step()
+    joined.send("s1", "a", steps=2)
+    joined.wants()
+    assert joined.step() is Next.RETURN
+    assert joined.answer() == [("a", 0, 2)] and joined.wants() == [(0, 0)]
+    joined.call(steps=2, more=False)
+    joined.step()
+    joined.send("s1", "b")
+    joined.step()
+    joined.wants()
+    for _ in range(9):
+        what = joined.wait(TIMEOUT / 10)
+    assert what is Next.RETURN and joined.answer() == [("b", 0, 1)]
+    assert joined.wants() == [], "RLlib asks for the rest"
 
 
 @pytest.mark.parametrize("how", [{"fresh": True}, {"fresh": False, "version": 1}])

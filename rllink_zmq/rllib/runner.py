@@ -255,7 +255,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             return []
         if episodes is None and steps is None:
             steps = int(self.config.get_rollout_fragment_length(self.worker_index or 0))
-        wanted = Wanted(episodes, math.ceil(steps or 0), self._weights_seq_no, fresh, timeout)
+        more = self.config.evaluation_duration == "auto"
+        wanted = Wanted(episodes, math.ceil(steps or 0), self._weights_seq_no, fresh, timeout, more)
         return self._hand_over(link, link.evaluate(wanted))
 
     def _hand_over(self, link: RunnerLink, leases: Sequence[Lease]) -> list[SingleAgentEpisode]:
