@@ -2,8 +2,8 @@
 
 `handle(event, now)` returns what to do; `next_deadline()` says when a `Tick` is due; `check_invariants()` raises when
 something that must always hold doesn't. The rooms share the state: this one routes and keeps the fragments,
-`handshake` lets peers in and out, `duties` says what runners are to do, `artifacts` passes weights and policies on, and
-`overview` shows it all.
+`handshake` lets peers in and out, `duties` says what runners are to do, `evaluation` routes what is not trained on,
+`artifacts` passes weights and policies on, and `overview` shows it all.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from rllink_zmq.messages import (
     BYE,
     CONFIG,
     DELIVERED,
+    EVALUATE,
+    EVALUATED,
     FRAGMENT,
     GET_CONFIG,
     GET_STATE,
@@ -37,6 +39,7 @@ from . import peers
 from .acting import Acting
 from .artifacts import Artifacts
 from .balance import choose
+from .evaluation import UNWANTED, Evaluating
 from .events import Action, Event, Forward, Malformed, Received, Send, Side, Tick, Unreachable
 from .fragments import Fragment, State, Verb
 from .handshake import Handshake
@@ -51,7 +54,7 @@ ACK_OUTCOMES = 8192
 """Outcomes that one ACK carries at most: its header has to fit a frame."""
 
 
-class Broker(Handshake, Artifacts, Acting, Overview):
+class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
     """One broker epoch. `epoch`: 8 random bytes; `weights_address`: where simulators find PUB."""
 
     def __init__(self, settings: Settings, epoch: bytes, weights_address: str, now: float) -> None:
@@ -61,6 +64,7 @@ class Broker(Handshake, Artifacts, Acting, Overview):
             FRAGMENT: self._fragment,
             TAKE: self._take,
             RETURNED: self._returned,
+            EVALUATE: self._on_evaluate,
             PING: self._ping,
             POOL: self._on_pool,
             OFFER: self._offer,
@@ -137,9 +141,13 @@ class Broker(Handshake, Artifacts, Acting, Overview):
         resent for ever."""
         if message.number > sim.high:
             sim.high = message.number
-            self.ledger.receive(message.steps)
-            self.ledger.settle(message.steps, "malformed")
-            sim.taken_steps += message.steps
+            ledger = self._ledger_of(message)
+            ledger.receive(message.steps)
+            ledger.settle(message.steps, "malformed")
+            if message.evaluation:
+                self._give_up(sim, message.episode, now)
+            else:
+                sim.taken_steps += message.steps
             sim.outcomes[message.number] = "malformed"
             self._ack(sim, message.number, "malformed", now)
 
@@ -167,7 +175,7 @@ class Broker(Handshake, Artifacts, Acting, Overview):
         sim.high = number
         sim.heard_of_steps = now
         fragment = Fragment(sim, message, event.frames, event.size)
-        self.ledger.receive(message.steps)
+        self._ledger_of(message).receive(message.steps)
         sim.open[number] = fragment
         sim.open_bytes += event.size
         self.held_bytes += event.size
@@ -184,6 +192,10 @@ class Broker(Handshake, Artifacts, Acting, Overview):
         except ProtocolError as e:
             self._refuse(event.side, event.route, e.code, f"fragment {number} of {sim.name or 'a simulator'}: {e}", now)
             return self._drop(fragment, "malformed", now)
+        if message.evaluation:
+            return self._route_evaluation(fragment, now)
+        if sim.evaluating and sim.episodes == 1:
+            self._give_up_all(sim, now)  # it has gone on to another episode
         self.waiting.append(fragment)
         return None
 
@@ -223,7 +235,8 @@ class Broker(Handshake, Artifacts, Acting, Overview):
             if fragment.state is not State.QUEUED:
                 waiting.popleft()
                 continue
-            reason = self._too_old(fragment.header)
+            # What is evaluated waits here only when its runner is gone.
+            reason = UNWANTED if fragment.header.evaluation else self._too_old(fragment.header)
             if reason:
                 waiting.popleft()
                 self._drop(fragment, reason, now)
@@ -265,6 +278,8 @@ class Broker(Handshake, Artifacts, Acting, Overview):
     def _too_old(self, header: FRAGMENT) -> str:
         if header.run != self.run:
             return "old_run"
+        if header.evaluation:
+            return ""  # its evaluation has said how old it may be
         if self.trainer is not None and self.version - header.version > self.trainer.hello.lag_limit:
             return "stale"
         return ""
@@ -297,8 +312,10 @@ class Broker(Handshake, Artifacts, Acting, Overview):
                 fragment.move(Verb.TAKE)
                 runner.unlease(fragment)
                 fragment.k = message.k
-                fragment.round = self.version
                 taken.append(fragment)
+                if runner.evaluates:
+                    continue
+                fragment.round = self.version
                 self.round_steps += fragment.header.steps
                 self.taken_steps += fragment.header.steps
                 self._credit(fragment, now)
@@ -343,6 +360,8 @@ class Broker(Handshake, Artifacts, Acting, Overview):
         if fragment.state is State.LEASED and fragment.runner is not None:
             fragment.runner.unlease(fragment)
         fragment.move(Verb.DROP)
+        if fragment.header.evaluation:
+            self._give_up(fragment.simulator, fragment.header.episode, now)
         self._settle(fragment, reason, now)
 
     def _settle(self, fragment: Fragment, outcome: str, now: float) -> None:
@@ -352,11 +371,12 @@ class Broker(Handshake, Artifacts, Acting, Overview):
         sim.open_bytes -= fragment.size
         self.held_bytes -= fragment.size
         fragment.frames = ()
-        self.ledger.settle(header.steps, outcome)
-        sim.outcomes[header.number] = outcome
+        self._ledger_of(header).settle(header.steps, outcome)
+        told = EVALUATED if header.evaluation and outcome == DELIVERED else outcome
+        sim.outcomes[header.number] = told
         if sim.state is peers.State.GONE:
             self._release_window(sim, now)
-        self._ack(sim, header.number, outcome, now)
+        self._ack(sim, header.number, told, now)
 
     def _credit(self, fragment: Fragment, now: float) -> None:
         """Taken or dropped, its steps no longer count as sampled ahead. Once a fragment."""
@@ -376,15 +396,19 @@ class Broker(Handshake, Artifacts, Acting, Overview):
         self._ack_due = None
         dirty, self._dirty = self._dirty, {}
         actions, run, version, policy = self._actions, self.run, self.published_version, self.policy_ready
+        evaluation, sharers = self.evaluation_version, self.sharers
         for sim in dirty:
             if sim.state is not peers.State.LIVE:
                 continue
             limit, length = self.steps_granted(sim)
+            evaluates = sim in sharers
             settled, sim.acks = sim.acks, []
-            while len(settled) > ACK_OUTCOMES:
+            while True:
                 some, settled = settled[:ACK_OUTCOMES], settled[ACK_OUTCOMES:]
-                actions.append(Send(Side.FRONT, sim.route, ACK(some, sim.window, limit, length, run, version, policy)))
-            actions.append(Send(Side.FRONT, sim.route, ACK(settled, sim.window, limit, length, run, version, policy)))
+                ack = ACK(some, sim.window, limit, length, run, version, policy, evaluation, evaluates)
+                actions.append(Send(Side.FRONT, sim.route, ack))
+                if not settled:
+                    break
 
     # ---- time
 
@@ -411,10 +435,11 @@ class Broker(Handshake, Artifacts, Acting, Overview):
 
     def check_invariants(self) -> None:
         """Raises `AssertionError` when something that always holds doesn't. For tests: it looks at everything."""
-        assert self.ledger.balanced(), self.ledger.as_json()
         open_ = [f for s in self.simulators.values() for f in s.open.values()]
-        assert self.ledger.in_flight[0] == len(open_)
-        assert self.ledger.in_flight[1] == sum(f.header.steps for f in open_)
+        for ledger, evaluated in ((self.ledger, False), (self.evaluation_ledger, True)):
+            mine = [f for f in open_ if f.header.evaluation is evaluated]
+            assert ledger.balanced(), ledger.as_json()
+            assert ledger.in_flight == [len(mine), sum(f.header.steps for f in mine)]
         assert self.held_bytes == sum(f.size for f in open_) == sum(s.open_bytes for s in self.simulators.values())
         assert self.windows == sum(s.window for s in self.simulators.values()) <= self.settings.memory
         queued = {f for f in self.waiting if f.state is State.QUEUED}
@@ -436,4 +461,12 @@ class Broker(Handshake, Artifacts, Acting, Overview):
             assert s.base - 1 <= s.high and all(n <= s.high for n in s.open) and not (s.open.keys() & s.outcomes.keys())
         assert self.episodes == sum(s.episodes for s in self.simulators.values() if s.state is not peers.State.GONE)
         self.check_acting()
+        for r in self.runners.values():
+            places = r.evaluation.open if r.evaluation is not None else {}
+            assert not places or r.state is peers.State.LIVE
+            assert places.keys() == {
+                (s, e) for s in self.simulators.values() for e, to in s.evaluating.items() if to is r
+            }
+            assert all(f.header.evaluation is r.evaluates for f in r.leased)
+        assert all(len(s.evaluating) <= s.episodes for s in self.simulators.values())
         assert self.simulators_live == sum(type(p) is Simulator for p in self.routes[Side.FRONT].values())

@@ -74,7 +74,7 @@ class Fragment:
         self.state = State.QUEUED
         self.runner: Runner | None = None
         self.k = 0
-        self.credited = False
+        self.credited = header.evaluation  # its steps are none of training's
         self.round: int | None = None
 
     def move(self, verb: Verb) -> None:

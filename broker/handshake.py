@@ -106,6 +106,7 @@ class Handshake(Duties):
             self.epoch, peer.greeting, self.settings.fragment_bytes, window, limit, length, self.run,
             self.published_version, self.policy_ready, self.weights_address, spaces, text,
             self.settings.act_requests if isinstance(peer, Reader) else 0,
+            self.evaluation_version if isinstance(peer, Simulator) else -1, peer in self.sharers,
         ))  # fmt: skip
 
     # ---- simulators
@@ -220,10 +221,11 @@ class Handshake(Duties):
             return
         if runner is None:
             runner = self.runners[hello.session] = Runner(hello.session, now)
+        self._end_evaluation(runner, now)  # it says anew what it wants
         # What it was leased on the old connection is not waited for: TAKE would be refused.
         self._requeue(runner.leased, Move.UNLEASE)
         self._enter(runner, hello, event.route, now)
-        runner.run, runner.offer, self._pool = role.run, None, None
+        runner.run, runner.evaluates, runner.offer, self._pool = role.run, role.evaluation, None, None
         self._source_lost(runner, now)  # what was asked on the old connection is not waited for
         self._give(runner, role.returned, role.dropped, now)
         for k in sorted((k for k in runner.takes if k > role.committed), reverse=True):
@@ -313,6 +315,7 @@ class Handshake(Duties):
         self._welcome(trainer)
         self._assign(role.duties)
         self._begin_run(trainer, now)
+        self._announce(now)
         for peer in list(self.routes[Side.FRONT].values()):
             if isinstance(peer, Simulator) and peer.spaces is not None:
                 text = mismatch(peer.spaces, role.spaces)
@@ -335,7 +338,9 @@ class Handshake(Duties):
         if isinstance(peer, Simulator):
             self.simulators_live -= 1
             self._dirty.pop(peer, None)
+            self._give_up_all(peer, now)
         elif isinstance(peer, Runner):
+            self._end_evaluation(peer, now)
             self._requeue(peer.leased, Move.UNLEASE)
             self._say(logging.WARNING, f"lost {peer.name}", f"lost the connection to runner '{peer.name}'", now)
             if peer.duty == "end":
@@ -374,8 +379,10 @@ class Handshake(Duties):
             self.episodes -= peer.episodes
             self.unfinished["abandoned" if verb is Verb.LEAVE else "lost"] += min(len(peer.owners), peer.episodes)
             peer.owners.clear()
+            self._give_up_all(peer, now)
             self._release_window(peer, now)
         elif isinstance(peer, Runner):
+            self._end_evaluation(peer, now)
             self._requeue(peer.leased, Move.UNLEASE)
             for k in list(peer.takes):
                 for fragment in peer.takes.pop(k):
@@ -412,4 +419,6 @@ class Handshake(Duties):
                 self._forget(runner, Verb.EXPIRE, now)
             elif runner.state is State.GONE and now - runner.since > s.outcome_keep:
                 del self.runners[runner.session]
+        if self.evaluation_version >= 0:
+            self._announce(now)  # who serves may have come or gone
         self.reports.expire(now - s.outcome_keep)

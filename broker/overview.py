@@ -37,6 +37,7 @@ class Overview(BrokerState):
                     "name": r.name,
                     "session": r.session.hex(),
                     "state": r.state.value,
+                    "pool": "evaluation" if r.evaluates else "training",
                     "duty": r.duty,
                     "run_id": r.run,
                     "leased_steps": r.leased_steps,
@@ -69,6 +70,7 @@ class Overview(BrokerState):
             },
             "unfinished_episodes": dict(self.unfinished),
             "round": self._round(sims, now),
+            "evaluation": self._evaluation(),
             "acting": {
                 "services": len(self.services),
                 "readers": len(self.readers),
@@ -80,9 +82,23 @@ class Overview(BrokerState):
             "waiting_for": self.waiting_for(),
         }
 
+    def _evaluation(self) -> dict[str, Any]:
+        """What evaluations want, who serves them, and their own ledger."""
+        runners = [r for r in self.runners.values() if r.state is peers.State.LIVE and r.evaluates]
+        wanted = [r.evaluation for r in runners if r.evaluation is not None]
+        return {
+            "runners": len(runners),
+            "version": self.evaluation_version if self.evaluation_version >= 0 else None,
+            "episodes_wanted": sum(e.left for e in wanted),
+            "episodes_open": sum(len(e.open) for e in wanted),
+            "share": self.trainer.hello.evaluation_share if self.trainer is not None else 0.0,
+            "ledger": self.evaluation_ledger.as_json(),
+        }
+
     def _round(self, sims: list[Simulator], now: float) -> dict[str, Any]:
         """How far the steps for the next weights are, and which simulators are waited for."""
         quota = self.trainer.hello.quota if self.trainer is not None else 0
+        sims = [s for s in sims if not s.evaluating]
         idle = sorted(now - s.heard_of_steps for s in sims)
         found: list[dict[str, Any]] = []
         if idle and self.pool() and self.round_steps < quota and not self.waiting:

@@ -76,11 +76,11 @@ class Peer:
 class Simulator(Peer):
     """`high`: the highest number seen. `base`: all below are settled. `taken_steps`: env steps of this session that
     were taken or dropped, counted from its first step on. `heard_of_steps`: when its last new fragment came. `owners`:
-    unfinished episode -> the runner that was leased its last fragment. `outcomes`: number -> outcome, from `base`
-    on."""
+    unfinished episode -> the runner that was leased its last fragment; `evaluating`: of those that are evaluated,
+    oldest first. `outcomes`: number -> outcome, from `base` on."""
 
-    __slots__ = ("acks", "base", "dropped", "episodes", "heard_of_steps", "high", "open", "open_bytes", "outcomes",
-                 "owners", "spaces", "taken_steps", "window")  # fmt: skip
+    __slots__ = ("acks", "base", "dropped", "episodes", "evaluating", "heard_of_steps", "high", "open", "open_bytes",
+                 "outcomes", "owners", "spaces", "taken_steps", "window")  # fmt: skip
     side = Side.FRONT
 
     def __init__(self, session: bytes, now: float) -> None:
@@ -96,6 +96,7 @@ class Simulator(Peer):
         self.outcomes: dict[int, str] = {}
         self.acks: list[tuple[int, str]] = []
         self.owners: dict[str, Runner] = {}
+        self.evaluating: dict[str, Runner] = {}
         self.spaces: Spaces | None = None
         self.dropped: dict[str, tuple[int, int]] = {}
 
@@ -118,12 +119,24 @@ class Simulator(Peer):
         self.base = base
 
 
+class Evaluation:
+    """What an evaluation runner wants: `left` more episodes that begin with `version` of the weights, or a newer one.
+    `open`: those that have begun and go on."""
+
+    __slots__ = ("left", "open", "version")
+
+    def __init__(self, version: int, episodes: int) -> None:
+        self.version = version
+        self.left = episodes
+        self.open: dict[tuple[Simulator, str], None] = {}
+
+
 class Runner(Peer):
     """`leased`: sent to it, in order, not taken. `takes`: k -> fragments taken with it, until RETURNED.
-    `duty`: what the trainer wants of it."""
+    `duty`: what the trainer wants of it. `evaluates`: it is of the pool that evaluates, and gets nothing else."""
 
-    __slots__ = ("assigned_steps", "duty", "leased", "leased_bytes", "leased_steps", "offer", "returned", "run",
-                 "takes")  # fmt: skip
+    __slots__ = ("assigned_steps", "duty", "evaluates", "evaluation", "leased", "leased_bytes", "leased_steps",
+                 "offer", "returned", "run", "takes")  # fmt: skip
 
     def __init__(self, session: bytes, now: float) -> None:
         super().__init__(session, now)
@@ -136,6 +149,8 @@ class Runner(Peer):
         self.assigned_steps = 0
         self.takes: dict[int, list[Fragment]] = {}
         self.offer: tuple[int, int] | None = None
+        self.evaluates = False
+        self.evaluation: Evaluation | None = None
 
     def lease(self, fragment: Fragment) -> None:
         self.leased[fragment] = None

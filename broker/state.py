@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rllink_zmq.messages import MAX_RUNNERS, PONG, REFUSED, Duty, Message, Present
+from rllink_zmq.messages import FRAGMENT, MAX_RUNNERS, PONG, REFUSED, Duty, Message, Present
 from rllink_zmq.wire import Buffer
 
 from . import peers
@@ -38,6 +38,7 @@ class BrokerState:
         self.windows = 0
         # what is in flight
         self.ledger = Ledger()
+        self.evaluation_ledger = Ledger()
         self.waiting: deque[Fragment] = deque()
         self.held_bytes = 0
         self.holding = True
@@ -49,6 +50,9 @@ class BrokerState:
         self.version = -1
         self.round_steps = 0
         self.taken_steps = 0
+        # evaluations: which version they want episodes of (-1 = none does), and which simulators are to serve them
+        self.evaluation_version = -1
+        self.sharers: dict[Simulator, None] = {}
         # the artifacts: what simulators can get
         self.published_version = -1
         self.weights = b""
@@ -94,7 +98,7 @@ class BrokerState:
             roster = [
                 Present(r.session, r.name, max(0.0, now - r.heard), r.duty, r.state is peers.State.LIVE)
                 for r in self.runners.values()
-                if r.run == self.run and r.state is not peers.State.GONE
+                if r.run == self.run and r.state is not peers.State.GONE and not r.evaluates
             ][:MAX_RUNNERS]
         return PONG(
             self.epoch, self.run, self.published_version, self.policy_ready, self.taken_steps, self.round_steps,
@@ -108,13 +112,17 @@ class BrokerState:
         return self.trainer is not None and self.trainer.state is peers.State.LIVE
 
     def pool(self) -> list[Runner]:
-        """The runners that may be leased to."""
+        """The runners that may be leased what is trained on."""
         if self._pool is None:
             self._pool = [
                 r for r in self.runners.values()
-                if r.state is peers.State.LIVE and r.run == self.run and r.duty == "serve"
+                if r.state is peers.State.LIVE and r.run == self.run and r.duty == "serve" and not r.evaluates
             ]  # fmt: skip
         return self._pool
+
+    def live_simulators(self) -> list[Simulator]:
+        """In the order of their greetings."""
+        return [peer for peer in self.routes[Side.FRONT].values() if isinstance(peer, Simulator)]
 
     def steps_granted(self, sim: Simulator) -> tuple[int, int]:
         """(steps limit of this session, length of its fragments): the steps ahead are shared by episodes at once."""
@@ -134,9 +142,11 @@ class BrokerState:
             self._ack_due = now + self.settings.ack_interval
 
     def _mark_all(self, now: float) -> None:
-        for peer in self.routes[Side.FRONT].values():
-            if isinstance(peer, Simulator):
-                self._mark(peer, now)
+        for sim in self.live_simulators():
+            self._mark(sim, now)
+
+    def _ledger_of(self, header: FRAGMENT) -> Ledger:
+        return self.evaluation_ledger if header.evaluation else self.ledger
 
     def _requeue(self, fragments: Iterable[Fragment], verb: Verb) -> None:
         """Back to the head of the queue, in their order."""
@@ -173,3 +183,12 @@ class BrokerState:
 
     def _begin_run(self, trainer: Trainer, now: float) -> None:
         raise NotImplementedError  # the artifacts'
+
+    def _end_evaluation(self, runner: Runner, now: float) -> None:
+        raise NotImplementedError  # the evaluations'
+
+    def _give_up_all(self, sim: Simulator, now: float) -> None:
+        raise NotImplementedError  # the evaluations'
+
+    def _announce(self, now: float) -> None:
+        raise NotImplementedError  # the evaluations'

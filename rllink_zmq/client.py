@@ -152,16 +152,30 @@ class Client:
             version=session.version,
         )
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether the trainer evaluates, and this client's next episode is to be for that (`training_enabled=None`)."""
+        session = self.flow.session
+        return session.evaluates and session.evaluation >= 0 and session.window > 0
+
     def start_episode(
-        self, episode_id: str | None = None, training_enabled: bool = True, *, explore: bool | None = None
+        self, episode_id: str | None = None, training_enabled: bool | None = None, *, explore: bool | None = None
     ) -> Episode:
         """A new episode. `episode_id`: 1 to 64 characters, of no other open episode; None makes one that is unique.
-        `training_enabled=False`: it acts, and sends nothing: as the trainer's evaluation config says, or as `explore`
-        does (False: the most likely actions). Raises EpisodeError, RefusedError."""
+
+        `training_enabled`: True: it is trained on. False: it is not, and acts as the trainer's evaluation config says;
+        while the trainer evaluates, its return counts there. None: as the trainer wants: it is trained on, unless the
+        trainer evaluates with a share of the simulators and this is one of them (`Episode.training_enabled` tells).
+        `explore`: for False alone: draw its actions or (False) take the most likely ones, whatever the trainer says;
+        such an episode counts nowhere. Raises EpisodeError, RefusedError."""
         flow = self.flow
-        if training_enabled and explore is not None:
+        if training_enabled is not False and explore is not None:
             raise EpisodeError("explore is for episodes that are not trained on: training_enabled=False")
         flow.look_if_due()
+        asked, training_enabled = (
+            training_enabled,
+            training_enabled is True or (training_enabled is None and not self.evaluates),
+        )
         if episode_id is None:
             self._started += 1
             episode_id = f"{flow.session.session.hex()}-{self._started}"
@@ -175,7 +189,9 @@ class Client:
                 f"one first, or connect with the number that is open at once"
             )
         builder = flow.builders[episode_id] = FragmentBuilder(episode_id, sent=training_enabled, explore=explore)
-        return Episode(flow, builder)
+        if not training_enabled and explore is None:
+            flow.evaluate(builder)
+        return Episode(flow, builder, undecided=asked is None)
 
     def get_actions(self, episodes: Sequence[Episode], observations: Sequence[Any]) -> Any:
         """`Episode.get_action` for several episodes of this client, in one forward pass.
@@ -214,7 +230,7 @@ class Client:
         if timed.steps == 1:
             done = time.perf_counter()
             timed.timings |= {"observation": taken - began, "inference": chosen - taken, "action": done - chosen}
-        flow.credit -= sum(builder.sent for builder, _ in pairs)
+        flow.credit -= sum(builder.sent or builder.evaluation is not None for builder, _ in pairs)
         return acted.env_actions
 
     def get_actions_async(self, episodes: Sequence[Episode], observations: Sequence[Any]) -> PendingActions:
@@ -263,7 +279,7 @@ class Client:
             flow.remote.close()
         flow.connection.close()
         if flow.audit is not None:
-            flow.audit.closed(session.session, len(session.unsettled))
+            flow.audit.closed(session.session, sum(not u.message.evaluation for u in session.unsettled.values()))
         if session.unsettled:
             log.warning(
                 "closed while %d fragments (%d steps) were on their way",

@@ -23,14 +23,15 @@ class Episode:
     it without `end_episode` abandons it: what isn't sent yet is discarded and counted.
     """
 
-    def __init__(self, flow: Flow, builder: FragmentBuilder) -> None:
-        """Use `Client.start_episode`."""
+    def __init__(self, flow: Flow, builder: FragmentBuilder, *, undecided: bool = False) -> None:
+        """Use `Client.start_episode`. `undecided`: it was left to the trainer what this episode is for."""
         self.id = builder.episode
         self.training_enabled = builder.sent
         self.builder = builder
         self.open = True
         self._flow = flow
-        self._cost = 1 if builder.sent else 0
+        self._undecided = undecided
+        self._cost = 1 if builder.sent or builder.evaluation is not None else 0
         self._started: float | None = _now()
         self._pending: PendingActions | None = None
 
@@ -127,12 +128,21 @@ class Episode:
         """
         if self._pending is not None:
             self._pending.forget()
+        if not self.training_enabled:
+            self._logs_in_evaluation()
         if not self._goes_on("logged"):
             self.check_open("log_action")
             self._flow.prepare([(self.builder, observation)], "logged", wait=True)
         self.builder.observe(observation)
         self.builder.log(action, action_logp)
         self._flow.credit -= self._cost
+
+    def _logs_in_evaluation(self) -> None:
+        """An evaluation is of the policy's actions. Who left it to the trainer and chooses actions itself trains."""
+        if self.open and self._undecided and not self.steps:
+            self.builder.sent = self.training_enabled = True
+            self._cost = 1
+        self.builder.evaluation = None
 
     def log_returns(self, reward: float) -> None:
         """Add `reward` to the reward of the last action. Several calls add up; none means 0.

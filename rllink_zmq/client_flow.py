@@ -18,7 +18,7 @@ from rllink_zmq.client_policy import SWITCH_INTERVAL, PolicyReader
 from rllink_zmq.client_remote import Pairs, RemotePolicy
 from rllink_zmq.errors import ConnectionTimeout, EpisodeError, PolicyError
 from rllink_zmq.fragments import Cut, End, FragmentBuilder, Kind, Layout, Origin, layout_of_spaces
-from rllink_zmq.messages import DELIVERED, FRAGMENT
+from rllink_zmq.messages import DELIVERED, EVALUATED, FRAGMENT
 from rllink_zmq.session import SimulatorSession, State
 from rllink_zmq.spaces import from_wire
 from rllink_zmq.transport import Connection
@@ -33,6 +33,10 @@ SAY_FIRST, SAY_EVERY = 4.0, 5.0
 """Seconds until a wait says what it waits for, and says it again."""
 UNSENT_STEPS = 256
 """Length of a fragment that is thrown away."""
+EVALUATION_STEPS = 32
+"""Length of a fragment that is evaluated, at least: nothing bounds those but the window."""
+SERVICES_SWITCH = 0.2
+"""Seconds in which services come to act by weights that are published."""
 
 
 class Waiting:
@@ -51,7 +55,8 @@ class Waiting:
 class Flow:
     """One client's. `credit`: steps that may be taken until the next look; `look_at`: when that is due. `drops`: where
     there is no room a fragment is built and dropped, rather than waited for. `remote`: the service that acts, if it is
-    not this process's own policy; `reserved`: steps whose actions it has been asked for."""
+    not this process's own policy; `reserved`: steps whose actions it has been asked for; `evaluation_due`: when it acts
+    by the weights that are evaluated."""
 
     def __init__(
         self,
@@ -73,6 +78,9 @@ class Flow:
         self.remote: RemotePolicy | None = None
         self.may_ask = False
         self.reserved = 0
+        self.evaluation_due = 0.0
+        self._room_of_bytes = 0
+        self._evaluation = -1
         self._layout = layout
         self._reads_policy = False
         self._logged: Origin | None = None
@@ -123,7 +131,7 @@ class Flow:
             if origin is not None and self.drops:
                 self._drop_or_send(pairs)
                 break
-            if origin is not None and self._room(needed):
+            if origin is not None and self._room(needed) and self._may_evaluate(pairs, origin):
                 break
             self._submit_all(pairs)
             if not looked:
@@ -133,7 +141,7 @@ class Flow:
                 self._check_window(needed)
                 return None
             else:
-                self.wait(lambda: self._may_go_on(kind, needed), lambda: self.why(kind))
+                self.wait(lambda: self._may_go_on(pairs, kind, needed), lambda: self.why(kind))
         for builder, _ in pairs:
             if not builder.steps:
                 if not builder.t0:
@@ -205,7 +213,7 @@ class Flow:
         return self._layout or self.reader.layout
 
     def length(self, layout: Layout, kind: Kind, builder: FragmentBuilder) -> int:
-        if not builder.sent:
+        if not builder.sent and builder.evaluation is None:
             return UNSENT_STEPS
         fragment_bytes = self.session.fragment_bytes
         most = layout.most_steps(kind, fragment_bytes)
@@ -214,7 +222,10 @@ class Flow:
                 f"one step takes {layout.last_bytes + layout.step_bytes(kind)} bytes, a fragment may have "
                 f"{fragment_bytes}: start the broker with a larger --fragment-bytes"
             )
-        return min(self.session.fragment_steps, most)
+        if builder.sent:
+            return min(self.session.fragment_steps, most)
+        # The first step goes alone: with it the episode takes its place in the evaluation.
+        return min(max(self.session.fragment_steps, EVALUATION_STEPS), most) if builder.t0 else 1
 
     # ---- actions of the service
 
@@ -234,25 +245,31 @@ class Flow:
         """How many steps may be taken from here on, by all episodes together."""
         session = self.session
         if not session.window:
-            self.credit = 0
+            self.credit = self._room_of_bytes = 0
             return
         steps = size = 0
         for builder in self.builders.values():
             if builder.sent and not builder.dropping:
                 steps += builder.steps
                 size += builder.nbytes
+            elif builder.evaluation is not None:
+                size += builder.nbytes
         credit = (session.window - session.unsettled_bytes - size) // self._step_bytes + 1
+        self._room_of_bytes = credit
         if session.steps_limit:
             credit = min(credit, session.steps_limit - session.settled_steps - session.unsettled_steps - steps)
         self.credit = credit - self.reserved
 
     def _room(self, needed: int) -> bool:
+        if not needed:
+            return True
         if self.credit < needed:
             self.measure()
         return self.credit >= needed
 
-    def _may_go_on(self, kind: Kind, needed: int) -> bool:
-        if self.origin(kind) is not None and self._room(needed):
+    def _may_go_on(self, pairs: Pairs, kind: Kind, needed: int) -> bool:
+        origin = self.origin(kind)
+        if origin is not None and self._room(needed) and self._may_evaluate(pairs, origin):
             return True
         self._check_window(needed)
         return False
@@ -269,6 +286,39 @@ class Flow:
                 f"client's window has {session.window}: use more clients with fewer episodes, or start the broker "
                 f"with a larger --fragment-bytes"
             )
+
+    # ---- evaluation
+
+    def evaluate(self, builder: FragmentBuilder) -> None:
+        """This episode, which begins now, is to be sent to the evaluation that is going on, if one is."""
+        builder.evaluation = self._evaluated()
+
+    def _evaluated(self) -> Origin | None:
+        """Which weights are evaluated, if any are."""
+        session = self.session
+        return Origin(session.run, session.evaluation) if session.evaluation >= 0 and session.window else None
+
+    def _may_evaluate(self, pairs: Pairs, origin: Origin) -> bool:
+        """Whether those of `pairs` that are evaluated may go on: there are their weights, and room for their steps."""
+        evaluated = [builder for builder, _ in pairs if builder.evaluation is not None]
+        if not evaluated:
+            return True
+        for builder in evaluated:
+            if builder.t0 or builder.steps:
+                continue
+            wanted = builder.evaluation = self._evaluated()  # it may be over by now, or another one have begun
+            if wanted is None:
+                continue
+            if origin < wanted if self.remote is None else time.monotonic() < self.evaluation_due:
+                return False
+        self.measure()
+        if self._room_of_bytes >= len(evaluated):
+            return True
+        if self.session.unsettled:
+            return False
+        for builder in evaluated:
+            builder.evaluation = None  # waiting would be useless: other episodes of this client fill the window
+        return True
 
     # ---- sending
 
@@ -289,6 +339,8 @@ class Flow:
         self.connection.flush()
 
     def _submit(self, builder: FragmentBuilder, cut: Cut, end: End) -> None:
+        if builder.evaluation is not None:
+            self._submit_evaluated(builder, cut, end)
         if not builder.sent:
             return
         if builder.dropping:
@@ -315,6 +367,22 @@ class Flow:
             self.audit.sent(self.session.session, number, cut.steps, cut.origin.run, cut.origin.version)
         if now >= self._sent_at + LOOK_INTERVAL:
             # Else the next look sends it, with others: waking libzmq's thread costs more than the message.
+            self._sent_at = now
+            self.connection.flush()
+
+    def _submit_evaluated(self, builder: FragmentBuilder, cut: Cut, end: End) -> None:
+        columns, body = to_buffers(cut.arrays)
+        if self.drops and self.session.unsettled_bytes + sum(map(len, body)) > self.session.window:
+            builder.evaluation = None  # it can't wait, and an evaluation wants whole episodes
+            return
+        now = self.connection.clock()
+        self.session.submit(
+            episode=builder.episode, t0=cut.t0, steps=cut.steps, end=end, run=cut.origin.run,
+            version=cut.origin.version, return_so_far=cut.return_so_far, columns=columns, body=body, now=now,
+            seconds=now - builder.began, timings=builder.timings, evaluation=True,
+        )  # fmt: skip
+        builder.timings = {}
+        if not cut.t0 or end != "no" or now >= self._sent_at + LOOK_INTERVAL:
             self._sent_at = now
             self.connection.flush()
 
@@ -354,6 +422,8 @@ class Flow:
             self._notice = session.notice
             if self._notice:
                 log.warning("the broker at %s says: %s", self.connection.address, self._notice)
+        if session.evaluation != self._evaluation:
+            self._evaluation, self.evaluation_due = session.evaluation, now + SERVICES_SWITCH
         if self._reads_policy and self.remote is None:
             self._read_policy(now)
         self.look_at = now + LOOK_INTERVAL
@@ -409,6 +479,11 @@ class Flow:
         return f"{session.unsettled_steps} steps are on their way and none was taken yet: is a trainer running?"
 
     def _settled(self, message: FRAGMENT, outcome: str) -> None:
+        if message.evaluation:
+            builder = self.builders.get(message.episode)
+            if outcome != EVALUATED and builder is not None:
+                builder.evaluation = None  # nobody wants the rest
+            return
         if self.audit is not None:
             self.audit.settled(message.session, message.number, outcome)
         if outcome != DELIVERED and outcome not in self._reasons:

@@ -73,7 +73,7 @@ def drive(
     steps: int | None = None,
     seed: int | None = None,
     stop: Stop | None = None,
-    training_enabled: bool = True,
+    training_enabled: bool | None = None,
 ) -> Summary:
     """Run `env` with the client's policy for so many `episodes`, or `steps`, or until `stop()`; for ever with none.
 
@@ -93,10 +93,13 @@ def drive_many(
     seed: int | None = None,
     stop: Stop | None = None,
     tally: Tally | None = None,
-    training_enabled: bool = True,
+    training_enabled: bool | None = None,
 ) -> Summary:
     """`drive` for many clients with an environment each, in turn, in this thread. `episodes` and `steps` are for each
-    of them; the i-th environment's first reset has `seed` + i. `tally`: counts that a caller wants to watch."""
+    of them; the i-th environment's first reset has `seed` + i. `tally`: counts that a caller wants to watch.
+
+    A training episode that waits for room while the trainer evaluates and wants this client for it is left as it is:
+    all of its steps have been sent, and only its end is missing."""
     count = tally or Tally()
     all_seats = [
         _Seat(client, env, count, episodes, steps, None if seed is None else seed + i, training_enabled)
@@ -172,7 +175,7 @@ class _Seat:
         episodes: int | None,
         steps: int | None,
         seed: int | None,
-        training_enabled: bool,
+        training_enabled: bool | None,
     ) -> None:
         self.client = client
         self._training_enabled = training_enabled
@@ -189,8 +192,12 @@ class _Seat:
 
     @property
     def due(self) -> float:
-        """When to try again though nothing has come: a request that is to be sent again."""
-        return self._asked.due if self._asked is not None else float("inf")
+        """When to try again though nothing has come: a request that is to be sent again, or an evaluation to begin."""
+        if self._asked is not None:
+            return self._asked.due
+        flow, episode = self.client.flow, self._episode
+        begins = episode is not None and not episode.steps and episode.builder.evaluation is not None
+        return flow.evaluation_due if begins and flow.remote is not None else float("inf")
 
     def why(self) -> str:
         """What it waits for."""
@@ -216,7 +223,7 @@ class _Seat:
             self._observation = observation
             action = self._act(episode, observation)
             if action is None:
-                return self._block()
+                return self._serve_instead() if self._may_serve() else self._block()
             observation, reward, terminated, truncated, _ = env.step(action)
             episode.log_returns(float(reward))
             tally.steps += 1
@@ -250,6 +257,17 @@ class _Seat:
         self._asked = None
         return asked.result()
 
+    def _may_serve(self) -> bool:
+        """Whether it is to evaluate, and can't go on with what it does: training stands still meanwhile."""
+        episode, client = self._episode, self.client
+        trains = self._training_enabled is None and episode is not None and episode.training_enabled
+        return trains and self._asked is None and client.evaluates and client.flow.credit <= 0
+
+    def _serve_instead(self) -> None:
+        """Leave the episode that waits, as it is, and begin another one."""
+        self.leave()
+        self.turn()
+
     def _block(self) -> None:
         self.blocked = True
         self.origin = self.client.flow.reader.origin
@@ -275,13 +293,15 @@ def drive_vector(
     steps: int | None = None,
     seed: int | None = None,
     stop: Stop | None = None,
+    training_enabled: bool = True,
 ) -> Summary:
     """Run a vector of environments, with one forward pass of the policy for all. `episodes` and `steps` are totals.
+    All of its episodes are trained on, or with `training_enabled=False` none: they are for evaluations.
 
     Every `autoreset_mode` of Gymnasium is understood. The client must have been connected for as many `episodes` as
     there are environments. Raises SettingsError otherwise, and what `Client.get_actions` does.
     """
-    vector = _Vector(client, envs, seed)
+    vector = _Vector(client, envs, seed, training_enabled)
     tally = Tally()
     try:
         while (episodes is None or tally.episodes < episodes) and (steps is None or tally.steps < steps):
@@ -297,7 +317,9 @@ def drive_vector(
 class _Vector:
     """`_episodes[i]` is None while environment i waits for its reset to be stepped over (`NEXT_STEP`)."""
 
-    def __init__(self, client: Client, envs: gym.vector.VectorEnv[Any, Any, Any], seed: int | None) -> None:
+    def __init__(
+        self, client: Client, envs: gym.vector.VectorEnv[Any, Any, Any], seed: int | None, training_enabled: bool
+    ) -> None:
         mode = envs.metadata.get("autoreset_mode")
         if not isinstance(mode, AutoresetMode):
             raise SettingsError(
@@ -310,11 +332,12 @@ class _Vector:
             )
         self._client = client
         self._envs = envs
+        self._training_enabled = training_enabled
         self._mode = mode
         self._observations = self._each(envs.reset(seed=seed)[0])
         space = envs.single_action_space
         self._actions = np.zeros((envs.num_envs, *(space.shape or ())), space.dtype)
-        self._episodes: list[Episode | None] = [client.start_episode() for _ in range(envs.num_envs)]
+        self._episodes: list[Episode | None] = [self._start() for _ in range(envs.num_envs)]
         self._asked: PendingActions | None = None
 
     def _each(self, observations: Any) -> Any:
@@ -322,6 +345,9 @@ class _Vector:
         if isinstance(self._envs.single_observation_space, gym.spaces.Dict | gym.spaces.Tuple):
             return list(gym.vector.utils.iterate(self._envs.observation_space, observations))
         return observations
+
+    def _start(self) -> Episode:
+        return self._client.start_episode(training_enabled=self._training_enabled)
 
     def _acting(self) -> tuple[list[int], list[Episode]]:
         acting = [(i, episode) for i, episode in enumerate(self._episodes) if episode is not None]
@@ -381,9 +407,9 @@ class _Vector:
         later = self._mode is AutoresetMode.NEXT_STEP
         for i in range(len(self._episodes)):
             if ended[i]:
-                self._episodes[i] = None if later else self._client.start_episode()
+                self._episodes[i] = None if later else self._start()
             elif self._episodes[i] is None:
-                self._episodes[i] = self._client.start_episode()
+                self._episodes[i] = self._start()
         self._observations = observations
 
     def cut_off(self) -> None:

@@ -134,8 +134,9 @@ class FragmentBuilder:
     times. `begin` comes before the first step of a fragment. `steps`: of the fragment being built; `limit`: how many it
     may have; `episode_return`: of all steps so far, in float64. `sent` = False: what is built is thrown away, and
     `explore` says whether its actions are drawn (None = as the trainer's evaluation does); `dropping`: this fragment
-    is. `state`: the policy's memory before the next step, in the layout's order; `fresh`: no step has been taken with
-    it. For whoever keeps the time: `began`: when the first step was taken; `timings`: of this fragment, as in FRAGMENT.
+    is; `evaluation`: it goes to an evaluation, if the episode begins with these weights or newer ones. `state`: the
+    policy's memory before the next step, in the layout's order; `fresh`: no step has been taken with it. For whoever
+    keeps the time: `began`: when the first step was taken; `timings`: of this fragment, as in FRAGMENT.
     """
 
     def __init__(self, episode: str, *, sent: bool = True, explore: bool | None = None) -> None:
@@ -143,6 +144,7 @@ class FragmentBuilder:
         self.sent = sent
         self.explore = explore
         self.dropping = False
+        self.evaluation: Origin | None = None
         self._where = f"episode '{episode}'"
         self._layout: Layout | None = None
         self._rows = FIRST_ROWS

@@ -64,6 +64,8 @@ Address: TypeAlias = Annotated[str, Meta(max_length=256)]
 Digest: TypeAlias = Annotated[str, Meta(max_length=64)]
 
 DELIVERED = "delivered"
+EVALUATED = "evaluated"
+"""The outcome of a fragment that an evaluation has."""
 
 End: TypeAlias = Literal["no", "terminated", "truncated"]
 Duty: TypeAlias = Literal["serve", "park", "leave", "end"]
@@ -194,20 +196,22 @@ class SimulatorHello(_Part, tag="simulator", tag_field="role", frozen=True):
 
 class RunnerHello(_Part, tag="runner", tag_field="role", frozen=True):
     """`committed`: the last TAKEN it acted upon. `returned`: RLlib has the hand-overs up to this one. `handed`,
-    `dropped`: what it handed over, or could not, and whose `base` has not passed."""
+    `dropped`: what it handed over, or could not, and whose `base` has not passed. `evaluation`: it is of the pool that
+    evaluates."""
 
     run: RunId
     committed: Count = 0
     returned: Count = 0
     handed: Annotated[list[Handed], Meta(max_length=65_536)] = []
     dropped: Annotated[list[Dropped], Meta(max_length=65_536)] = []
+    evaluation: bool = False
 
 
 class TrainerHello(_Part, tag="trainer", tag_field="role", frozen=True):
     """`quota`: env steps one learner update consumes. `lag_limit`: the most learner updates a fragment's weights may
     be old. `steps_ahead`: env steps all simulators together may have on their way (0 = no limit). `runners`: how
     many it means to have. `fragment_steps`: the longest fragment wanted. `policy`, `policy_bytes`: the policy it
-    offers. `duties`: as in POOL."""
+    offers. `duties`: as in POOL. `evaluation_share`: of the simulators, 0 to 1, that serve evaluations."""
 
     run: RunId
     quota: Count
@@ -219,6 +223,7 @@ class TrainerHello(_Part, tag="trainer", tag_field="role", frozen=True):
     policy: Digest
     policy_bytes: Annotated[int, Meta(ge=1, lt=1 << 53)]
     duties: Duties = []
+    evaluation_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
 
 
 class ObserverHello(_Part, tag="observer", tag_field="role", frozen=True):
@@ -259,7 +264,7 @@ class HELLO(_Message, tag="HELLO", frozen=True):
 class WELCOME(_Message, tag="WELCOME", frozen=True):
     """broker -> any: the answer to HELLO `greeting`. A simulator resends all unsettled fragments in order; a runner
     forgets what it has not taken. `window` and `steps_limit` are absolute; 0 as `steps_limit` = no limit. `requests`:
-    how many ACTs a reader may have open."""
+    how many ACTs a reader may have open. `evaluation`, `evaluates`: as in ACK."""
 
     epoch: Annotated[bytes, Meta(min_length=8, max_length=8)]
     greeting: Count
@@ -274,6 +279,8 @@ class WELCOME(_Message, tag="WELCOME", frozen=True):
     spaces: Spaces | None = None
     text: Text = ""
     requests: Count = 0
+    evaluation: Version = -1
+    evaluates: bool = False
 
 
 class REFUSED(_Message, tag="REFUSED", frozen=True):
@@ -290,7 +297,8 @@ class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     `obs` has steps + 1 rows, all other columns have steps rows. `return_so_far`: the episode's return before step `t0`.
     `seconds`: since the episode began, at the fragment's end. `timings`: seconds of one reset and of one step's acting,
     measured once in the fragment: `reset`, `observation` (taking it in), `inference`, `action` (handing it out).
-    `dropped`: cumulative totals of what the simulator dropped itself: reason -> (fragments, steps)."""
+    `dropped`: cumulative totals of what the simulator dropped itself: reason -> (fragments, steps).
+    `evaluation`: it is for an evaluation, and nobody trains on it."""
 
     session: Session
     number: Annotated[int, Meta(ge=1, lt=1 << 53)]
@@ -308,6 +316,7 @@ class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     agent: Annotated[str, Meta(max_length=64)] = ""
     module: Annotated[str, Meta(max_length=64)] = ""
     dropped: Annotated[dict[Reason, tuple[Count, Count]], Meta(max_length=16)] = {}
+    evaluation: bool = False
 
 
 class TAKE(_Message, tag="TAKE", frozen=True):
@@ -338,8 +347,18 @@ class RETURNED(_Message, tag="RETURNED", frozen=True):
     dropped: Annotated[list[Dropped], Meta(max_length=65_536)] = []
 
 
+class EVALUATE(_Message, tag="EVALUATE", frozen=True):
+    """evaluation runner -> broker: `episodes` are to begin, by the weights `version` or newer ones. It ends what was
+    wanted before; 0 = no more is wanted."""
+
+    version: Count
+    episodes: Count
+
+
 class ACK(_Message, tag="ACK", frozen=True):
-    """broker -> simulator: outcomes, and the limits as they are now (absolute, like WELCOME's)."""
+    """broker -> simulator: outcomes, and the limits as they are now (absolute, like WELCOME's). `evaluation`: an
+    evaluation wants episodes, of this version of the weights or a newer one; -1 = none does. `evaluates`: this
+    simulator's next episode is to be one, unless it knows better."""
 
     settled: Annotated[list[tuple[Count, Reason]], Meta(max_length=MAX_NUMBERS)]
     window: Count
@@ -348,6 +367,8 @@ class ACK(_Message, tag="ACK", frozen=True):
     run: RunId = ""
     version: Version = -1
     policy: Digest = ""
+    evaluation: Version = -1
+    evaluates: bool = False
 
 
 class PING(_Message, tag="PING", frozen=True):
@@ -468,6 +489,7 @@ Message: TypeAlias = (
     | TAKE
     | TAKEN
     | RETURNED
+    | EVALUATE
     | ACK
     | PING
     | PONG

@@ -263,7 +263,9 @@ class Unsettled(NamedTuple):
 
 class SimulatorSession(Endpoint):
     """A simulator's end. `unsettled` in order of number; `window` in bytes, `steps_limit` in env steps of this session
-    (0 = none), `fragment_steps` the length of a fragment: all as the broker told last."""
+    (0 = none), `fragment_steps` the length of a fragment: all as the broker told last. `evaluation`: the version that
+    an evaluation wants episodes of, -1 = none does; `evaluates`: this simulator is to serve it. Steps are those that
+    are trained on."""
 
     def __init__(
         self,
@@ -290,6 +292,8 @@ class SimulatorSession(Endpoint):
         self.steps_limit = 0
         self.fragment_steps = 1
         self.fragment_bytes = 0
+        self.evaluation = -1
+        self.evaluates = False
         self.weights_address = ""
         self.outcomes: dict[str, list[int]] = {}
         self.dropped: dict[str, tuple[int, int]] = {}
@@ -325,18 +329,19 @@ class SimulatorSession(Endpoint):
         now: float,
         seconds: float = 0.0,
         timings: dict[str, float] | None = None,
+        evaluation: bool = False,
     ) -> int:
         """Send a fragment, keep it until it is settled, and return its number."""
         base = self.base  # of the time before: nothing unsettled makes this very fragment the first one
         self.number += 1
         message = FRAGMENT(
             self.session, self.number, base, episode, t0, steps, end, run, version, return_so_far, columns,  # type: ignore[arg-type]
-            seconds=seconds, timings=timings or {}, dropped=self.dropped,
+            seconds=seconds, timings=timings or {}, dropped=self.dropped, evaluation=evaluation,
         )  # fmt: skip
         size = sum(map(len, body))
         self.unsettled[self.number] = Unsettled(message, body, size)
         self.unsettled_bytes += size
-        self.unsettled_steps += steps
+        self.unsettled_steps += 0 if evaluation else steps
         if self.state is State.LIVE:
             self._say(message, now, body)
         return self.number
@@ -345,7 +350,7 @@ class SimulatorSession(Endpoint):
         self.fragment_bytes = message.fragment_bytes
         self.weights_address = message.weights
         self.trainer_spaces = message.spaces
-        self._limits(message.window, message.steps_limit, message.fragment_steps)
+        self._limits(message)
         base = self.base
         for kept in self.unsettled.values():
             self._say(msgspec.structs.replace(kept.message, base=base), now, kept.body)
@@ -353,14 +358,15 @@ class SimulatorSession(Endpoint):
     def handle(self, message: Message, body: Sequence[Buffer], now: float) -> None:
         if isinstance(message, ACK):
             self._learn(message.run, message.version, message.policy)
-            self._limits(message.window, message.steps_limit, message.fragment_steps)
+            self._limits(message)
             for number, outcome in message.settled:
                 kept = self.unsettled.pop(number, None)
                 if kept is None:
                     continue
                 self.unsettled_bytes -= kept.size
-                self.unsettled_steps -= kept.message.steps
-                self.settled_steps += kept.message.steps
+                if not kept.message.evaluation:
+                    self.unsettled_steps -= kept.message.steps
+                    self.settled_steps += kept.message.steps
                 total = self.outcomes.setdefault(outcome, [0, 0])
                 total[0] += 1
                 total[1] += kept.message.steps
@@ -369,8 +375,9 @@ class SimulatorSession(Endpoint):
         elif self.on_message is not None:
             self.on_message(message, body, now)
 
-    def _limits(self, window: int, steps_limit: int, fragment_steps: int) -> None:
-        self.window, self.steps_limit, self.fragment_steps = window, steps_limit, max(1, fragment_steps)
+    def _limits(self, told: WELCOME | ACK) -> None:
+        self.window, self.steps_limit, self.fragment_steps = told.window, told.steps_limit, max(1, told.fragment_steps)
+        self.evaluation, self.evaluates = told.evaluation, told.evaluates
 
 
 class ReaderSession(Endpoint):

@@ -78,7 +78,31 @@ def test_rules_of_ppo_and_appo() -> None:
     [
         (lambda: DQNConfig().environment("CartPole-v1"), SettingsError, "DQN can't be trained .* use PPO, APPO"),
         (lambda: PPOConfig().environment("CartPole-v11"), SettingsError, "CartPole-v11.* can't be made here"),
-        (lambda: ppo().evaluation(evaluation_interval=1), SettingsError, "evaluation"),
+        (
+            lambda: ppo().evaluation(evaluation_interval=1, evaluation_config={"env": "Pendulum-v1"}),
+            SettingsError,
+            r"evaluation_config=\{'env'.*each simulator has its own",
+        ),
+        (
+            lambda: ppo().evaluation(evaluation_interval=1, evaluation_config={"clip_actions": True}),
+            SettingsError,
+            "'clip_actions'.*one policy",
+        ),
+        (
+            lambda: ppo().evaluation(evaluation_interval=1, evaluation_parallel_to_training=True),
+            SettingsError,
+            "evaluation_num_env_runners >= 1",
+        ),
+        (
+            lambda: ppo().evaluation(evaluation_interval=1, evaluation_duration="auto", evaluation_num_env_runners=1),
+            SettingsError,
+            "needs evaluation_parallel_to_training",
+        ),
+        (
+            lambda: ppo().evaluation(evaluation_interval=1, evaluation_sample_timeout_s=0),
+            SettingsError,
+            "evaluation_sample_timeout_s must be positive",
+        ),
         (lambda: ppo().env_runners(batch_mode="complete_episodes"), SettingsError, "complete_episodes"),
         (
             lambda: PPOConfig().environment(
@@ -110,6 +134,17 @@ def test_what_it_refuses(config: Any, error: type[Exception], says: str) -> None
 def test_settings_out_of_range(settings: dict[str, int]) -> None:
     with pytest.raises(SettingsError, match="must be at least 1"):
         attach(ppo(), NOWHERE, **settings)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_is_a_part(share: float) -> None:
+    with pytest.raises(SettingsError, match="evaluation_share must be from 0 to 1"):
+        attach(ppo(), NOWHERE, evaluation_share=share)
+
+
+def test_an_evaluation_that_says_what_training_does_is_none_of_its_own() -> None:
+    config = ppo().evaluation(evaluation_interval=2, evaluation_config={"explore": False, "env": "CartPole-v1"})
+    assert attach(config, NOWHERE, evaluation_share=0.25).evaluation_interval == 2
 
 
 def test_an_address_that_is_none() -> None:

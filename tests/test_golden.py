@@ -25,6 +25,7 @@ from rllink_zmq.messages import (
     BYE,
     CONFIG,
     DUTY,
+    EVALUATE,
     FRAGMENT,
     GET_CONFIG,
     GET_STATE,
@@ -132,6 +133,20 @@ EXAMPLES = (
         HELLO(1, TRAINER, 1, TrainerHello(RUN, 4000, 2, 4000, 2, 200, CARTPOLE, POLICY, len(BLOB)), "PPO", "0.1.0"),
     ),
     Example(
+        "HELLO of an evaluation runner",
+        "runner -> broker",
+        "It wants what is evaluated, and gets nothing that is trained on.",
+        HELLO(1, RUNNER, 1, RunnerHello(RUN, evaluation=True), "evaluator-1@host", "0.1.0"),
+    ),
+    Example(
+        "HELLO of a trainer whose evaluations a share of the simulators serves",
+        "trainer -> broker",
+        "A quarter of them, rounded up.",
+        HELLO(1, TRAINER, 1, TrainerHello(
+            RUN, 4000, 2, 4000, 2, 200, CARTPOLE, POLICY, len(BLOB), evaluation_share=0.25
+        )),
+    ),
+    Example(
         "HELLO of an observer",
         "observer -> broker",
         "It only wants to know the spaces.",
@@ -196,6 +211,22 @@ EXAMPLES = (
         ),
     ),
     Example(
+        "FRAGMENT of an evaluation",
+        "simulator -> broker -> evaluation runner",
+        "The end of an episode that nobody trains on: its return is 11.0, its length 12.",
+        *_fragment(
+            TWO_STEPS, number=13, base=10, episode="6", t0=10, steps=2, end="terminated", run=RUN, version=8,
+            return_so_far=9.0, evaluation=True,
+        ),
+    ),
+    Example(
+        "EVALUATE",
+        "runner -> broker",
+        "Ten episodes are to begin, by the weights 8 or newer ones.",
+        EVALUATE(8, 10),
+    ),
+    Example("EVALUATE, no more", "runner -> broker", "The evaluation is over.", EVALUATE(8, 0)),
+    Example(
         "TAKE",
         "runner -> broker",
         "Claim 6: fragments 9 and 10 of one simulator. RLlib has the hand-overs up to 5.",
@@ -218,6 +249,12 @@ EXAMPLES = (
         "broker -> simulator",
         "Two outcomes, and the limits as they are now.",
         ACK([(9, "delivered"), (10, "stale")], 2 << 20, 1400, 200, RUN, 8, POLICY),
+    ),
+    Example(
+        "ACK while an evaluation is going on",
+        "broker -> simulator",
+        "It wants episodes of version 8 or newer, and this simulator's next one is to be such.",
+        ACK([(13, "evaluated"), (14, "unwanted")], 2 << 20, 1400, 200, RUN, 8, POLICY, 8, True),
     ),
     Example("PING", "any -> broker", "Nothing else was sent for a while.", PING()),
     Example(

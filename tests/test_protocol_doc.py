@@ -281,8 +281,8 @@ def word_in(node: ast.AST | None, tree: ast.Module) -> list[str]:
     if isinstance(node, ast.IfExp):
         return word_in(node.body, tree) + word_in(node.orelse, tree)
     if isinstance(node, ast.Name):
-        if node.id == "DELIVERED":
-            return [messages.DELIVERED]
+        if node.id in ("DELIVERED", "EVALUATED"):
+            return [str(getattr(messages, node.id))]
         for line in tree.body:
             if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == node.id:
                 return word_in(line.value, tree)
@@ -343,6 +343,8 @@ def outcomes() -> set[str]:
             elif name in ("get", "setdefault") and on.endswith(("outcomes", "_dropped", "why")):
                 found |= set(word_in(argument(call, 1), tree))
         for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "told":
+                found |= set(word_in(node.value, tree))
             if isinstance(node, ast.FunctionDef) and node.name == "_too_old":
                 for inner in ast.walk(node):
                     if isinstance(inner, ast.Return):

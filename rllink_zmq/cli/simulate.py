@@ -16,6 +16,7 @@ import click
 from rllink_zmq.audit import check_directory
 from rllink_zmq.client import Backpressure, Inference
 from rllink_zmq.errors import RllinkError
+from rllink_zmq.messages import DELIVERED, EVALUATED
 from rllink_zmq.transport import parse_address
 
 from . import output
@@ -69,10 +70,13 @@ def line(report: Report, num: int, wall_s: float) -> str:
     """Where it stands, for people."""
     mean = _mean(report.returns)
     lost = {**report.outcomes, **report.dropped}
-    lost.pop("delivered", None)
+    for no_loss in (DELIVERED, EVALUATED, "unwanted"):
+        lost.pop(no_loss, None)
+    evaluated = report.outcomes.get(EVALUATED, (0, 0))[1]
     return (
         f"simulators {report.connected}/{num}  episodes {report.episodes}  steps {report.steps} "
         f"({report.steps / max(wall_s, 1e-9):.0f}/s)  return {'-' if mean is None else f'{mean:.1f}'}"
+        + (f"  evaluated: {evaluated} steps" if evaluated else "")
         + (f"  dropped: {', '.join(f'{reason} {f}' for reason, (f, _) in sorted(lost.items()))}" if lost else "")
     )
 
@@ -200,7 +204,7 @@ training to begin, and say what they wait for."""
 )  # fmt: skip
 @click.option(
     "--evaluate", is_flag=True,
-    help="Nothing is trained on; actions as the trainer's evaluation config says. Best with --episodes.",
+    help="Serve the trainer's evaluations: nothing is trained on, and actions are as its evaluation config says.",
 )  # fmt: skip
 @click.option("--episodes", type=click.IntRange(1), help="Of each simulator; without it they run until Ctrl-C.")
 @click.option("--seed", type=int, help="Of the environments and of the policy's draws.")

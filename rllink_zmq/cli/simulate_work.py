@@ -142,7 +142,7 @@ class Work:
         seats = zip(self._clients, self._envs, strict=True)
         drive_many(
             seats, episodes=plan.episodes, seed=seed, stop=stopped, tally=self._tally,
-            training_enabled=not plan.evaluate,
+            training_enabled=False if plan.evaluate else None,
         )  # fmt: skip
         return plan.episodes is not None and self._tally.episodes >= plan.episodes * plan.number
 

@@ -13,6 +13,9 @@ from . import admin as broker_admin
 from . import output
 from .admin import fetch
 
+MANY = 1_000_000
+"""More episodes than anybody counts: an evaluation by steps takes as many as come."""
+
 
 def rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     """Status as (what, words)."""
@@ -24,7 +27,7 @@ def rows(status: dict[str, Any]) -> list[tuple[str, str]]:
                    f"{process['cpu_s']:.1f} s of CPU"),
         ("simulators", f"{status['simulators']} connected"),
         ("trainer", f"{trainer['name'] or 'unnamed'}, run {trainer['run_id']}" if trainer else "none"),
-        ("runners", ", ".join(map(_runner, status["runners"])) or "none"),
+        ("runners", ", ".join(_runner(r) for r in status["runners"] if r["pool"] == "training") or "none"),
         ("weights", f"version {weights['version']}" if weights["version"] >= 0 else "none yet"),
         ("round", _round(status["round"])),
         ("received", _both(ledger["received"])),
@@ -32,12 +35,26 @@ def rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("in flight", f"{_both(ledger['in_flight'])}, {memory['held_bytes'] / 1e6:.1f} MB"),
         ("dropped", dropped),
     ]  # fmt: skip
+    if any(r["pool"] == "evaluation" for r in status["runners"]) or status["evaluation"]["ledger"]["received"]["steps"]:
+        found.append(("evaluation", _evaluation(status)))
     unfinished = {what: n for what, n in status["unfinished_episodes"].items() if n}
     if unfinished:
         found.append(("unfinished episodes", ", ".join(f"{n} {what}" for what, n in unfinished.items())))
     if status["waiting_for"]:
         found.append(("waiting for", ", ".join(status["waiting_for"])))
     return found
+
+
+def _evaluation(status: dict[str, Any]) -> str:
+    evaluation = status["evaluation"]
+    runners = ", ".join(_runner(r) for r in status["runners"] if r["pool"] == "evaluation") or "no runner"
+    if evaluation["version"] is not None or evaluation["episodes_open"]:
+        many = evaluation["episodes_wanted"] > MANY
+        wanted = "more are wanted" if many else f"{evaluation['episodes_wanted']} more are wanted"
+        now = f"{evaluation['episodes_open']} episodes are open, {wanted}"
+    else:
+        now = "none is going on"
+    return f"{runners}; {now}; {evaluation['ledger']['delivered']['steps']} steps so far"
 
 
 def _round(round_: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ from rllink_zmq.audit import check_directory
 from rllink_zmq.errors import ConnectionTimeout, SettingsError
 from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.rllib.audit import audited
+from rllink_zmq.rllib.evaluation import check_evaluation
 from rllink_zmq.rllib.runner import ZmqEnvRunner
 from rllink_zmq.rllib.settings import KEY, LinkSettings, is_round, trainer_terms
 from rllink_zmq.rllib.trainer import TrainerCallback
@@ -58,13 +59,15 @@ def attach(
     runner_timeout_s: float = 0.0,
     act_rows: int = 0,
     act_wait_s: float = 0.0,
+    evaluation_share: float = 0.0,
     spaces_timeout: float | None = None,
     audit: str | os.PathLike[str] | None = None,
 ) -> C:
     """Have `config`'s samples come from the simulators behind the broker whose backend is at `broker`.
 
     Changes and returns `config`. `lag_limit` (learner updates), `steps_ahead`, `fragment_steps` (env steps),
-    `runner_timeout_s`, `act_rows`, `act_wait_s` (the action service): see `LinkSettings`; 0 = the default. A config
+    `runner_timeout_s`, `act_rows`, `act_wait_s` (the action service), `evaluation_share` (of the simulators that serve
+    RLlib's evaluation): see `LinkSettings`; 0 = the default. A config
     without an env and without spaces takes the spaces of the first simulator: that waits up to `spaces_timeout` seconds
     (None = for ever, saying so every 5 s).
     `audit`: a directory in which runners and learners log each fragment, on their own hosts, for `rllink-zmq audit`.
@@ -86,6 +89,7 @@ def attach(
         runner_timeout_s=runner_timeout_s,
         act_rows=act_rows,
         act_wait_s=act_wait_s,
+        evaluation_share=evaluation_share,
         audit=folder,
     )
     config.environment(env_config={KEY: settings.as_dict()})
@@ -121,11 +125,7 @@ def _refuse_unsupported(config: AlgorithmConfig) -> None:
         raise SettingsError(
             "multi-agent configs can't be trained through the broker yet: remove config.multi_agent(...)"
         )
-    if config.evaluation_interval:
-        raise SettingsError(
-            "evaluation through simulators is not there yet: remove config.evaluation(evaluation_interval=...); the "
-            "returns of training episodes are under env_runners/episode_return_mean"
-        )
+    check_evaluation(config)
     if config.batch_mode != "truncate_episodes":
         raise SettingsError(
             f"batch_mode={config.batch_mode!r}: simulators send fragments as they come; use 'truncate_episodes'"

@@ -37,11 +37,13 @@ SAY_EVERY = 10.0
 class RunnerLink:
     """One run's conversation of this runner with the broker at `address`."""
 
-    def __init__(self, address: str, run: str, name: str, *, local: bool = False) -> None:
+    def __init__(
+        self, address: str, run: str, name: str, *, local: bool = False, session: RunnerSession | None = None
+    ) -> None:
         self.address = address
         self.run = run
         self._local = local
-        self.session = RunnerSession(secrets.token_bytes(16), run, name=name, package=__version__)
+        self.session = session or RunnerSession(secrets.token_bytes(16), run, name=name, package=__version__)
         self._thread = ConnectionThread(Connection(self.session, address), self._step, f"rllink-{name}")
         self._call: SampleCall | None = None
         self._result: Future[list[Lease]] | None = None

@@ -274,9 +274,10 @@ class Pipelines:
 
 
 class FragmentConnectors:
-    """What a runner needs `pipelines` for where fragments become episodes. `filters`: their state at each version."""
+    """What a runner needs `pipelines` for where fragments become episodes. `filters`: their state at each version; None
+    where nothing is learned from the fragments, and any state will do."""
 
-    def __init__(self, pipelines: Pipelines, filters: Filters) -> None:
+    def __init__(self, pipelines: Pipelines, filters: Filters | None) -> None:
         self._pipelines = pipelines
         self._filters = filters
 
@@ -284,7 +285,7 @@ class FragmentConnectors:
         """A fragment's observations as the policy saw them, a structure of (back + steps + 1, ...) arrays; and the
         space of that. Raises `UnknownFilter`."""
         pipelines, count = self._pipelines, back + message.steps + 1
-        if pipelines.stateful:
+        if pipelines.stateful and self._filters is not None:
             state = self._filters.at(message.version)
             if state is None:
                 raise UnknownFilter(f"the filters of version {message.version} aren't known here")

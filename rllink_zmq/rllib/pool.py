@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -167,13 +168,15 @@ class Pool:
             return False
         return True
 
-    def end(self) -> None:
-        """The training ends: no call waits any longer, and a runner that doesn't answer is killed."""
+    def end(self, others: Iterable[bytes] = ()) -> None:
+        """The training ends: no call waits any longer, of `others` (sessions) neither, and a runner that doesn't answer
+        is killed."""
         self._ending.set()
         with self._lock:
             members = [*self._members, *self._ready, *(s.member for s in self._starting)]
             self._members, self._ready, self._starting = [], [], []
-        self._trainer.assign({m.session: "end" for m in members if m.session})
+        sessions = {*(m.session for m in members if m.session), *others}
+        self._trainer.assign(dict.fromkeys(sessions, "end"))
         threading.Thread(target=_see_to_the_end, args=(members,), name="rllink-end", daemon=True).start()
 
     # ---- the thread

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -44,6 +45,7 @@ from rllink_zmq.errors import RllinkError
 from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib.audit import runner_log
 from rllink_zmq.rllib.episodes import EpisodeBuilder, Finished
+from rllink_zmq.rllib.evaluation import EvaluationLink
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.link import RunnerLink
 from rllink_zmq.rllib.pipelines import (
@@ -56,6 +58,8 @@ from rllink_zmq.rllib.pipelines import (
 )
 from rllink_zmq.rllib.service import MAX_ROWS, ActService, ModuleActor, PipelineActor
 from rllink_zmq.rllib.settings import LinkSettings, explores, longest_chunk, sampling_rules, trainer_terms
+from rllink_zmq.sampling_evaluation import PAST, Wanted
+from rllink_zmq.session_runner import Lease
 
 logger = logging.getLogger("rllink_zmq")
 
@@ -89,6 +93,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
 
     Made by RLlib, as a Ray actor (or in the driver, as the local runner). It joins the broker when the trainer tells
     it the run's id (`join`), offers each version of the weights that RLlib gives it, and takes fragments in `sample()`.
+    One of RLlib's evaluation (`config.in_evaluation`) joins as such, and gets what simulators send for that.
     """
 
     def __init__(self, *, config: AlgorithmConfig, **kwargs: Any) -> None:
@@ -121,15 +126,18 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self._link: RunnerLink | None = None
         self._service: ActService | None = None
         self._manifest: PolicyManifest | None = None
+        evaluates = self.config.in_evaluation  # nothing is cut into rows then, and the audit is of what is trained on
         self._pipelines: Pipelines | None = None
         self._filters = Filters(trainer_terms(self.config).lag_limit + 2)
         self._connectors = b""
+        connectors = None
         if has_own_connectors(self.config):
-            self._pipelines = Pipelines(self.config, learns=self._env_to_module)
+            self._pipelines = Pipelines(self.config, learns=None if evaluates else self._env_to_module)
             self._connectors = state_bytes(self._env_to_module)
+            connectors = FragmentConnectors(self._pipelines, None if evaluates else self._filters)
         self._builder = EpisodeBuilder(
-            *spaces, self.module, longest_chunk(self.config), runner_log(self.settings.audit),
-            None if self._pipelines is None else FragmentConnectors(self._pipelines, self._filters),
+            *spaces, self.module, float("inf") if evaluates else longest_chunk(self.config),
+            None if evaluates else runner_log(self.settings.audit), connectors,
         )  # fmt: skip
         self._finished: list[Finished] = []
         self._sampled_at: float | None = None
@@ -158,10 +166,13 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self._manifest = manifest
         if self._pipelines is not None:
             self._pipelines.lookback = manifest.lookback
-        self._link = RunnerLink(self.settings.broker, run, f"runner-{index}@{host}", local=not self.worker_index)
+        evaluates = self.config.in_evaluation
+        link, kind = (EvaluationLink, "evaluator") if evaluates else (RunnerLink, "runner")
+        self._link = link(self.settings.broker, run, f"{kind}-{index}@{host}", local=not self.worker_index)
         if self.held is not None:
             self._offer(self.held)
-        self._serve_actions(self._link, manifest)
+        if not evaluates:
+            self._serve_actions(self._link, manifest)
         return self._link.session.session
 
     def _serve_actions(self, link: RunnerLink, manifest: PolicyManifest) -> None:
@@ -229,20 +240,27 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         random_actions: bool = False,
         force_reset: bool = False,
     ) -> list[SingleAgentEpisode]:
-        """Episode chunks that reached this runner, as `docs/rllib.md` says for each algorithm.
+        """Episode chunks that reached this runner, as `docs/rllib.md` says for each algorithm; in evaluation so many
+        whole episodes, or pieces of `num_timesteps` steps together.
 
-        Raises `RllinkError` when asked for evaluation episodes or random actions, which simulators can't serve.
+        Raises `RllinkError` when asked for what simulators can't serve: random actions, and evaluation episodes of a
+        runner that trains.
         """
-        if num_episodes is not None or random_actions or self.config.in_evaluation:
+        if random_actions:
+            raise RllinkError("simulators act by the policy: random_actions can't be served")
+        if num_episodes is not None and not self.config.in_evaluation:
             raise RllinkError(
-                "simulators serve training samples only: turn off config.evaluation(...) and random actions"
+                "this runner trains: for evaluation set config.evaluation(evaluation_interval=...) before attach()"
             )
         if self._sampled_at is not None:
             self.metrics.log_value(TIME_BETWEEN_SAMPLING, time.perf_counter() - self._sampled_at)
         self.pull()
         self.metrics.log_value(WEIGHTS_SEQ_NO, self._weights_seq_no, window=1)
         with self.metrics.log_time(SAMPLE_TIMER):
-            samples = self._take()
+            if self.config.in_evaluation:
+                samples = self._evaluate(num_timesteps, num_episodes, force_reset)
+            else:
+                samples = self._take()
             make_callback(
                 "on_sample_end",
                 callbacks_objects=self._callbacks,
@@ -260,7 +278,26 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             logger.warning("runner %s was asked for samples before the trainer told it its run", self.worker_index)
             self._log(0, 0, ())
             return []
-        leases = link.sample(sampling_rules(self.config, self.num_workers))
+        return self._hand_over(link, link.sample(sampling_rules(self.config, self.num_workers)))
+
+    def _evaluate(self, steps: int | None, episodes: int | None, fresh: bool) -> list[SingleAgentEpisode]:
+        link, timeout = self._link, float(self.config.evaluation_sample_timeout_s or 120.0)
+        if episodes == 0:  # there are more runners than episodes
+            self._log(0, 0, ())
+            return []
+        if not isinstance(link, EvaluationLink):
+            logger.warning("runner %s was asked to evaluate before the trainer told it its run", self.worker_index)
+            time.sleep(timeout + PAST)  # RLlib would ask again at once, for ever
+            self._log(0, 0, ())
+            return []
+        if episodes is None and steps is None:
+            steps = int(self.config.get_rollout_fragment_length(self.worker_index or 0))
+        more = self.config.evaluation_duration == "auto"
+        wanted = Wanted(episodes, math.ceil(steps or 0), self._weights_seq_no, fresh, timeout, more)
+        return self._hand_over(link, link.evaluate(wanted))
+
+    def _hand_over(self, link: RunnerLink, leases: Sequence[Lease]) -> list[SingleAgentEpisode]:
+        """RLlib's episodes of what was taken, and their metrics."""
         chunks, refused = self._builder.build(leases)
         for message, error in refused:
             reason = "stale" if isinstance(error, UnknownFilter) else "malformed"

@@ -57,6 +57,10 @@ class LinkSettings:
     """Seconds that the first request of a batch may wait for others. By default none does: a batch is what came while
     the module was busy with the one before."""
 
+    evaluation_share: float = 0.0
+    """The part of the simulators, 0 to 1, that RLlib's evaluation may have episodes of while it goes on; rounded up. 0:
+    only those that are started for that serve (`rllink-zmq simulate --evaluate`)."""
+
     audit: str = ""
     """A directory for the audit logs of runners and learners, each on its own host; "" = none."""
 
@@ -108,6 +112,8 @@ def trainer_terms(config: AlgorithmConfig) -> Terms:
         raise SettingsError(f"runner_timeout_s must be positive (0 = the default), it is {settings.runner_timeout_s}")
     if not 0 <= settings.act_wait_s <= 1.0:
         raise SettingsError(f"act_wait_s must be from 0 to 1 s, it is {settings.act_wait_s}")
+    if not 0 <= settings.evaluation_share <= 1:
+        raise SettingsError(f"evaluation_share must be from 0 to 1, it is {settings.evaluation_share}")
     for name in ("lag_limit", "steps_ahead", "fragment_steps", "act_rows"):
         if getattr(settings, name) < 0:
             raise SettingsError(f"{name} must be at least 1 (0 = the default), it is {getattr(settings, name)}")

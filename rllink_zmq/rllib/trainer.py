@@ -52,6 +52,7 @@ class Trainer:
         config = algorithm.config
         self.settings = LinkSettings.of(config)
         self._group: EnvRunnerGroup = algorithm.env_runner_group
+        self._evaluators: dict[int, bytes] = {}
         self._owner = algorithm
         self._terms = trainer_terms(config)
         local = self._local = algorithm.env_runner
@@ -77,6 +78,7 @@ class Trainer:
         self._first = self._learned()
         # What RLlib gave the runners when it made them may lack a part that acts.
         self._tell(None, self._first if self.manifest.state else None)
+        self._tell_evaluators(None, None)
         self.pool.start()
         if local is not None:
             local.on_restored = self.begin_run
@@ -95,6 +97,7 @@ class Trainer:
             spaces=self._spaces,
             policy=self._policy,
             policy_bytes=self._policy_bytes,
+            evaluation_share=float(self.settings.evaluation_share),
         )
 
     def _await_welcome(self) -> None:
@@ -134,6 +137,24 @@ class Trainer:
         self.pool.adopt(sessions)
         if not sessions:
             logger.warning("no runner could be told to join run %s", run)
+
+    def _tell_evaluators(self, only: list[int] | None, state: dict[str, Any] | None) -> None:
+        """Have RLlib's evaluation runners join this run, if there are any."""
+        group = self._owner.eval_env_runner_group
+        if group is None:
+            return
+        run, manifest = self.run, self.manifest
+        if not group.num_remote_env_runners():
+            if group.local_env_runner is not None:
+                self._evaluators[0] = group.local_env_runner.join(run, manifest, state)
+            return
+        results = group._worker_manager.foreach_actor(
+            lambda runner: runner.join(run, manifest, state), remote_actor_ids=only, timeout_seconds=JOIN_WITHIN
+        )
+        joined = {r.actor_id: r.get() for r in results if r.ok}
+        self._evaluators.update(joined)
+        if not joined:
+            logger.warning("no evaluation runner could be told to join run %s", run)
 
     def _join_local(self, state: dict[str, Any] | None = None) -> None:
         """The local runner samples: there is no other one."""
@@ -206,10 +227,14 @@ class Trainer:
         self._await_welcome()
         self._first = self._learned()
         self._tell(None, self._first)
+        self._tell_evaluators(None, self._first)
 
-    def runners_recreated(self, indices: list[int]) -> None:
+    def runners_recreated(self, indices: list[int], is_evaluation: bool) -> None:
         """Restarted runners are new sessions of the same run."""
-        self._tell(indices, None)
+        if is_evaluation:
+            self._tell_evaluators(indices, None)
+        else:
+            self._tell(indices, None)
 
     def status(self, timeout: float = 2.0) -> dict[str, Any]:
         """`ledger`, `simulators`, `version`, `run_id` as the broker knows them now, or did when it was last heard."""
@@ -232,7 +257,7 @@ class Trainer:
 
     def stop(self) -> None:
         """Release the runners from what they wait for, and say BYE."""
-        self.pool.end()
+        self.pool.end(self._evaluators.values())
         self._thread.stop()
 
 
@@ -256,8 +281,8 @@ class TrainerCallback(RLlibCallback):
     def on_env_runners_recreated(
         self, *, algorithm: Algorithm, env_runner_indices: list[int], is_evaluation: bool, **kwargs: Any
     ) -> None:
-        if self.trainer is not None and not is_evaluation:
-            self.trainer.runners_recreated(env_runner_indices)
+        if self.trainer is not None:
+            self.trainer.runners_recreated(env_runner_indices, is_evaluation)
 
     def on_train_result(self, *, algorithm: Algorithm, result: dict[str, Any], **kwargs: Any) -> None:
         if self.trainer is not None:
