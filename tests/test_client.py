@@ -520,6 +520,7 @@ def test_no_window_is_said(caplog):
     with broker(fragment_bytes=1000, memory=2000) as server, training(server) as fake:
         with connect(server.frontend) as one, connect(server.frontend) as two:
             episode = two.start_episode()
+            until(lambda: two.ready)
             assert not episode.can_act(obs())
             threading.Timer(0.4, lambda: one.flow.connection.close()).start()
             episode.get_action(obs())
