@@ -333,8 +333,12 @@ class Flow:
                 self.cut(builder, "no")
         mine = {id(builder) for builder, _ in pairs}
         for builder in self.builders.values():
+            if id(builder) in mine:
+                continue
+            if builder.asked and builder.steps:
+                self.cut(builder, "no")
             # What the others' last steps led to isn't known here: those stay.
-            if id(builder) not in mine and (cut := builder.cut_before_last()) is not None:
+            elif not builder.asked and (cut := builder.cut_before_last()) is not None:
                 self._submit(builder, cut, "no")
         self.connection.flush()
 

@@ -135,6 +135,8 @@ class PendingActions:
         # What was sent is what the fragments get: the caller's arrays may be others by the time of the answer.
         self._rows = np.stack([builder.observe(observation) for builder, observation in pairs])
         self._builders = [builder for builder, _ in pairs]
+        for builder in self._builders:
+            builder.asked = True
         self._memory = _memory(self._builders, remote.layout) | _before(self._builders, remote.layout, self._rows)
         self._counted = sum(builder.sent for builder in self._builders)
         self._answer: Answer | None = None
@@ -195,6 +197,8 @@ class PendingActions:
 
     def _take(self) -> None:
         self.taken = True
+        for builder in self._builders:
+            builder.asked = False
         self._flow.reserved -= self._counted
 
     def _adopt(self, answer: Answer) -> Array:
@@ -217,8 +221,8 @@ class PendingActions:
             layout = remote.layout = told._replace(starts=())
         for i, builder in enumerate(self._builders):
             builder.observe(self._rows[i])
-            if builder.origin is not answer.origin or builder.layout is not layout:
-                # Other weights chose than those of the steps before.
+            if not builder.steps or builder.origin is not answer.origin or builder.layout is not layout:
+                # Other weights chose than those of the steps before, or these have left meanwhile.
                 if builder.steps:
                     flow.cut(builder, "no")
                 if not builder.t0:

@@ -135,8 +135,9 @@ class FragmentBuilder:
     may have; `episode_return`: of all steps so far, in float64. `sent` = False: what is built is thrown away, and
     `explore` says whether its actions are drawn (None = as the trainer's evaluation does); `dropping`: this fragment
     is; `evaluation`: it goes to an evaluation, if the episode begins with these weights or newer ones. `state`: the
-    policy's memory before the next step, in the layout's order; `fresh`: no step has been taken with it. For whoever
-    keeps the time: `began`: when the first step was taken; `timings`: of this fragment, as in FRAGMENT.
+    policy's memory before the next step, in the layout's order; `fresh`: no step has been taken with it. `asked`: an
+    action has been asked for, and its observation is the newest one. For whoever keeps the time: `began`: when the
+    first step was taken; `timings`: of this fragment, as in FRAGMENT.
     """
 
     def __init__(self, episode: str, *, sent: bool = True, explore: bool | None = None) -> None:
@@ -144,6 +145,7 @@ class FragmentBuilder:
         self.sent = sent
         self.explore = explore
         self.dropping = False
+        self.asked = False
         self.evaluation: Origin | None = None
         self._where = f"episode '{episode}'"
         self._layout: Layout | None = None

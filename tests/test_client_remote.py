@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,6 +83,40 @@ def test_requests_and_fragments_bring_the_observations_before_them(world: World)
         before = arrays["obs_before"][:, 0].tolist() if "obs_before" in arrays else []
         found.append((header.t0, header.version, before, arrays["obs"][:, 0].tolist()))
     assert found == [(0, 0, [], [0, 1, 2, 3, 4]), (4, 1, [2, 3], [4, 5, 6, 7])]
+
+
+def test_a_step_that_fills_the_room_leaves_while_the_next_one_is_asked_for() -> None:
+    """One episode's built step and its open request are all the room that is left when many simulators have come: the
+    other episode still goes on."""
+    with broker() as server, training(server, steps_ahead=16) as learner, service(server) as acting:
+        with connect(server.frontend, inference="remote", episodes=2, **SPACES) as client:
+            one, other = client.start_episode(), client.start_episode()
+            one.get_action(obs(1))
+            one.log_returns(1.0)
+            acting.held = True
+            pending = one.get_action_async(obs(2))
+            with connect(server.frontend, inference="remote", episodes=14, **SPACES):
+                other.log_action(obs(6), 0, -0.5)
+                other.end_episode(obs(6))  # its ACK tells
+
+                def shrunk() -> bool:
+                    client.flow.look()
+                    return client.flow.session.steps_limit == 3
+
+                until(shrunk)
+                other = client.start_episode()
+                threading.Timer(0.3, lambda: setattr(acting, "held", False)).start()
+                other.get_action(obs(3))
+                other.log_returns(1.0)
+                assert pending.result(5.0) == 0
+                one.log_returns(2.0)
+                one.end_episode(obs(4))
+                other.end_episode(obs(5))
+                until(lambda: learner.steps == 4, "all is taken")
+    taken = [(h.episode == one.id, h.t0, a["obs"][:, 0].tolist(), a["rewards"].tolist()) for h, a in learner.taken]
+    assert sorted(taken) == [
+        (False, 0, [3, 5], [1.0]), (False, 0, [6, 6], [0.0]), (True, 0, [1, 2], [1.0]), (True, 1, [2, 4], [2.0]),
+    ]  # fmt: skip
 
 
 def test_a_fragment_has_one_version_whoever_answered(world: World) -> None:
