@@ -29,6 +29,8 @@ ELSEWHERE = {
     "env_runner_cls": "evaluation runners are ZmqEnvRunners, too",
     "model_config": "simulators have one policy, that of training",
     "rl_module_spec": "simulators have one policy, that of training",
+    "env_to_module_connector": "what acts is training's",
+    "module_to_env_connector": "what acts is training's",
     "normalize_actions": "simulators have one policy, that of training",
     "clip_actions": "simulators have one policy, that of training",
 }

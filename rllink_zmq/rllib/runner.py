@@ -57,7 +57,7 @@ from rllink_zmq.rllib.pipelines import (
     state_bytes,
 )
 from rllink_zmq.rllib.service import MAX_ROWS, ActService, ModuleActor, PipelineActor
-from rllink_zmq.rllib.settings import LinkSettings, explores, longest_chunk, sampling_rules, trainer_terms
+from rllink_zmq.rllib.settings import LinkSettings, explores, is_round, longest_chunk, sampling_rules, trainer_terms
 from rllink_zmq.sampling_evaluation import PAST, Wanted
 from rllink_zmq.session_runner import Lease
 
@@ -223,6 +223,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         manifest = self._manifest
         if self._link is None or manifest is None:
             return
+        if self._pipelines is not None and self.config.in_evaluation:
+            return  # its connectors' state may be another one than training's: simulators act by theirs
         self._link.offer(held.version, manifest.weights_bytes, lambda: held.body(manifest))
 
     def connectors(self) -> StateDict:
@@ -293,7 +295,11 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         if episodes is None and steps is None:
             steps = int(self.config.get_rollout_fragment_length(self.worker_index or 0))
         more = self.config.evaluation_duration == "auto"
-        wanted = Wanted(episodes, math.ceil(steps or 0), self._weights_seq_no, fresh, timeout, more)
+        version = self._weights_seq_no
+        if self._pipelines is not None and not is_round(self.config):
+            # Training's runners have theirs later, while training goes on, and this one offers none.
+            version = min(version, max(0, link.session.version))
+        wanted = Wanted(episodes, math.ceil(steps or 0), version, fresh, timeout, more)
         return self._hand_over(link, link.evaluate(wanted))
 
     def _hand_over(self, link: RunnerLink, leases: Sequence[Lease]) -> list[SingleAgentEpisode]:
