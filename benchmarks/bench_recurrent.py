@@ -1,8 +1,8 @@
 """PPO with an LSTM on StatelessCartPole: simulators that act by themselves, simulators that ask for each action, and
 RLlib's own runners; and a network without a memory beside them.
 
-The same algorithm for all, and a budget of env steps. Simulators are processes of their own; RLlib's own runners step as
-many environments in theirs. The mean return after each iteration; they take turns; a plot goes beside the JSON.
+The same algorithm for all, and a budget of env steps. Simulators are processes of their own; RLlib's own runners step
+as many environments in theirs. The mean return after each iteration; they take turns; a plot goes beside the JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import measure
 from processes import Helper, broker, command, helpers
 
 SIMULATORS = 16
-STEPS = 150_000
+STEPS = 60_000
 LATE = 20_000
 """Env steps at the end whose mean return is compared."""
 RUNNERS = 2
@@ -134,7 +134,10 @@ def main() -> None:
     report.table(
         f"PPO, StatelessCartPole, {simulators} simulators, {steps:,} env steps, {seeds} seeds",
         ("", "late return", "lowest", "highest", "seconds"),
-        [(way, measure.median(late[way]), min(late[way]), max(late[way]), measure.median(seconds[way])) for way in WAYS],
+        [
+            (way, measure.median(late[way]), min(late[way]), max(late[way]), measure.median(seconds[way]))
+            for way in WAYS
+        ],
     )
     report.figures = {way: {"late_return": late[way], "seconds": seconds[way]} for way in WAYS}
     report.rounds = {way: [[tuple(p) for p in points] for points in of] for way, of in curves.items()}
