@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -285,3 +286,15 @@ def test_two_learners_get_the_memory_where_they_cut_an_episode(rllib: Rllib) -> 
     found = memory.flat(piece.get_extra_model_outputs(Columns.STATE_OUT, indices=-1, neg_index_as_lookback=True))
     for whole, array in zip(states, found, strict=True):
         np.testing.assert_array_equal(array, whole[5])
+
+
+def test_the_example_is_rllibs_environment_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its observations; and it ends at 500 steps, which RLlib's doesn't."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    env, theirs = gym.make("stateless_cartpole:StatelessCartPole-v0"), StatelessCartPole()
+    np.testing.assert_array_equal(env.reset(seed=3)[0], theirs.reset(seed=3)[0])
+    for t in range(12):
+        mine, expected = env.step(t % 2), theirs.step(t % 2)
+        np.testing.assert_array_equal(mine[0], expected[0])
+        assert mine[1:3] == expected[1:3]
+    assert env.observation_space.shape == theirs.observation_space.shape

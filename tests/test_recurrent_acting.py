@@ -248,9 +248,8 @@ def test_a_request_brings_its_memory_and_gets_the_next() -> None:
     Served.actor.apply(0, body(1))
     rng = np.random.default_rng(3)
     rows = rng.normal(size=(4, 3)).astype(np.float32)
-    state = {
-        f"state_in/{n}": rng.normal(size=(4, *s)).astype(np.float32) for n, s in zip(NAMES, ((2, 4), (2, 4), (3,)))
-    }
+    shapes = {"lstm/c": (2, 4), "lstm/h": (2, 4), "trace": (3,)}
+    state = {f"state_in/{name}": rng.normal(size=(4, *shape)).astype(np.float32) for name, shape in shapes.items()}
     mixed = np.array([False, True, False, True])
     said = answered(
         Served,  # type: ignore[arg-type]
