@@ -1,4 +1,4 @@
-"""A small recurrent module whose memory is unlike that of RLlib's: not zero at an episode's start, and of two layers."""
+"""A small recurrent module with a memory unlike that of RLlib's: not zero at an episode's start, and of two layers."""
 
 from __future__ import annotations
 
