@@ -294,7 +294,8 @@ class REFUSED(_Message, tag="REFUSED", frozen=True):
 
 class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     """simulator -> broker -> runner, header and frames unchanged: env steps `t0` .. `t0 + steps - 1` of an episode.
-    `obs` has steps + 1 rows, all other columns have steps rows. `return_so_far`: the episode's return before step `t0`.
+    `obs` and `state_in/...` have steps + 1 rows, all other columns have steps rows. `return_so_far`: the episode's
+    return before step `t0`.
     `seconds`: since the episode began, at the fragment's end. `timings`: seconds of one reset and of one step's acting,
     measured once in the fragment: `reset`, `observation` (taking it in), `inference`, `action` (handing it out).
     `dropped`: cumulative totals of what the simulator dropped itself: reason -> (fragments, steps).

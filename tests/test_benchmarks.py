@@ -21,11 +21,12 @@ FIGURES = {
     "broker": {"small", "large", "core"},
     "idle": {"percent_of_a_core", "heartbeats_percent"},
     "many": {"seconds_until_all_delivered", "broker_rss", "dropped_steps", "steps_per_s"},
+    "recurrent": {"local", "remote", "RLlib", "no memory"},
     "remote": {"local", "remote"},
     "simulator": {"untrained", "balancing"},
     "weights": {"bytes", "subscribers", "ours", "bare"},
 }
-TARGETS = {"actions": 6, "broker": 3, "idle": 1, "many": 3, "remote": 1, "simulator": 3, "weights": 1}
+TARGETS = {"actions": 6, "broker": 3, "idle": 1, "many": 3, "recurrent": 2, "remote": 1, "simulator": 3, "weights": 1}
 
 
 def run(name: str, results: Path) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def run(name: str, results: Path) -> dict[str, Any]:
         "broker",
         "idle",
         pytest.param("many", marks=pytest.mark.ray),
+        pytest.param("recurrent", marks=[pytest.mark.ray, pytest.mark.long]),
         pytest.param("remote", marks=[pytest.mark.ray, pytest.mark.long]),
         pytest.param("simulator", marks=[pytest.mark.ray, pytest.mark.long]),
         pytest.param("weights", marks=pytest.mark.ray),

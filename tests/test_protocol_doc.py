@@ -378,9 +378,10 @@ def test_graph() -> None:
     source = (ROOT / "rllink_zmq" / "policy.py").read_text()
     names = [row["name"] for row in table("The graph")]
     for name in names:
-        filled = name.replace("<name>", "{weight.name}").replace("<i>", "{i}")
+        of = "part" if name.startswith("state") else "weight"
+        filled = name.replace("<name>", f"{{{of}.name}}").replace("<i>", "{i}")
         assert f'"{name}"' in source or f'f"{filled}"' in source, name
-    assert len(names) == 8
+    assert len(names) == 10
 
 
 # ---- the golden frames -----------------------------------------------------------------------------------------------

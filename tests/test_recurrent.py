@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,19 +15,22 @@ from numpy.typing import NDArray
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
+from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.examples.envs.classes.stateless_cartpole import StatelessCartPole
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
-from rllink_zmq.arrays import to_buffers
+from rllink_zmq.arrays import from_body, to_buffers
 from rllink_zmq.client_policy import layout_of_policy
+from rllink_zmq.errors import ProtocolError
 from rllink_zmq.fragments import Cut, FragmentBuilder, Origin
 from rllink_zmq.messages import FRAGMENT
-from rllink_zmq.policy import Policy
+from rllink_zmq.policy import Policy, unpack_policy
 from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import export_policy, weights_body
 from rllink_zmq.rllib.recurrent import Memory
+from rllink_zmq.rllib.service import ModuleActor
 from rllink_zmq.session_runner import Lease
 from rllink_zmq.wire import pack, unpack
 
@@ -176,9 +181,120 @@ def test_the_learner_gets_what_rllibs_own_runner_gives_it(rllib: Rllib, length: 
         assert found.keys() == expected.keys()
         names = set(expected)
         assert {"/obs", "/actions", "/action_logp", "/loss_mask", "/advantages", "/value_targets"} <= names
-        assert {name for name in names if name.startswith("/state_in/")} == {
-            f"/state_in/{n}" for n in Memory(rllib.module).names
-        }
+        assert {f"/state_in/{name}" for name in Memory(rllib.module).names} <= names
         for name in sorted(names - {"/weights_seq_no"}):
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=2e-5, err_msg=name)
             assert found[name].dtype.kind == expected[name].dtype.kind, name  # RLlib: an int32 action
+
+
+@pytest.mark.parametrize("explore", [True, False], ids=["drawn", "greedy"])
+def test_service_policy_and_rllibs_own_pipelines_act_the_same(rllib: Rllib, explore: bool) -> None:
+    """In the middle of episodes, and at their starts beside them."""
+    space = StatelessCartPole().observation_space
+    spaces = dict.fromkeys(
+        (INPUT_ENV_SPACES, INPUT_ENV_SINGLE_SPACES, DEFAULT_MODULE_ID), (space, gym.spaces.Discrete(2))
+    )
+    to_module = rllib.config.build_env_to_module_connector(env=None, spaces=spaces)
+    to_env = rllib.config.build_module_to_env_connector(env=None, spaces=spaces)
+    memory, starts = Memory(rllib.module), np.array([True, False, True, False, False])
+    rng = np.random.default_rng(2)
+    rows = rng.normal(size=(5, 2)).astype(np.float32)
+    state = [rng.normal(size=(5, *start.shape)).astype(np.float32) for start in memory.start]
+    episodes = []
+    for i, row in enumerate(rows):
+        episode = SingleAgentEpisode(observation_space=space, action_space=gym.spaces.Discrete(2))
+        episode.add_env_reset(row)
+        if not starts[i]:
+            outputs = {Columns.STATE_OUT: memory.nested([array[i] for array in state])}
+            episode.add_env_step(row, 0, 1.0, extra_model_outputs=outputs)
+        episodes.append(episode)
+    shared: dict[str, Any] = {}
+    torch.manual_seed(7)
+    batch = to_module(rl_module=rllib.module, batch={}, episodes=episodes, explore=explore, shared_data=shared)
+    with torch.no_grad():
+        out = (rllib.module.forward_exploration if explore else rllib.module.forward_inference)(batch)
+    theirs = to_env(rl_module=rllib.module, batch=out, episodes=episodes, explore=explore, shared_data=shared)
+
+    manifest, _ = unpack_policy(rllib.blob)
+    actor = ModuleActor(rllib.module, manifest, gym.spaces.Discrete(2), True, False)
+    actor.apply(0, rllib.body)
+    torch.manual_seed(7)
+    remote = actor.act(rows, explore, state, starts)
+    np.testing.assert_array_equal(remote["actions"], np.stack(theirs[Columns.ACTIONS]))
+    policy = Policy.load(rllib.blob, seed=0)
+    policy.apply(0, rllib.body)
+    before = [np.where(starts.reshape(5, *[1] * (a.ndim - 1)), 0.0, a).astype(np.float32) for a in state]
+    local = policy.act(rows, explore=explore, state=before)
+    if not explore:
+        np.testing.assert_array_equal(local.actions, remote["actions"])
+    expected = np.stack(theirs[Columns.ACTION_DIST_INPUTS])
+    for found in (remote["action_dist_inputs"], local.action_dist_inputs):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    rows_out = [memory.flat(each) for each in theirs[Columns.STATE_OUT]]
+    for j, name in enumerate(memory.names):
+        after = np.stack([row[j] for row in rows_out])
+        np.testing.assert_allclose(remote[f"state_out/{name}"], after, atol=1e-6)
+        np.testing.assert_allclose(local.state[j], after, atol=1e-6)
+
+
+def test_a_chunk_after_a_gap_begins_with_the_memory_it_had(rllib: Rllib) -> None:
+    episode = max((e for call in rllib.samples for e in call if not e.t_started), key=len)
+    first, gone, third, *_ = Simulated(rllib, 4).fragments(episode)
+    builder = EpisodeBuilder(StatelessCartPole().observation_space, gym.spaces.Discrete(2), rllib.module)
+    one, after = (builder.build([lease])[0][0].episode for lease in (first, third))
+    assert after.id_ != one.id_ and after.t_started == 8
+    memory = Memory(rllib.module)
+    kept = memory.flat(after.get_extra_model_outputs(Columns.STATE_OUT, indices=-1, neg_index_as_lookback=True))
+    told = from_body(gone.message.columns, gone.body)
+    for name, array in zip(memory.names, kept, strict=True):
+        np.testing.assert_array_equal(array, told[f"state_in/{name}"][-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"state_in/0": None}, r"needs its memory of each step: no 'state_in/"),
+        ({"state_in/0": lambda a: a[..., :3]}, r"has rows of float32\[1, 3\], the module's state is float32\[1, 6\]"),
+        ({"state_in/0": lambda a: a * np.float32(np.nan)}, "holds NaN"),
+        ({"action_dist_inputs": None}, "recurrent, and 'action_dist_inputs' can't be filled in"),
+    ],
+    ids=["none", "shape", "NaN", "logged"],
+)
+def test_a_fragment_without_its_memory_is_refused(rllib: Rllib, changes: dict[str, Any], reason: str) -> None:
+    lease = Simulated(rllib, 4).fragments(rllib.samples[0][0])[0]
+    arrays = from_body(lease.message.columns, lease.body)
+    for name, change in changes.items():
+        name = name.replace("0", Memory(rllib.module).names[0])
+        value = arrays.pop(name)
+        if change is not None:
+            arrays[name] = change(value)
+    columns, body = to_buffers(arrays)
+    builder = EpisodeBuilder(StatelessCartPole().observation_space, gym.spaces.Discrete(2), rllib.module)
+    built, refused = builder.build([Lease(msgspec.structs.replace(lease.message, columns=columns), body)])
+    assert not built and len(refused) == 1
+    with pytest.raises(ProtocolError, match=reason):
+        raise refused[0].error
+
+
+def test_two_learners_get_the_memory_where_they_cut_an_episode(rllib: Rllib) -> None:
+    """RLlib slices episodes for several learners; a slice that begins in the middle looks back, too."""
+    episodes = [e for call in ours(rllib, 5) for e in call]
+    longest = max((e for e in episodes if not e.t_started), key=len)
+    memory = Memory(rllib.module)
+    states = memory.flat(longest.get_extra_model_outputs(Columns.STATE_OUT))
+    piece = copy.deepcopy(longest)[6:10]
+    found = memory.flat(piece.get_extra_model_outputs(Columns.STATE_OUT, indices=-1, neg_index_as_lookback=True))
+    for whole, array in zip(states, found, strict=True):
+        np.testing.assert_array_equal(array, whole[5])
+
+
+def test_the_example_is_rllibs_environment_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its observations; and it ends at 500 steps, which RLlib's doesn't."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    env, theirs = gym.make("stateless_cartpole:StatelessCartPole-v0"), StatelessCartPole()
+    np.testing.assert_array_equal(env.reset(seed=3)[0], theirs.reset(seed=3)[0])
+    for t in range(12):
+        mine, expected = env.step(t % 2), theirs.step(t % 2)
+        np.testing.assert_array_equal(mine[0], expected[0])
+        assert mine[1:3] == expected[1:3]
+    assert env.observation_space.shape == theirs.observation_space.shape

@@ -77,8 +77,9 @@ class Trainer:
             send_what_acts(algorithm.learner_group, [weight.name for weight in self.manifest.weights])
         self._first = self._learned()
         # What RLlib gave the runners when it made them may lack a part that acts.
-        self._tell(None, self._first if self.manifest.state else None)
-        self._tell_evaluators(None, None)
+        given = self._first if self.manifest.state else None
+        self._tell(None, given)
+        self._tell_evaluators(None, given)
         self.pool.start()
         if local is not None:
             local.on_restored = self.begin_run
