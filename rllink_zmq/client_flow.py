@@ -113,10 +113,10 @@ class Flow:
         """See to it that each of these episodes has a fragment that takes one more step of `kind`: cut what is full or
         of other weights, wait for policy and room. Returns the fragments' origin; None if it would have to wait and
         `wait` is false. Raises EpisodeError for an observation that doesn't fit, RefusedError."""
-        if kind == "logged" and self._recurrent:
+        if kind == "logged" and self._looks_back:
             raise EpisodeError(
-                "log_action: the policy is recurrent, and remembers what it has seen when it acted itself: a step that "
-                "it did not take would leave a hole. Let it act (get_action) for whole episodes"
+                "log_action: the policy looks at the steps before (it is recurrent, or stacks frames), and one that it "
+                "did not take itself would leave a hole. Let it act (get_action) for whole episodes"
             )
         needed = sum(builder.sent and not builder.dropping for builder, _ in pairs)
         looked = self.look_if_due()
@@ -192,10 +192,10 @@ class Flow:
         return self._logged
 
     @property
-    def _recurrent(self) -> bool:
-        """Whether the policy is known to have a memory."""
+    def _looks_back(self) -> bool:
+        """Whether the policy is known to have a memory, or to look at earlier observations."""
         layout = self.reader.layout if self.remote is None else self.remote.layout
-        return layout is not None and bool(layout.state)
+        return layout is not None and bool(layout.state or layout.lookback)
 
     def layout_of(self, kind: Kind) -> Layout | None:
         remote = self.remote

@@ -84,7 +84,9 @@ class Layout(NamedTuple):
 
     def step_bytes(self, kind: Kind) -> int:
         """Bytes that each step adds to a fragment."""
-        return self.last_bytes + self.action.nbytes + 8 + (4 * self.dist_inputs if kind == "acted" else 0)
+        memory = sum(state.row.nbytes for state in self.state)
+        logits = 4 * self.dist_inputs if kind == "acted" else 0
+        return self.obs.nbytes + memory + self.action.nbytes + 8 + logits
 
     def most_steps(self, kind: Kind, fragment_bytes: int) -> int:
         """How many steps a fragment of `fragment_bytes` holds; 0 if not even one."""
@@ -315,8 +317,11 @@ class FragmentBuilder:
         """(n, *shape): the observations before the newest one, of the last `lookback` those that there are."""
         layout = self._layout
         assert layout is not None
-        known = self._obs[: self.steps] if self._past is None else np.concatenate([self._past, self._obs[: self.steps]])
-        return known[max(0, len(known) - layout.lookback) :]
+        newest = self._obs[max(0, self.steps - layout.lookback) : self.steps]
+        missing = layout.lookback - len(newest)
+        if self._past is None or not missing:
+            return newest
+        return np.concatenate([self._past[max(0, len(self._past) - missing) :], newest])
 
     # ---- cutting
 

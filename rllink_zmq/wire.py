@@ -111,6 +111,8 @@ def _check_rows(message: ACT | ACTION, size: int) -> None:
                 f"column '{column.name}' of request {message.request} must have {rows} rows, its shape is "
                 f"{list(column.shape)}"
             )
+    if len(columns) > 1 and len({column.name for column in columns}) < len(columns):
+        raise ProtocolError(f"two columns of request {message.request} have one name")
     if claimed != size:
         raise ProtocolError(f"the header's columns claim {claimed} bytes, the body has {size}")
 

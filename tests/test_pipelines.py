@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import gymnasium as gym
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -61,6 +62,43 @@ class Steps(ConnectorV2):
         for episode in self.single_agent_episode_iterator(episodes):
             self.add_batch_item(batch, "steps", np.float32(len(episode)), single_agent_episode=episode)
         return batch
+
+
+class InPlace(SingleAgentObservationPreprocessor):
+    def preprocess(self, observation: Any, episode: Any) -> Any:
+        observation /= 2
+        return observation
+
+
+class AsksTheModule(Halved):
+    def __call__(self, *, rl_module: Any, **kwargs: Any) -> Any:
+        assert rl_module.action_space == DISCRETE
+        return super().__call__(rl_module=rl_module, **kwargs)
+
+
+class Picky(Halved):
+    def preprocess(self, observation: Any, episode: Any) -> Any:
+        if observation[0] > 50:
+            raise ValueError("out of the map")
+        return observation / 2
+
+
+class Counting(Halved):
+    """Its state moves with each call."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.seen = 0
+
+    def preprocess(self, observation: Any, episode: Any) -> Any:
+        self.seen += 1
+        return observation / 2
+
+    def get_state(self, *args: Any, **kwargs: Any) -> Any:
+        return {"seen": self.seen} if self.seen else {}
+
+    def set_state(self, state: Any) -> None:
+        self.seen = state["seen"]
 
 
 class Broken(ConnectorV2):
@@ -155,7 +193,14 @@ def rows(space: gym.Space[Any], observations: list[Any]) -> NDArray[Any]:
 
 
 @pytest.mark.parametrize(
-    ("space", "pieces"), [(MIXED, (FlattenObservations,)), (BOX, (Halved,)), (BOX, (Halved, Halved))]
+    ("space", "pieces"),
+    [
+        (MIXED, (FlattenObservations,)),
+        (BOX, (Halved,)),
+        (BOX, (Halved, Halved)),
+        (BOX, (InPlace,)),
+        (BOX, (AsksTheModule,)),
+    ],
 )
 def test_actions_and_episodes_are_those_of_rllibs_own_runner(space: gym.Space[Any], pieces: tuple[type, ...]) -> None:
     made, observations = config(space, *pieces), samples(space)
@@ -165,7 +210,7 @@ def test_actions_and_episodes_are_those_of_rllibs_own_runner(space: gym.Space[An
     np.testing.assert_array_equal(ours["actions"], theirs.get_actions())
     expected = theirs.get_extra_model_outputs(Columns.ACTION_DIST_INPUTS)
     np.testing.assert_allclose(ours["action_dist_inputs"], expected, rtol=1e-5, atol=1e-6)
-    connectors = FragmentConnectors(Pipelines(made), Filters(2))
+    connectors = FragmentConnectors(Pipelines(made, module=actor._module), Filters(2))
     builder = EpisodeBuilder(space, DISCRETE, actor._module, connectors=connectors)
     (built,), refused = builder.build([fragment(rows(space, observations))])
     assert not refused
@@ -173,6 +218,49 @@ def test_actions_and_episodes_are_those_of_rllibs_own_runner(space: gym.Space[An
     filled_in = built.episode.get_extra_model_outputs(Columns.ACTION_DIST_INPUTS)
     np.testing.assert_allclose(filled_in, expected, rtol=1e-5, atol=1e-6)
     assert built.episode.observation_space == theirs.observation_space
+
+
+def test_a_piece_that_fails_on_one_fragment_costs_that_one() -> None:
+    made = config(BOX, Picky)
+    connectors = FragmentConnectors(Pipelines(made), Filters(2))
+    builder = EpisodeBuilder(BOX, DISCRETE, module_of(made), connectors=connectors)
+    good = np.stack(samples(BOX))
+    bad = good.copy()
+    bad[2, 0] = 60
+    built, (refusal,) = builder.build([fragment(bad), fragment(good)])
+    assert len(built) == 1 and "the configured connectors fail on it: ValueError: out of the map" in str(refusal.error)
+
+
+@pytest.mark.parametrize(
+    ("t0", "before", "text"),
+    [
+        (5, None, "begins at step 5 needs 2 rows of 'obs_before'"),
+        (5, np.zeros((1, 10, 10, 1), np.float32), "needs 2 rows"),
+        (5, np.zeros((2000, 10, 10, 1), np.float32), "needs 2 rows"),
+        (5, np.zeros((2, 10, 10, 1), np.float64), "like 'obs'"),
+        (5, np.zeros((2, 10, 9, 1), np.float32), "'obs_before' has rows of shape"),
+        (5, np.full((2, 10, 10, 1), np.nan, np.float32), "'obs_before' holds NaN"),
+        (1, np.zeros((2, 10, 10, 1), np.float32), "begins at step 1 needs 1 rows"),
+    ],
+)
+def test_earlier_observations_that_do_not_fit_are_refused(t0: int, before: NDArray[Any] | None, text: str) -> None:
+    made = stacked()
+    connectors = FragmentConnectors(Pipelines(made, lookback=2), Filters(2))
+    builder = EpisodeBuilder(PIXELS, DISCRETE, module_of(made), connectors=connectors)
+    lease = fragment(np.stack(samples(PIXELS)), **({} if before is None else {"obs_before": before}))
+    lease = lease._replace(message=msgspec.structs.replace(lease.message, t0=t0))
+    built, (refusal,) = builder.build([lease])
+    assert not built and text in str(refusal.error)
+
+
+@pytest.mark.parametrize(
+    "inputs", [np.zeros((5, 3), np.float32), np.zeros(5, np.float32), np.full((5, 2), np.inf, np.float32)], ids=str
+)
+def test_dist_inputs_that_do_not_fit_are_refused(inputs: NDArray[Any]) -> None:
+    builder = EpisodeBuilder(BOX, DISCRETE, module_of(config(BOX)))
+    builder.dist_inputs = 2
+    built, (refusal,) = builder.build([fragment(np.stack(samples(BOX)), action_dist_inputs=inputs)])
+    assert not built and "'action_dist_inputs'" in str(refusal.error)
 
 
 def test_module_to_env_pieces_have_the_last_word() -> None:
@@ -296,6 +384,7 @@ def test_filters_are_known_by_version_for_a_while() -> None:
         (BOX, (PrevActionsPrevRewards, FlattenObservations), "PrevActionsPrevRewards looks at earlier actions"),
         (BOX, Steps, "Steps looks at earlier actions"),
         (gym.spaces.Box(0, 1, (10, 10, 1)), lambda: FrameStackingEnvToModule(num_frames=18), "FrameStacking looks at"),
+        (BOX, Counting, "Counting changes its state with what it sees"),
         (BOX, Broken, "piece Broken fails for one observation: ValueError: no such sensor"),
         (BOX, Opaque, r"state\['Opaque'\]\['lock'\] is a object, which can't travel"),
     ],

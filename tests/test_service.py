@@ -18,11 +18,12 @@ from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllink_zmq.arrays import to_buffers
-from rllink_zmq.errors import RllinkError
+from rllink_zmq.errors import ProtocolError, RllinkError
 from rllink_zmq.messages import ACT, Column
 from rllink_zmq.policy import Policy, PolicyManifest, unpack_policy
 from rllink_zmq.rllib.export import export_policy, weights_body
 from rllink_zmq.rllib.service import ActService, ModuleActor
+from rllink_zmq.wire import check_body
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -219,6 +220,28 @@ def test_what_comes_beside_the_observations_is_checked() -> None:
         assert said == text if not text else text in said, (said, text)
 
 
+def test_two_columns_of_one_name_do_not_reach_a_service() -> None:
+    columns, body = to_buffers({"obs": np.zeros((1, 4), np.float32)})
+    message = ACT(b"s" * 16, 1, 1, columns * 2)
+    with pytest.raises(ProtocolError, match="two columns of request 1 have one name"):
+        check_body(message, body * 2)
+
+
+def test_many_that_overflow_are_sorted_out_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made("discrete")
+    calls = []
+    acts = made.actor.act
+    monkeypatch.setattr(made.actor, "act", lambda *given, **more: calls.append(1) or acts(*given, **more))
+    asked = [act(i, 1) for i in range(40)]
+    for i in (3, 30):
+        asked[i] = (asked[i][0], np.full((1, 4), np.inf, np.float32).tobytes())
+    said = answered(made, *asked)
+    codes = {m.request: (m.code, m.text) for m, _ in said}
+    assert len(codes) == 40 and len(calls) == 1
+    assert {r for r, (code, _) in codes.items() if code} == {3, 30}
+    assert codes[3] == ("malformed", "the observation in row 0 holds NaN or infinity")
+
+
 def test_a_module_that_raises_is_told_to_all_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Made("discrete")
 
@@ -249,4 +272,4 @@ def test_one_observation_that_overflows_is_its_own_askers_trouble() -> None:
     made = Made("discrete")
     message, _ = act(2, 1)
     said = answered(made, act(1, 1), (message, np.full((1, 4), np.nan, np.float32).tobytes()), act(3, 2))
-    assert [(m.request, m.code) for m, _ in said] == [(1, ""), (2, "failed"), (3, "")]
+    assert sorted((m.request, m.code) for m, _ in said) == [(1, ""), (2, "malformed"), (3, "")]

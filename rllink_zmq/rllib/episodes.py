@@ -27,7 +27,7 @@ from rllink_zmq.arrays import from_body
 from rllink_zmq.audit import Log
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT, OBS_BEFORE, STATE_IN
-from rllink_zmq.packing import Packing, packing_of
+from rllink_zmq.packing import packing_of
 from rllink_zmq.rllib.audit import COLUMN, names
 from rllink_zmq.rllib.pipelines import FragmentConnectors
 from rllink_zmq.rllib.recurrent import Memory
@@ -81,7 +81,8 @@ class EpisodeBuilder:
     """Builds chunks for one runner. `module` fills in what a simulator that acts by itself doesn't know; `longest`:
     fragments are joined to chunks of at most so many steps (APPO and IMPALA cut their batch into rows of that length).
     `audit`: tells what is handed over, and has each step say which fragment's it is (`rllink_zmq.rllib.audit`).
-    `connectors`: the user's own, for what they make of a fragment's observations.
+    `connectors`: the user's own, for what they make of a fragment's observations. `dist_inputs`: how many numbers a row
+    of that column must have; 0 = any.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class EpisodeBuilder:
         audit: Log | None = None,
         connectors: FragmentConnectors | None = None,
     ) -> None:
+        self.dist_inputs = 0
         self._connectors = connectors
         self._seen_space = observation_space
         self.observation_space = observation_space
@@ -115,6 +117,10 @@ class EpisodeBuilder:
                 piece = self._check_columns(lease)
             except ProtocolError as e:
                 refused.append(Refusal(lease.message, e))
+                continue
+            except Exception as e:  # a user's connector may raise anything; other fragments are not to suffer
+                text = f"the configured connectors fail on it: {type(e).__name__}: {e}"
+                refused.append(Refusal(lease.message, ProtocolError(text)))
                 continue
             key = (piece.message.session, piece.message.episode)
             chunk = latest.get(key)
@@ -149,22 +155,21 @@ class EpisodeBuilder:
                 )
         observations: NDArray[Any] = arrays["obs"]
         actions = arrays["actions"]
-        if self._packing is None:
-            self._check("obs", observations, self.observation_space)
-        else:
-            self._check_packed(observations, self._packing)
+        self._check_observations("obs", observations)
         self._check("actions", actions, self.action_space)
         rewards = arrays["rewards"].astype(np.float32, copy=False)
         logp = arrays["action_logp"].astype(np.float32, copy=False)
         for name, values in (("rewards", rewards), ("action_logp", logp)):
             if values.ndim != 1 or not np.isfinite(values).all():
                 raise ProtocolError(f"'{name}' must be one finite number a step, its shape is {list(values.shape)}")
-        seen, back = self._history(arrays)
+        seen, back = self._history(message, arrays)
         came = seen
         if self._connectors is not None:
             seen, self._seen_space = self._connectors.rewrite(message, seen, back)
         state = self._check_state(arrays)
         inputs = arrays.get("action_dist_inputs")
+        if inputs is not None:
+            self._check_dist_inputs(inputs)
         outputs = {
             Columns.ACTION_LOGP: logp,
             Columns.ACTION_DIST_INPUTS: self._dist_inputs(message, came, back) if inputs is None else inputs,
@@ -247,10 +252,22 @@ class EpisodeBuilder:
                 self._next.popitem(last=False)
         return name, began
 
-    def _check_packed(self, rows: NDArray[Any], packing: Packing) -> None:
+    def _check_dist_inputs(self, values: NDArray[Any]) -> None:
+        if values.ndim != 2 or (self.dist_inputs and values.shape[1] != self.dist_inputs):
+            raise ProtocolError(
+                f"'action_dist_inputs' has rows of shape {list(values.shape[1:])}, the policy has {self.dist_inputs}"
+            )
+        if values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise ProtocolError("'action_dist_inputs' must be finite floats")
+
+    def _check_observations(self, name: str, rows: NDArray[Any]) -> None:
+        packing = self._packing
+        if packing is None:
+            self._check(name, rows, self.observation_space)
+            return
         if rows.dtype != np.uint8 or rows.shape[1:] != (packing.nbytes,):
             raise ProtocolError(
-                f"'obs' has rows of {rows.dtype}{list(rows.shape[1:])}, observations of this space are packed as "
+                f"'{name}' has rows of {rows.dtype}{list(rows.shape[1:])}, observations of this space are packed as "
                 f"uint8[{packing.nbytes}]"
             )
         for part, values in zip(packing.parts, packing.arrays(rows), strict=True):
@@ -294,19 +311,19 @@ class EpisodeBuilder:
         elif isinstance(space, gym.spaces.MultiBinary) and not np.isin(values, (0, 1)).all():
             raise ProtocolError(f"'{name}' must be zeros and ones")
 
-    def _history(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[Any, int]:
+    def _history(self, message: FRAGMENT, arrays: Mapping[str, NDArray[Any]]) -> tuple[Any, int]:
         """A fragment's observations as the environment gave them, with those that came before at the front, and how
         many these are."""
         observations: NDArray[Any] = arrays["obs"]
-        earlier = arrays.get(OBS_BEFORE)
-        back = 0
-        if earlier is not None and self._connectors is not None:
-            if earlier.dtype != observations.dtype or earlier.shape[1:] != observations.shape[1:]:
+        back = 0 if self._connectors is None else min(self._connectors.lookback, message.t0)
+        if back:
+            earlier = arrays.get(OBS_BEFORE)
+            if earlier is None or len(earlier) != back or earlier.dtype != observations.dtype:
                 raise ProtocolError(
-                    f"'{OBS_BEFORE}' has rows of {earlier.dtype}{list(earlier.shape[1:])}, 'obs' of "
-                    f"{observations.dtype}{list(observations.shape[1:])}"
+                    f"the policy looks back, and a fragment that begins at step {message.t0} needs {back} rows of "
+                    f"'{OBS_BEFORE}', like 'obs'. Let the policy act: a simulator that chooses actions itself has none"
                 )
-            back = len(earlier)
+            self._check_observations(OBS_BEFORE, earlier)
             observations = np.concatenate([earlier, observations])
         if self._packing is None:
             return observations, back

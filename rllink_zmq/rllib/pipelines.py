@@ -55,12 +55,22 @@ class Pipelines:
     """A config's env-to-module and module-to-env pipelines. They never learn of what they see (a filter's statistics),
     only from `set_state`. Not for two threads.
 
-    `learns`: an env-to-module pipeline of the same config that shall learn instead, by `learn`. `lookback`: how many
-    observations before the newest the pieces look at.
+    `module`: the RLModule that pieces are shown where fragments become episodes. `learns`: an env-to-module pipeline of
+    the same config that shall learn instead, by `learn`. `lookback`: how many observations before the newest the pieces
+    look at.
     """
 
-    def __init__(self, config: AlgorithmConfig, device: Any = None, *, learns: Any = None, lookback: int = 0) -> None:
+    def __init__(
+        self,
+        config: AlgorithmConfig,
+        device: Any = None,
+        *,
+        module: Any = None,
+        learns: Any = None,
+        lookback: int = 0,
+    ) -> None:
         self.lookback = lookback
+        self._module = module
         self.observation_space: gym.Space[Any] = config.observation_space
         self.action_space: gym.Space[Any] = config.action_space
         self._packing: Packing | None = packing_of(self.observation_space)
@@ -105,7 +115,7 @@ class Pipelines:
     def each(self, rows: NDArray[Any]) -> list[Any]:
         """(n, *row) as they travel -> n observations."""
         if self._packing is None:
-            return list(rows)
+            return [row.copy() for row in rows]  # a piece may work in place
         unpacked = self._packing.arrays(rows)
         return [self._packing.structure([array[i] for array in unpacked]) for i in range(len(rows))]
 
@@ -154,9 +164,7 @@ class Pipelines:
             found, space = self._stepped(each, count)
         else:
             episodes = self._episodes([[one] for one in each])
-            found, space = _seen(self._own, episodes), episodes[0].observation_space
-        if all(one is other for one, other in zip(found, each, strict=True)):
-            return observations, self.observation_space
+            found, space = self._seen(self._own, episodes), episodes[0].observation_space
         return tree.map_structure(lambda *leaves: np.stack(leaves), *found), space
 
     def learn(self, observations: Any, first: int, count: int) -> None:
@@ -165,7 +173,7 @@ class Pipelines:
             if self.lookback:
                 self._stepped(_rows(observations, 0, count), first)
             else:
-                _seen(self._learning, self._episodes([[one] for one in _rows(observations, first, count)]))
+                self._seen(self._learning, self._episodes([[one] for one in _rows(observations, first, count)]))
 
     def dist_inputs(self, module: Any, observations: Any, back: int, steps: int) -> NDArray[Any]:
         """(steps, k): what the module would have drawn from at each of these steps, the first of which comes after
@@ -184,8 +192,18 @@ class Pipelines:
                 episode.add_env_step(one, self._action, 0.0)
             else:
                 episode.add_env_reset(one)
-            found += _seen(self._own if i < learn_from else self._learning, [episode])
+            found += self._seen(self._own if i < learn_from else self._learning, [episode])
         return found, episode.observation_space
+
+    def _seen(self, pieces: Sequence[ConnectorV2], episodes: list[SingleAgentEpisode]) -> list[Any]:
+        """The newest observations of episodes, after these pieces."""
+        batch: dict[str, Any] = {}
+        shared: dict[str, Any] = {}
+        for piece in pieces:
+            batch = piece(
+                rl_module=self._module, batch=batch, episodes=episodes, explore=True, shared_data=shared
+            )  # fmt: skip
+        return [episode.get_observations(-1) for episode in episodes]
 
     def _new(self) -> SingleAgentEpisode:
         return SingleAgentEpisode(observation_space=self.observation_space, action_space=self.action_space)
@@ -203,7 +221,7 @@ class Pipelines:
                 else:
                     episode.add_env_step(one, self._action, 0.0, extra_model_outputs=outputs)
             if back:
-                _seen(self._own, [episode for episode, _ in there])
+                self._seen(self._own, [episode for episode, _ in there])
         return episodes
 
     # ---- at start
@@ -211,6 +229,7 @@ class Pipelines:
     def check(self, module: RLModule) -> int:
         """Try them all, and find `lookback`; returns how many `action_dist_inputs` an action has. Raises `PolicyError`,
         with the name of a piece that fails, or that looks at what no request brings."""
+        self._module = module
         space = _seeded(self.observation_space)
         samples = [tree.map_structure(_moderate, space.sample()) for _ in range(TRIED + MAX_LOOKBACK)]
         memory = Memory(module)
@@ -249,7 +268,16 @@ class Pipelines:
             if states[i]:
                 piece.set_state(states[i])
             try:
-                return piece(rl_module=module, batch=batch, episodes=[episode], explore=True, shared_data=shared)
+                made = piece(rl_module=module, batch=batch, episodes=[episode], explore=True, shared_data=shared)
+                if not _same(piece.get_state(), states[i]):
+                    raise PolicyError(
+                        f"the env-to-module piece {type(piece).__name__} changes its state with what it sees, and a "
+                        f"version of the policy must be one thing wherever it acts: MeanStdFilter can be told to "
+                        f"only follow, a piece of your own has to compute without a state of that kind"
+                    )
+                return made
+            except PolicyError:
+                raise
             except Exception as error:  # a user's piece may raise anything
                 raise PolicyError(
                     f"the env-to-module piece {type(piece).__name__} fails {where}: {type(error).__name__}: {error}"
@@ -281,6 +309,11 @@ class FragmentConnectors:
         self._pipelines = pipelines
         self._filters = filters
 
+    @property
+    def lookback(self) -> int:
+        """How many observations before the newest the pieces look at."""
+        return self._pipelines.lookback
+
     def rewrite(self, message: FRAGMENT, observations: Any, back: int) -> tuple[Any, gym.Space[Any]]:
         """A fragment's observations as the policy saw them, a structure of (back + steps + 1, ...) arrays; and the
         space of that. Raises `UnknownFilter`."""
@@ -301,15 +334,6 @@ class FragmentConnectors:
 
 class UnknownFilter(ProtocolError):
     """How a fragment's observations were filtered isn't known to this runner, not any longer or not yet."""
-
-
-def _seen(pieces: Sequence[ConnectorV2], episodes: list[SingleAgentEpisode]) -> list[Any]:
-    """The newest observations of episodes, after these pieces."""
-    batch: dict[str, Any] = {}
-    shared: dict[str, Any] = {}
-    for piece in pieces:
-        batch = piece(rl_module=None, batch=batch, episodes=episodes, explore=True, shared_data=shared)
-    return [episode.get_observations(-1) for episode in episodes]
 
 
 class Filters:
@@ -371,7 +395,7 @@ def _seeded(space: gym.Space[Any], seed: int = 0) -> gym.Space[Any]:
 
 def _rows(observations: Any, first: int, last: int) -> list[Any]:
     """A structure of (n, ...) arrays -> the structures of rows `first` .. `last - 1`."""
-    return [tree.map_structure(lambda a, i=i: a[i], observations) for i in range(first, last)]
+    return [tree.map_structure(lambda a, i=i: a[i].copy(), observations) for i in range(first, last)]
 
 
 def _moderate(value: Any) -> Any:

@@ -126,13 +126,16 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self._link: RunnerLink | None = None
         self._service: ActService | None = None
         self._manifest: PolicyManifest | None = None
+        self._run = ""
         evaluates = self.config.in_evaluation  # nothing is cut into rows then, and the audit is of what is trained on
         self._pipelines: Pipelines | None = None
         self._filters = Filters(trainer_terms(self.config).lag_limit + 2)
         self._connectors = b""
         connectors = None
         if has_own_connectors(self.config):
-            self._pipelines = Pipelines(self.config, learns=None if evaluates else self._env_to_module)
+            self._pipelines = Pipelines(
+                self.config, module=self.module, learns=None if evaluates else self._env_to_module
+            )
             self._connectors = state_bytes(self._env_to_module)
             connectors = FragmentConnectors(self._pipelines, None if evaluates else self._filters)
         self._builder = EpisodeBuilder(
@@ -156,6 +159,11 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         is still on its way to this actor.
         """
         self.leave()
+        if self._run not in ("", run):
+            self._filters.restart()
+            if self.held is not None:
+                self._filters.own(self.held.version, self.held.connectors)
+        self._run = run
         if state is not None:
             told, self.on_restored = self.on_restored, None  # this is the answer to it
             self._weights_seq_no = 0
@@ -164,6 +172,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         index = f"{self.worker_index or 0}"
         host = socket.gethostname()
         self._manifest = manifest
+        self._builder.dist_inputs = manifest.action_dist_inputs
         if self._pipelines is not None:
             self._pipelines.lookback = manifest.lookback
         evaluates = self.config.in_evaluation
@@ -223,6 +232,13 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         manifest = self._manifest
         if self._link is None or manifest is None:
             return
+        if manifest.connectors and len(held.connectors) + 8 > manifest.connectors:
+            logger.warning(
+                "version %d can't travel, simulators keep the one before: the connectors' state has grown to %d bytes, "
+                "and when training began it had few enough for %d",
+                held.version, len(held.connectors), manifest.connectors - 8,
+            )  # fmt: skip
+            return
         if self._pipelines is not None and self.config.in_evaluation:
             return  # its connectors' state may be another one than training's: simulators act by theirs
         self._link.offer(held.version, manifest.weights_bytes, lambda: held.body(manifest))
@@ -280,7 +296,13 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             logger.warning("runner %s was asked for samples before the trainer told it its run", self.worker_index)
             self._log(0, 0, ())
             return []
-        return self._hand_over(link, link.sample(sampling_rules(self.config, self.num_workers)))
+        rules = sampling_rules(self.config, self.num_workers)
+        while True:
+            leases = link.sample(rules)
+            samples = self._hand_over(link, leases)
+            if samples or not leases or rules.style == "round":
+                return samples
+            # All were refused, and an empty answer would end this algorithm's training: on to the next ones.
 
     def _evaluate(self, steps: int | None, episodes: int | None, fresh: bool) -> list[SingleAgentEpisode]:
         link, timeout = self._link, float(self.config.evaluation_sample_timeout_s or 120.0)
@@ -384,10 +406,11 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
     def set_state(self, state: StateDict) -> None:
         """RLlib's states; weights are offered to the broker. Unlike RLlib's own runner this one follows a version
         number that goes back: the learner was restored from an older checkpoint, and the trainer begins a new run."""
-        restored = False
+        restored = goes_back = False
         if COMPONENT_RL_MODULE in state:
             seq = state.get(WEIGHTS_SEQ_NO, 0)
-            restored = 0 < seq < self._weights_seq_no or (self._weights_seq_no == 0 and seq > 1)
+            goes_back = 0 < seq < self._weights_seq_no
+            restored = goes_back or (self._weights_seq_no == 0 and seq > 1)
             if restored:
                 self._weights_seq_no = 0
             weights = state[COMPONENT_RL_MODULE]
@@ -395,11 +418,13 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
                 weights = ray.get(weights)
             state = {**state, COMPONENT_RL_MODULE: weights}
         SingleAgentEnvRunner.set_state(self, state)
-        if self._pipelines is not None and COMPONENT_ENV_TO_MODULE_CONNECTOR in state:
-            # As all runners have it now; until the next one it only learns here what is merged then.
+        alone = not self.worker_index and not self.num_workers and COMPONENT_RL_MODULE in state
+        if self._pipelines is not None and (alone or COMPONENT_ENV_TO_MODULE_CONNECTOR in state):
+            # As all runners have it now; until the next one it only learns here what is merged then. Alone it is told
+            # nothing, and has learned all that there is.
             self._connectors = state_bytes(self._env_to_module)
         if COMPONENT_RL_MODULE in state:
-            if restored:
+            if goes_back:
                 self._filters.restart()
             self.held = Held(self._weights_seq_no, state[COMPONENT_RL_MODULE], self._connectors)
             self._filters.own(*self.held[::2])

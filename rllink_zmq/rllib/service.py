@@ -143,6 +143,15 @@ class ModuleActor:
             columns |= {STATE_IN + name: array for name, array in zip(self.memory.names, before, strict=True)}
         return columns
 
+    def not_finite(self, observations: NDArray[Any]) -> NDArray[np.bool_]:
+        """(B,): which of (B, *shape) observations hold NaN or infinity."""
+        arrays = [observations] if self._packing is None else self._packing.arrays(observations)
+        bad = np.zeros(len(observations), bool)
+        for array in arrays:
+            if array.dtype.kind == "f":
+                bad |= ~np.isfinite(array.reshape(len(array), -1)).all(1)
+        return bad
+
     @property
     def lookback(self) -> int:
         """How many earlier observations it looks at."""
@@ -310,15 +319,21 @@ class ActService:
         rows = sum(message.rows for message in fit)
         try:
             if actor.memory or actor.lookback:
-                arrays = self._act_on(fit, bodies, explore)
+                asked = [from_body(message.columns, body) for message, body in zip(fit, bodies, strict=True)]
+                observations = np.concatenate([one["obs"] for one in asked])
             else:
                 joined = bytearray().join(buffer for body in bodies for buffer in body)
-                arrays = actor.act(np.frombuffer(joined, actor.dtype).reshape(rows, *actor.shape), explore)
+                observations = np.frombuffer(joined, actor.dtype).reshape(rows, *actor.shape)
+                asked = []
+            bad = actor.not_finite(observations)
+            if bad.any():
+                self._answer(self._without(fit, bodies, bad, now), explore, now)
+                return
+            arrays = self._act_on(fit, asked, observations, explore) if asked else actor.act(observations, explore)
         except Exception as e:  # a user's module may raise anything; who asked is told, and the service goes on
             if len(fit) > 1:  # perhaps for one of them alone: an observation that overflows, say
-                asked = {(message.session, message.request): (message, body) for message, body in batch}
-                for message in fit:
-                    self._answer([asked[message.session, message.request]], explore, now)
+                for one in zip(fit, bodies, strict=True):
+                    self._answer([one], explore, now)
                 return
             logger.warning("the module can't act: %s: %s", type(e).__name__, e)
             text = f"{type(e).__name__}: {e}"[:1000]
@@ -343,12 +358,32 @@ class ActService:
             self._give(message, self._columns_of(arrays, message.rows), answer, now)
             first = last
 
-    def _act_on(self, fit: Sequence[ACT], bodies: Sequence[Sequence[Buffer]], explore: bool) -> dict[str, NDArray[Any]]:
+    def _without(
+        self, fit: Sequence[ACT], bodies: Sequence[Sequence[Buffer]], bad: NDArray[np.bool_], now: float
+    ) -> list[tuple[ACT, Sequence[Buffer]]]:
+        """The requests that have no row of these; the others are told."""
+        rest = []
+        first = 0
+        for message, body in zip(fit, bodies, strict=True):
+            rows = bad[first : first + message.rows]
+            first += message.rows
+            if rows.any():
+                text = f"the observation in row {int(rows.argmax())} holds NaN or infinity"
+                self._say(message, ACTION(message.session, message.request, code="malformed", text=text), b"", now)
+            else:
+                rest.append((message, body))
+        return rest
+
+    def _act_on(
+        self,
+        fit: Sequence[ACT],
+        asked: Sequence[dict[str, NDArray[Any]]],
+        observations: NDArray[Any],
+        explore: bool,
+    ) -> dict[str, NDArray[Any]]:
         """Columns of the answer for requests that may bring more than an observation: memory, or what came before."""
         actor = self.actor
         memory = actor.memory
-        asked = [from_body(message.columns, body) for message, body in zip(fit, bodies, strict=True)]
-        observations = np.concatenate([arrays["obs"] for arrays in asked])
         state = memory.starts(len(observations))
         starts = np.ones(len(observations), bool)
         earlier: list[NDArray[Any]] = []
@@ -410,8 +445,6 @@ class ActService:
         actor = self.actor
         memory, lookback = actor.memory, actor.lookback
         found = {c.name: (c.dtype, c.shape[1:]) for c in rest}
-        if len(found) != len(rest):
-            return "two columns of one name"
         named = zip(memory.names, memory.start, strict=True)
         expected = {STATE_IN + name: (array.dtype.str, array.shape) for name, array in named}
         history = {OBS_BEFORE: (actor.dtype.str, (lookback, *actor.shape)), STEPS_BEFORE: ("<i4", ())}

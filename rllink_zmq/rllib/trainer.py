@@ -227,8 +227,10 @@ class Trainer:
         self._thread.call(lambda now: self.session.change(terms, now)).result(timeout=10)
         self._await_welcome()
         self._first = self._learned()
-        self._tell(None, self._first)
-        self._tell_evaluators(None, self._first)
+        # The checkpoint's filters, too: RLlib hands them out later than its weights.
+        state = {**self._first, **(self._local.connectors() if self._local is not None else {})}
+        self._tell(None, state)
+        self._tell_evaluators(None, state)
 
     def runners_recreated(self, indices: list[int], is_evaluation: bool) -> None:
         """Restarted runners are new sessions of the same run."""
