@@ -87,6 +87,7 @@ class _Algorithm:
     def __init__(self, config: Any, runners: list[Any]) -> None:
         self.config = config
         self.env_runner_group = _Runners()
+        self.eval_env_runner_group = None
         self.learner_group = _Learners(runners[0])
         self.env_runner = runners[0]
 

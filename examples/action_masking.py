@@ -78,7 +78,8 @@ def main() -> None:
         PPOConfig()
         .environment(observation_space=env.observation_space, action_space=env.action_space)
         .env_runners(num_env_runners=args.runners)
-        .training(train_batch_size_per_learner=1000, minibatch_size=250, num_epochs=6, lr=1e-3)
+        .training(train_batch_size_per_learner=1000, minibatch_size=125, num_epochs=8, lr=1e-3)
+        .training(gamma=0.5, use_kl_loss=False)  # an offer has nothing to do with the ones before
         .rl_module(
             rl_module_spec=RLModuleSpec(
                 module_class=ActionMaskingTorchRLModule, model_config={"head_fcnet_hiddens": [32]}

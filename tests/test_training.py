@@ -211,16 +211,67 @@ def test_a_filter_travels_with_the_weights(addresses: dict[str, str], built: lis
     assert balanced(shown["ledger"]) and only_staleness(shown["ledger"])
     assert shown["acting"]["answered"] >= 2000
 
-    def pushed(runner: Any) -> tuple[list[int], list[int]]:
-        """What the filter has seen, as this runner learned it and as it came with the newest weights."""
-        published = from_bytes(runner._filters.at(runner.held.version))
-        return [
-            [stats["num_pushes"] for stats in state["MeanStdFilter"][None]["running_stats"]]
-            for state in (runner._env_to_module.get_state(), published)
-        ]  # type: ignore[return-value]
+    assert "dropped" not in results[-1]["env_runners"]["rllink"]
+    for seen, published in algorithm.env_runner_group.foreach_env_runner(pushes, local_env_runner=False):
+        assert seen >= 2000 and published >= 1000
 
-    for seen, published in algorithm.env_runner_group.foreach_env_runner(pushed, local_env_runner=False):
-        assert seen[0] >= 2000 and published[0] >= 1000, (seen, published)
+
+def pushes(runner: Any) -> tuple[int, int]:
+    """How many observations a runner's filter has seen: as it learned, and as came with the newest weights."""
+    published = from_bytes(runner._filters.at(runner.held.version))
+    learned = runner._env_to_module.get_state()
+    seen = [state["MeanStdFilter"][None]["running_stats"][0]["num_pushes"] for state in (learned, published)]
+    return seen[0], seen[1]
+
+
+def test_a_lone_runners_filter_is_published_and_comes_back_with_a_checkpoint(
+    addresses: dict[str, str], built: list[Algorithm], tmp_path: Path
+) -> None:
+    config = ppo(runners=0).env_runners(env_to_module_connector=lambda env, spaces, device: MeanStdFilter())
+    with simulators(addresses, more=("--inference", "remote")):
+        algorithm = attach(config, addresses["backend"]).build_algo()
+        built.append(algorithm)
+        for _ in range(3):
+            algorithm.train()
+        saved, published = pushes(algorithm.env_runner)
+        assert saved >= 1500 and published >= 1000
+        algorithm.save_to_path(tmp_path)
+        for _ in range(2):
+            algorithm.train()
+        assert pushes(algorithm.env_runner)[1] > saved
+        algorithm.restore_from_path(tmp_path)
+        assert pushes(algorithm.env_runner) == (saved, saved), "the filter of then, with the weights of then"
+        result = algorithm.train()
+    assert result["env_runners"]["num_env_steps_sampled"] >= 500 and "dropped" not in result["env_runners"]["rllink"]
+
+
+def test_appo_trains_behind_a_filter(addresses: dict[str, str], built: list[Algorithm]) -> None:
+    config = (
+        APPOConfig()
+        .environment("CartPole-v1")
+        .env_runners(
+            num_env_runners=2,
+            env_to_module_connector=lambda env, spaces, device: MeanStdFilter(),
+            rollout_fragment_length=10,
+        )
+        .training(train_batch_size_per_learner=40)
+        .learners(num_learners=0)
+        .rl_module(model_config={"fcnet_hiddens": [16]})
+    )
+    config.min_time_s_per_iteration = 1
+    with simulators(addresses, more=("--inference", "remote")):
+        algorithm = attach(config, addresses["backend"]).build_algo()
+        built.append(algorithm)
+        results: list[dict[str, Any]] = []
+
+        def learned() -> bool:
+            results.append(algorithm.train())
+            steps = results[-1].get("env_runners", {}).get("num_env_steps_sampled_lifetime", 0)
+            return steps > 1000 and results[-1]["rllink"]["version"] > 5
+
+        until(learned, "1,000 steps and some updates")
+    assert all("dropped" not in r.get("env_runners", {}).get("rllink", {}) for r in results)
+    assert only_staleness(status(addresses)["ledger"])
 
 
 def test_tune_runs_the_same_config(addresses: dict[str, str], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import zmq
 from processes import REAL_RAY, balanced, rllink, simulators, status, until
 from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.connectors.env_to_module import FlattenObservations, PrevActionsPrevRewards
 from small_ppo import only_staleness, ppo
 
 from rllink_zmq.errors import PolicyError
@@ -84,9 +85,11 @@ def test_a_simulator_with_other_spaces_is_refused_in_words(addresses: dict[str, 
     assert "the trainer's observation space is Box" in told and "start the simulator with" in told
 
 
-def test_a_policy_that_cannot_be_exported_is_refused_with_the_module_and_what_to_do(addresses: dict[str, str]) -> None:
-    config = ppo(runners=0).rl_module(model_config={"use_lstm": True, "max_seq_len": 8})
-    with pytest.raises(PolicyError, match=r"PPO.*stateful"):
+def test_a_policy_that_nobody_can_compute_is_refused_with_the_piece_and_what_to_do(addresses: dict[str, str]) -> None:
+    config = ppo(runners=0).env_runners(
+        env_to_module_connector=lambda env, spaces, device: [PrevActionsPrevRewards(), FlattenObservations()]
+    )
+    with pytest.raises(PolicyError, match=r"PrevActionsPrevRewards looks at earlier actions .* leave .* out"):
         attach(config, addresses["backend"]).build_algo()
 
 
