@@ -72,6 +72,8 @@ def test_requests_and_fragments_bring_the_observations_before_them(world: World)
                 episode.log_returns(1.0)
             episode.end_episode(obs(7))
         until(lambda: learner.steps == 7, "all is taken")
+        with client.start_episode() as episode, pytest.raises(EpisodeError, match="looks at the steps before"):
+            episode.log_action(obs(0), 0, -0.5)
     earlier = [
         [] if not beside else beside["obs_before"][0][2 - beside["steps_before"][0] :, 0].tolist()
         for beside in acting.beside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -32,6 +33,7 @@ from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import connectors_state, weights_body
 from rllink_zmq.rllib.pipelines import Filters, FragmentConnectors, Pipelines, has_own_connectors, state_bytes
 from rllink_zmq.rllib.policies import policy_of
+from rllink_zmq.rllib.runner import Held, ZmqEnvRunner
 from rllink_zmq.rllib.service import PipelineActor
 from rllink_zmq.rllib.states import from_bytes, to_bytes
 from rllink_zmq.session_runner import Lease
@@ -436,3 +438,14 @@ def test_a_recurrent_policy_keeps_its_memory_behind_connectors() -> None:
         np.testing.assert_allclose(answer["action_dist_inputs"][0], expected, rtol=1e-5, atol=1e-6)
         assert (STATE_IN + manifest.state[0].name in answer) is (t == 0), "who begins is told with what"
         state = [answer[STATE_OUT + part.name] for part in manifest.state]
+
+
+def test_a_state_that_has_outgrown_its_room_is_not_offered(caplog: pytest.LogCaptureFixture) -> None:
+    manifest = actor_of(config(BOX, MeanStdFilter))[1]
+    runner = ZmqEnvRunner.__new__(ZmqEnvRunner)
+    offered: list[int] = []
+    runner._link = SimpleNamespace(offer=lambda version, size, load: offered.append(version))
+    runner._manifest, runner._pipelines = manifest, None
+    runner._offer(Held(1, {}, b"x" * (manifest.connectors - 8)))
+    runner._offer(Held(2, {}, b"x" * (manifest.connectors - 7)))
+    assert offered == [1] and "version 2 can't travel" in caplog.text
