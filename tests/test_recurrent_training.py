@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from processes import REAL_RAY, balanced, environment, rllink, status, until
+from processes import REAL_RAY, balanced, environment, rllink, status
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.examples.envs.classes.stateless_cartpole import StatelessCartPole
-from small_ppo import only_staleness, ppo
+from small_ppo import appo, only_staleness, ppo, streams
 
 from rllink_zmq.rllib import attach
 
@@ -58,24 +57,10 @@ def test_a_recurrent_ppo_trains(inference: str, addresses: dict[str, str], built
 
 
 def test_a_recurrent_appo_trains(addresses: dict[str, str], built: list[Algorithm]) -> None:
-    config = (
-        APPOConfig()
-        .environment(StatelessCartPole)
-        .env_runners(num_env_runners=2)
-        .training(train_batch_size_per_learner=250)
-        .learners(num_learners=0)
-        .rl_module(model_config=MODEL)
-    )
-    config.min_time_s_per_iteration = 1
+    config = appo().environment(StatelessCartPole).rl_module(model_config=MODEL)
     with simulators(addresses):
         algorithm = attach(config, addresses["backend"]).build_algo()
         built.append(algorithm)
-
-        def learned() -> bool:
-            result = algorithm.train()
-            steps = result.get("env_runners", {}).get("num_env_steps_sampled_lifetime", 0)
-            return steps > 1000 and result["rllink"]["version"] > 2
-
-        until(learned, "1,000 steps and two updates")
+        streams(algorithm)
     ledger = status(addresses)["ledger"]
     assert balanced(ledger) and only_staleness(ledger)

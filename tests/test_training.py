@@ -12,12 +12,11 @@ import image_env
 import zmq
 from processes import REAL_RAY, ROOT, balanced, environment, process, rllink, simulators, status, until
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.ppo import PPO
 from ray.rllib.connectors.env_to_module import MeanStdFilter
 from ray.rllib.connectors.env_to_module.frame_stacking import FrameStackingEnvToModule
 from ray.rllib.connectors.learner.frame_stacking import FrameStackingLearner
-from small_ppo import only_staleness, ppo
+from small_ppo import appo, only_staleness, ppo, streams
 
 from rllink_zmq.rllib import attach
 from rllink_zmq.rllib.states import from_bytes
@@ -95,25 +94,10 @@ def test_the_local_runner_samples_when_there_are_no_others(addresses: dict[str, 
 
 
 def test_appo_trains_and_nothing_is_dropped(addresses: dict[str, str], built: list[Algorithm]) -> None:
-    config = (
-        APPOConfig()
-        .environment("CartPole-v1")
-        .env_runners(num_env_runners=2)
-        .training(train_batch_size_per_learner=250)
-        .learners(num_learners=0)
-        .rl_module(model_config={"fcnet_hiddens": [16]})
-    )
-    config.min_time_s_per_iteration = 1
     with simulators(addresses):
-        algorithm = attach(config, addresses["backend"]).build_algo()
+        algorithm = attach(appo(), addresses["backend"]).build_algo()
         built.append(algorithm)
-
-        def learned() -> bool:
-            result = algorithm.train()
-            steps = result.get("env_runners", {}).get("num_env_steps_sampled_lifetime", 0)
-            return steps > 1000 and result["rllink"]["version"] > 2
-
-        until(learned, "1,000 steps and two updates")
+        streams(algorithm)
     ledger = status(addresses)["ledger"]
     assert balanced(ledger) and only_staleness(ledger)
 
@@ -246,30 +230,13 @@ def test_a_lone_runners_filter_is_published_and_comes_back_with_a_checkpoint(
 
 
 def test_appo_trains_behind_a_filter(addresses: dict[str, str], built: list[Algorithm]) -> None:
-    config = (
-        APPOConfig()
-        .environment("CartPole-v1")
-        .env_runners(
-            num_env_runners=2,
-            env_to_module_connector=lambda env, spaces, device: MeanStdFilter(),
-            rollout_fragment_length=10,
-        )
-        .training(train_batch_size_per_learner=40)
-        .learners(num_learners=0)
-        .rl_module(model_config={"fcnet_hiddens": [16]})
+    config = appo(batch=40).env_runners(
+        env_to_module_connector=lambda env, spaces, device: MeanStdFilter(), rollout_fragment_length=10
     )
-    config.min_time_s_per_iteration = 1
     with simulators(addresses, more=("--inference", "remote")):
         algorithm = attach(config, addresses["backend"]).build_algo()
         built.append(algorithm)
-        results: list[dict[str, Any]] = []
-
-        def learned() -> bool:
-            results.append(algorithm.train())
-            steps = results[-1].get("env_runners", {}).get("num_env_steps_sampled_lifetime", 0)
-            return steps > 1000 and results[-1]["rllink"]["version"] > 5
-
-        until(learned, "1,000 steps and some updates")
+        results = streams(algorithm)
     assert all("dropped" not in r.get("env_runners", {}).get("rllink", {}) for r in results)
     assert only_staleness(status(addresses)["ledger"])
 
