@@ -32,6 +32,7 @@ from rllink_zmq.messages import (
     STATE,
     TAKE,
     TAKEN,
+    UNWANTED,
     Claim,
 )
 
@@ -39,7 +40,7 @@ from . import peers
 from .acting import Acting
 from .artifacts import Artifacts
 from .balance import choose
-from .evaluation import UNWANTED, Evaluating
+from .evaluation import Evaluating
 from .events import Action, Event, Forward, Malformed, Received, Send, Side, Tick, Unreachable
 from .fragments import Fragment, State, Verb
 from .handshake import Handshake
@@ -348,6 +349,8 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         for take in [t for t in runner.takes if t <= k]:
             for fragment in runner.takes.pop(take):
                 outcome = why.get((fragment.simulator.session, fragment.header.number), DELIVERED) if why else DELIVERED
+                if fragment.header.evaluation and outcome != DELIVERED:
+                    self._spoiled(fragment, now)
                 fragment.move(Verb.RETURN)
                 self._settle(fragment, outcome, now)
         if self.reports:

@@ -16,16 +16,13 @@ from __future__ import annotations
 import logging
 import math
 
-from rllink_zmq.messages import EVALUATE
+from rllink_zmq.messages import EVALUATE, UNWANTED
 
 from . import peers
 from .events import Forward, Received
 from .fragments import Fragment, Verb
 from .peers import Evaluation, Peer, Runner, Simulator
 from .state import BrokerState
-
-UNWANTED = "unwanted"
-"""The outcome of a fragment that no evaluation wants."""
 
 
 class Evaluating(BrokerState):
@@ -100,6 +97,14 @@ class Evaluating(BrokerState):
         runner = self._leave_place(sim, episode)
         if runner is not None and runner.evaluation is not None:
             runner.evaluation.left += 1
+            self._announce(now)
+
+    def _spoiled(self, fragment: Fragment, now: float) -> None:
+        """Its runner can't use it. Another episode may have the place, once."""
+        if fragment.header.end == "no":
+            self._give_up(fragment.simulator, fragment.header.episode, now)
+        elif fragment.runner is not None and fragment.runner.evaluation is not None:
+            fragment.runner.evaluation.left += 1  # its episode left the place when it came
             self._announce(now)
 
     def _give_up_all(self, sim: Simulator, now: float) -> None:

@@ -66,6 +66,10 @@ Digest: TypeAlias = Annotated[str, Meta(max_length=64)]
 DELIVERED = "delivered"
 EVALUATED = "evaluated"
 """The outcome of a fragment that an evaluation has."""
+UNWANTED = "unwanted"
+"""The outcome of a fragment that no evaluation wants."""
+MANY = 1 << 52
+"""Episodes of an evaluation: so many as it takes. With more it goes on for as long as training does."""
 
 End: TypeAlias = Literal["no", "terminated", "truncated"]
 Duty: TypeAlias = Literal["serve", "park", "leave", "end"]

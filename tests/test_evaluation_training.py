@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 from processes import REAL_RAY, balanced, simulators, status, until
@@ -94,6 +95,15 @@ def test_nobody_serves_and_training_goes_on(addresses: dict[str, str], built: li
     assert all(r["evaluation"]["env_runners"]["num_episodes"] == 0 for r in results)
     said = [r.getMessage() for r in caplog.records if "evaluation_share" in r.getMessage()]
     assert said and "3 of 3 episodes" in said[0] and "simulate --evaluate" in said[0]
+
+
+def test_more_runners_than_episodes_and_nobody_serves(addresses: dict[str, str], built: list[Algorithm]) -> None:
+    config = evaluated(2, evaluation_duration=1, evaluation_sample_timeout_s=1.5)
+    algorithm = attach(config, addresses["backend"]).build_algo()
+    built.append(algorithm)
+    began = time.monotonic()
+    assert algorithm.evaluate()["env_runners"]["num_episodes"] == 0
+    assert time.monotonic() - began < 10
 
 
 def test_an_evaluation_runner_that_is_killed_comes_back(addresses: dict[str, str], built: list[Algorithm]) -> None:

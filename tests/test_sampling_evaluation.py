@@ -9,9 +9,10 @@ from core_bench import RUN, Bench, Said, fragment, training
 
 from rllink_zmq.messages import ACK, EVALUATE, FRAGMENT, HELLO, POOL, Assigned, Duty
 from rllink_zmq.sampling import TOO_LATE, Next
-from rllink_zmq.sampling_evaluation import ALL, LINGER, PAST, Evaluation, Wanted
+from rllink_zmq.sampling_evaluation import ALL, LINGER, MANY, PAST, Evaluation, Wanted
 from rllink_zmq.session import State
 from rllink_zmq.session_evaluator import EvaluatorSession
+from rllink_zmq.session_runner import Lease
 
 TIMEOUT = 10.0
 
@@ -21,12 +22,18 @@ class Joined:
 
     def __init__(self) -> None:
         self.session = EvaluatorSession(b"v".rjust(16, b"."), RUN, name="v")
-        self.evaluation = Evaluation(self.session)
+        self.bad: set[tuple[str, int]] = set()
+        """(episode, t0) of fragments whose columns can't be used."""
+        self.evaluation = Evaluation(self.session, self.check)
         self.said: list[Any] = []
         self.numbers: dict[str, int] = {}
+        self.body = b""
         self.bench = self.new_broker(100.0)
         self.session.open(self.now)
         self.pump()
+
+    def check(self, lease: Lease) -> str:
+        return "malformed" if (lease.message.episode, lease.message.t0) in self.bad else ""
 
     def new_broker(self, now: float) -> Bench:
         bench = training(Bench(now=now))
@@ -51,7 +58,7 @@ class Joined:
     def hear(self, said: Said) -> None:
         for name, message in said:
             if name == "v":
-                self.session.receive(message, (), self.now)
+                self.session.receive(message, (self.body,), self.now)
 
     def call(
         self, episodes: int | None = None, steps: int = 0, *, version: int = 0, fresh: bool = True, more: bool = True
@@ -269,6 +276,130 @@ def test_without_a_broker_the_call_asks_when_there_is_one(joined: Joined) -> Non
     assert joined.step() is Next.WAIT and joined.wants() == []
     assert joined.wait(0.5) is Next.WAIT  # HELLO again
     assert joined.wants() == [(0, 1)]
+
+
+@pytest.mark.parametrize("units", ["episodes", "steps"])
+def test_a_call_for_nothing_is_silent_when_the_others_had_nothing_for_a_timeout(joined: Joined, units: str) -> None:
+    """RLlib goes on for as long as anybody answers in time."""
+    nothing: dict[str, Any] = {"episodes": 0} if units == "episodes" else {"steps": 0, "more": False}
+    for _ in range(2):
+        joined.evaluation.begins()
+        joined.call(**nothing)
+        assert joined.step() is Next.RETURN, "all that are left are the others'"
+        joined.bench.now += 0.1
+        joined.call(**nothing)
+        assert joined.step() is Next.RETURN, "the others are quick"
+        joined.bench.now += TIMEOUT
+        joined.call(**nothing)
+        assert joined.step() is Next.WAIT
+        assert joined.wait(TIMEOUT) is Next.WAIT
+        assert joined.wait(PAST) is Next.RETURN
+        assert joined.answer() == [] and joined.evaluation.missing == ""
+    assert not any(episodes for _, episodes in joined.wants())
+
+
+def test_a_call_for_nothing_ends_with_the_training(joined: Joined) -> None:
+    joined.call(episodes=0)
+    joined.step()
+    joined.bench.now += TIMEOUT
+    joined.call(episodes=0)
+    assert joined.step() is Next.WAIT
+    joined.hear(joined.bench.send("t", POOL([Assigned(joined.session.session, "end")])))
+    assert joined.step() is Next.RETURN
+
+
+def test_steps_want_episodes_for_as_long_as_training_goes_on_or_until_they_are_there(joined: Joined) -> None:
+    joined.call(steps=6, more=False)
+    joined.step()
+    assert joined.wants() == [(0, MANY)]
+
+
+# ---- what can't be used
+
+
+@pytest.mark.parametrize("spoiled", [0, 1, 3])
+def test_an_episode_that_can_t_be_used_counts_as_none_and_gives_its_place_away(joined: Joined, spoiled: int) -> None:
+    joined.bad = {("a", spoiled)}
+    joined.call(episodes=1)
+    joined.step()
+    joined.send("s1", "a")
+    joined.send("s1", "a", 1, 2)
+    joined.send("s1", "a", 3, 1, "terminated")
+    assert joined.step() is Next.WAIT
+    outcomes = dict(joined.bench.acks()["s1"])
+    first = [0, 1, 3].index(spoiled) + 1
+    assert outcomes == {n: "evaluated" if n < first else "malformed" if n == first else "unwanted" for n in (1, 2, 3)}
+    joined.send("s2", "b", steps=2, end="terminated")
+    assert joined.step() is Next.RETURN
+    assert joined.answer() == [("b", 0, 2)]
+
+
+def test_one_that_sends_only_what_can_t_be_used_holds_up_nothing_but_the_timeout(joined: Joined) -> None:
+    joined.bad = {(f"e{i}", 0) for i in range(20)}
+    joined.call(episodes=1)
+    joined.step()
+    for i in range(20):
+        joined.send("s1", f"e{i}", end="terminated", base=joined.numbers.get("s1", 0) + 1)
+        assert joined.step() is Next.WAIT
+        assert joined.bench.acks() == {"s1": [(i + 1, "malformed")]}
+    assert len(joined.session._dropped) <= 1, "what is settled is forgotten"
+    assert joined.wait(TIMEOUT * TOO_LATE) is Next.WAIT, "with nothing it is silent past the timeout"
+    assert joined.wait(TIMEOUT) is Next.RETURN and joined.answer() == []
+
+
+def test_steps_are_counted_that_can_be_used(joined: Joined) -> None:
+    joined.bad = {("a", 1)}
+    joined.call(steps=3)
+    joined.step()
+    joined.send("s1", "a")
+    joined.send("s1", "a", 1, 5)
+    assert joined.step() is Next.WAIT
+    joined.send("s2", "b", 0, 2)
+    assert joined.step() is Next.RETURN
+    assert joined.answer() == [("a", 0, 1), ("b", 0, 2)]
+
+
+def test_an_episode_that_begins_again_and_again_is_kept_once(joined: Joined) -> None:
+    joined.call(episodes=2)
+    joined.step()
+    for _ in range(10):
+        joined.send("s1", "a")
+        joined.step()
+    joined.send("s1", "a")
+    joined.send("s1", "a", 1, 3, "terminated")
+    joined.step()
+    joined.send("s2", "b", end="terminated")
+    assert joined.step() is Next.RETURN
+    assert joined.answer() == [("a", 0, 1), ("a", 1, 3), ("b", 0, 1)]
+
+
+def test_no_more_episodes_are_kept_than_there_are_places(joined: Joined) -> None:
+    joined.call(episodes=2)
+    joined.step()
+    joined.send("s2", "b")
+    for i in range(10):
+        joined.send("s1", f"x{i}")  # each has the place of the one before
+        joined.send("s2", "b", 1 + i)
+        joined.step()
+    assert [episode for _, episode in joined.evaluation._parts] == ["x9", "b"]
+
+
+def test_the_largest_episode_is_let_go_when_all_are_too_large(joined: Joined, monkeypatch: Any) -> None:
+    monkeypatch.setattr("rllink_zmq.sampling_evaluation.MOST_BYTES", 60)
+    joined.body = bytes(20)
+    joined.call(episodes=2)
+    joined.step()
+    joined.send("s2", "b")
+    joined.send("s1", "a")
+    joined.send("s1", "a", 1)
+    joined.step()
+    assert len(joined.evaluation._parts) == 2
+    joined.send("s1", "a", 2)
+    joined.step()
+    assert [episode for _, episode in joined.evaluation._parts] == ["b"]
+    joined.send("s1", "a", 3)
+    joined.step()
+    assert joined.bench.acks()["s1"][-1] == (4, "unwanted"), "and its simulator is told"
 
 
 @pytest.mark.parametrize("how", ["end", "cancel"])

@@ -16,7 +16,7 @@ import click
 from rllink_zmq.audit import check_directory
 from rllink_zmq.client import Backpressure, Inference
 from rllink_zmq.errors import RllinkError
-from rllink_zmq.messages import DELIVERED, EVALUATED
+from rllink_zmq.messages import DELIVERED, EVALUATED, UNWANTED
 from rllink_zmq.transport import parse_address
 
 from . import output
@@ -70,7 +70,7 @@ def line(report: Report, num: int, wall_s: float) -> str:
     """Where it stands, for people."""
     mean = _mean(report.returns)
     lost = {**report.outcomes, **report.dropped}
-    for no_loss in (DELIVERED, EVALUATED, "unwanted"):
+    for no_loss in (DELIVERED, EVALUATED, UNWANTED):
         lost.pop(no_loss, None)
     evaluated = report.outcomes.get(EVALUATED, (0, 0))[1]
     return (

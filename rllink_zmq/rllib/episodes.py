@@ -109,19 +109,10 @@ class EpisodeBuilder:
     def build(self, leases: Iterable[Lease]) -> tuple[list[Built], list[Refusal]]:
         """Chunks in the order of their first fragments, and the fragments whose columns are missing or don't fit the
         spaces."""
-        refused = []
         chunks: list[list[_Piece]] = []
         latest: dict[tuple[bytes, str], list[_Piece]] = {}
-        for lease in leases:
-            try:
-                piece = self._check_columns(lease)
-            except ProtocolError as e:
-                refused.append(Refusal(lease.message, e))
-                continue
-            except Exception as e:  # a user's connector may raise anything; other fragments are not to suffer
-                text = f"the configured connectors fail on it: {type(e).__name__}: {e}"
-                refused.append(Refusal(lease.message, ProtocolError(text)))
-                continue
+        good, refused = self.check(leases)
+        for piece in good:
             key = (piece.message.session, piece.message.episode)
             chunk = latest.get(key)
             if chunk is not None and self._continues(chunk, piece):
@@ -134,6 +125,19 @@ class EpisodeBuilder:
             messages = [piece.message for pieces in chunks for piece in pieces]
             self.audit.handed((m.session, m.number, m.steps) for m in messages)
         return built, refused
+
+    def check(self, leases: Iterable[Lease]) -> tuple[list[_Piece], list[Refusal]]:
+        """What `build` would use of these, and what it would refuse."""
+        good, refused = [], []
+        for lease in leases:
+            try:
+                good.append(self._check_columns(lease))
+            except ProtocolError as e:
+                refused.append(Refusal(lease.message, e))
+            except Exception as e:  # a user's connector may raise anything; other fragments are not to suffer
+                text = f"the configured connectors fail on it: {type(e).__name__}: {e}"
+                refused.append(Refusal(lease.message, ProtocolError(text)))
+        return good, refused
 
     def _continues(self, chunk: Sequence[_Piece], piece: _Piece) -> bool:
         first, last, message = chunk[0].message, chunk[-1].message, piece.message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
@@ -58,14 +59,21 @@ def check_evaluation(config: AlgorithmConfig) -> None:
 
 
 class EvaluationLink(RunnerLink):
-    """One run's conversation of this evaluation runner with the broker at `address`."""
+    """One run's conversation of this evaluation runner with the broker at `address`. `check`: why a fragment can't be
+    used, or ''; the connection's thread calls it, during `evaluate` alone."""
 
     session: EvaluatorSession
 
-    def __init__(self, address: str, run: str, name: str, *, local: bool = False) -> None:
+    def __init__(
+        self, address: str, run: str, name: str, check: Callable[[Lease], str], *, local: bool = False
+    ) -> None:
         session = EvaluatorSession(secrets.token_bytes(16), run, name=name, package=__version__)
-        self._evaluation = Evaluation(session)
+        self._evaluation = Evaluation(session, check)
         super().__init__(address, run, name, local=local, session=session)
+
+    def begins(self) -> None:
+        """RLlib begins an evaluation."""
+        self._thread.call(lambda now: self._evaluation.begins())
 
     def evaluate(self, wanted: Wanted) -> list[Lease]:
         """What this call of `sample()` is of: whole episodes, or pieces where steps are wanted. Says every 10 s what it

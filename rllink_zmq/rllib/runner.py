@@ -41,7 +41,7 @@ from ray.rllib.utils.metrics import (
 )
 from ray.rllib.utils.typing import ResultDict, StateDict
 
-from rllink_zmq.errors import RllinkError
+from rllink_zmq.errors import ProtocolError, RllinkError
 from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib.audit import runner_log
 from rllink_zmq.rllib.episodes import EpisodeBuilder, Finished
@@ -143,6 +143,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             None if evaluates else runner_log(self.settings.audit), connectors,
         )  # fmt: skip
         self._finished: list[Finished] = []
+        self._unusable_reasons: list[str] = []
         self._sampled_at: float | None = None
         self._fragments = 0
         self.on_restored: Any = None
@@ -176,8 +177,11 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         if self._pipelines is not None:
             self._pipelines.lookback = manifest.lookback
         evaluates = self.config.in_evaluation
-        link, kind = (EvaluationLink, "evaluator") if evaluates else (RunnerLink, "runner")
-        self._link = link(self.settings.broker, run, f"{kind}-{index}@{host}", local=not self.worker_index)
+        address, local = self.settings.broker, not self.worker_index
+        if evaluates:
+            self._link = EvaluationLink(address, run, f"evaluator-{index}@{host}", self._unusable, local=local)
+        else:
+            self._link = RunnerLink(address, run, f"runner-{index}@{host}", local=local)
         if self.held is not None:
             self._offer(self.held)
         if not evaluates:
@@ -306,9 +310,6 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
 
     def _evaluate(self, steps: int | None, episodes: int | None, fresh: bool) -> list[SingleAgentEpisode]:
         link, timeout = self._link, float(self.config.evaluation_sample_timeout_s or 120.0)
-        if episodes == 0:  # there are more runners than episodes
-            self._log(0, 0, ())
-            return []
         if not isinstance(link, EvaluationLink):
             logger.warning("runner %s was asked to evaluate before the trainer told it its run", self.worker_index)
             time.sleep(timeout + PAST)  # RLlib would ask again at once, for ever
@@ -322,13 +323,27 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             # Training's runners have theirs later, while training goes on, and this one offers none.
             version = min(version, max(0, link.session.version))
         wanted = Wanted(episodes, math.ceil(steps or 0), version, fresh, timeout, more)
-        return self._hand_over(link, link.evaluate(wanted))
+        leases = link.evaluate(wanted)
+        unusable, self._unusable_reasons = self._unusable_reasons, []
+        for reason in unusable:
+            self.metrics.log_value((RLLINK, "dropped", reason), 1, reduce="lifetime_sum")
+        return self._hand_over(link, leases)
+
+    def _unusable(self, lease: Lease) -> str:
+        """Why an evaluation can't use this fragment, or ''."""
+        _, refused = self._builder.check([lease])
+        for _, error in refused:
+            reason = _reason(error)
+            self._unusable_reasons.append(reason)
+            logger.warning("a fragment was dropped: %s", error)
+            return reason
+        return ""
 
     def _hand_over(self, link: RunnerLink, leases: Sequence[Lease]) -> list[SingleAgentEpisode]:
         """RLlib's episodes of what was taken, and their metrics."""
         chunks, refused = self._builder.build(leases)
         for message, error in refused:
-            reason = "stale" if isinstance(error, UnknownFilter) else "malformed"
+            reason = _reason(error)
             link.drop(message, reason)
             logger.warning("a fragment was dropped: %s", error)
             self.metrics.log_value((RLLINK, "dropped", reason), 1, reduce="lifetime_sum")
@@ -424,6 +439,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             # nothing, and has learned all that there is.
             self._connectors = state_bytes(self._env_to_module)
         if COMPONENT_RL_MODULE in state:
+            if isinstance(self._link, EvaluationLink):
+                self._link.begins()
             if goes_back:
                 self._filters.restart()
             self.held = Held(self._weights_seq_no, state[COMPONENT_RL_MODULE], self._connectors)
@@ -461,6 +478,10 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self.leave()
         if self.on_stop is not None:
             self.on_stop()
+
+
+def _reason(error: ProtocolError) -> str:
+    return "stale" if isinstance(error, UnknownFilter) else "malformed"
 
 
 def _as_list(value: Any) -> list[Any]:
