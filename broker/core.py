@@ -173,6 +173,10 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
             if number not in sim.open and number >= sim.base:
                 self._ack(sim, number, sim.outcomes.get(number, "unknown"), now)
             return None
+        if sim.only_evaluates is not (message.evaluation and not sim.trains):
+            self._count(sim, -1)
+            sim.only_evaluates = not sim.only_evaluates
+            self._count(sim, 1)
         sim.high = number
         sim.heard_of_steps = now
         fragment = Fragment(sim, message, event.frames, event.size)
@@ -324,6 +328,8 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
                 refused.append(Claim(claim.session, no))
         if not taken:
             del runner.takes[message.k]
+        if runner.evaluation is not None:
+            self._lease_evaluated(runner)
         self._send(
             runner,
             TAKEN(
@@ -446,6 +452,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         assert self.held_bytes == sum(f.size for f in open_) == sum(s.open_bytes for s in self.simulators.values())
         assert self.windows == sum(s.window for s in self.simulators.values()) <= self.settings.memory
         queued = {f for f in self.waiting if f.state is State.QUEUED}
+        queued |= {f for r in self.runners.values() if r.evaluation is not None for f in r.evaluation.waiting}
         for f in open_:
             leased = f.runner is not None and f in f.runner.leased
             taken = f.runner is not None and f in f.runner.takes.get(f.k, ())
@@ -463,6 +470,9 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         for s in self.simulators.values():
             assert s.base - 1 <= s.high and all(n <= s.high for n in s.open) and not (s.open.keys() & s.outcomes.keys())
         assert self.episodes == sum(s.episodes for s in self.simulators.values() if s.state is not peers.State.GONE)
+        assert self.episodes_apart == sum(
+            s.episodes for s in self.simulators.values() if s.only_evaluates and s.state is not peers.State.GONE
+        )
         self.check_acting()
         for r in self.runners.values():
             places = r.evaluation.open if r.evaluation is not None else {}

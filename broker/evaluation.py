@@ -8,6 +8,7 @@ episodes' fragments with the flag `evaluation`. The rules:
   first, long or short, and not those that ended first.
 - A place is free again when its simulator is lost, leaves or has gone on to another episode.
 - What has no place is settled at once as `unwanted`; so is what is leased when its evaluation ends. Nothing waits.
+- A runner is leased no more than `lease_bytes`; the rest of its episodes waits here, in its order.
 - Training's quota, lag, steps ahead and ledger know nothing of all this; there is a ledger apart.
 """
 
@@ -16,13 +17,16 @@ from __future__ import annotations
 import logging
 import math
 
-from rllink_zmq.messages import EVALUATE, UNWANTED
+from rllink_zmq.messages import EVALUATE, MANY, UNWANTED
 
 from . import peers
 from .events import Forward, Received
 from .fragments import Fragment, Verb
 from .peers import Evaluation, Peer, Runner, Simulator
 from .state import BrokerState
+
+SERVES_WITHIN = 5.0
+"""Seconds in which a simulator that is asked to serve begins with it, or others are asked as well."""
 
 
 class Evaluating(BrokerState):
@@ -43,7 +47,7 @@ class Evaluating(BrokerState):
             return
         for sim, episode in evaluation.open:
             del sim.evaluating[episode]
-        for fragment in list(runner.leased):
+        for fragment in [*runner.leased, *evaluation.waiting]:
             self._drop(fragment, UNWANTED, now)
         self._announce(now)
 
@@ -57,15 +61,22 @@ class Evaluating(BrokerState):
         runner = (
             sim.evaluating.get(header.episode) if header.t0 else self._place(sim, header.episode, header.version, now)
         )
-        if runner is None:
+        if runner is None or runner.evaluation is None:
             return self._drop(fragment, UNWANTED, now)
         if header.end != "no":
-            self._leave_place(sim, header.episode)
-        fragment.move(Verb.LEASE)
-        fragment.runner = runner
-        runner.lease(fragment)
-        self._actions.append(Forward(runner.route, fragment.frames))
-        return None
+            self._leave_place(sim, header.episode, now)
+        runner.evaluation.waiting.append(fragment)
+        return self._lease_evaluated(runner)
+
+    def _lease_evaluated(self, runner: Runner) -> None:
+        """What waits for this runner, as far as it has room; an idle one always has room for one fragment."""
+        waiting, limit = (runner.evaluation.waiting if runner.evaluation else ()), self.settings.lease_bytes
+        while waiting and (not runner.leased or runner.leased_bytes + waiting[0].size <= limit):
+            fragment = waiting.popleft()
+            fragment.move(Verb.LEASE)
+            fragment.runner = runner
+            runner.lease(fragment)
+            self._actions.append(Forward(runner.route, fragment.frames))
 
     def _place(self, sim: Simulator, episode: str, version: int, now: float) -> Runner | None:
         """Where an episode that begins with these weights is wanted most."""
@@ -83,18 +94,20 @@ class Evaluating(BrokerState):
         best.evaluation.left -= 1
         best.evaluation.open[sim, episode] = None
         sim.evaluating[episode] = best
+        sim.shirks = False
         self._announce(now)
         return best
 
-    def _leave_place(self, sim: Simulator, episode: str) -> Runner | None:
+    def _leave_place(self, sim: Simulator, episode: str, now: float) -> Runner | None:
         runner = sim.evaluating.pop(episode, None)
+        sim.asked_since = now
         if runner is not None and runner.evaluation is not None:
             del runner.evaluation.open[sim, episode]
         return runner
 
     def _give_up(self, sim: Simulator, episode: str, now: float) -> None:
         """This episode will not come to its end: another one may have its place."""
-        runner = self._leave_place(sim, episode)
+        runner = self._leave_place(sim, episode, now)
         if runner is not None and runner.evaluation is not None:
             runner.evaluation.left += 1
             self._announce(now)
@@ -121,6 +134,8 @@ class Evaluating(BrokerState):
         open_ = [r.evaluation for r in self._evaluators() if r.evaluation is not None and r.evaluation.left]
         wanted = max((e.version for e in open_), default=-1)
         chosen = self._sharers(sum(e.left for e in open_))
+        for sim in chosen.keys() - self.sharers.keys():
+            sim.asked_since = now
         if wanted != self.evaluation_version:
             self.evaluation_version = wanted
             changed = self.live_simulators()
@@ -131,14 +146,37 @@ class Evaluating(BrokerState):
         for sim in changed:
             self._mark(sim, now)
 
+    def _watch_sharers(self, now: float) -> None:
+        """Once a `probe_interval`: who was asked to serve, and doesn't?"""
+        if self.evaluation_version < 0:
+            return
+        if self.published_version >= self.evaluation_version:  # else they wait for the weights
+            for sim in self.sharers:
+                if not sim.evaluating and now - sim.asked_since > SERVES_WITHIN:
+                    sim.shirks = True
+        self._announce(now)  # who serves may have come or gone, too
+
     def _sharers(self, places: int) -> dict[Simulator, None]:
-        """As many simulators as the trainer's share says, always the same ones: of these, the first that are free."""
+        """As many simulators as the trainer's share says, always the same ones: of these, the first that are free. Who
+        shirks is asked, but doesn't count. Beside a training that an evaluation goes on with, one is left to it."""
         share = self.trainer.hello.evaluation_share if self.trainer is not None else 0.0
         if not share or not places:
             return {}
         sims = [sim for sim in self.live_simulators() if sim.window]
-        some = sorted(sims[: math.ceil(share * len(sims))], key=lambda sim: bool(sim.evaluating))
-        return dict.fromkeys(some[:places])
+        number = min(math.ceil(share * len(sims)), len(sims) - (places > MANY))
+        some = _first(sims, number)
+        return dict.fromkeys(_first(sorted(some, key=lambda sim: bool(sim.evaluating)), places))
+
+
+def _first(sims: list[Simulator], number: int) -> list[Simulator]:
+    """So many of them, and those before that shirk."""
+    some = list[Simulator]()
+    for sim in sims:
+        if number <= 0:
+            break
+        some.append(sim)
+        number -= not sim.shirks
+    return some
 
 
 def _need(runner: Runner, evaluation: Evaluation) -> tuple[int, int]:

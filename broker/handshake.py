@@ -122,10 +122,10 @@ class Handshake(Duties):
         if sim is None:
             sim = self.simulators[hello.session] = Simulator(hello.session, now)
         if sim.state in (State.LIVE, State.LOST):
-            self.episodes -= sim.episodes
+            self._count(sim, -1)
         self._enter(sim, hello, event.route, now)
         sim.greet(role)
-        self.episodes += sim.episodes
+        self._count(sim, 1)
         self.reports.pass_base(sim.session, role.base)
         text = self._reserve(sim)
         self._dirty.pop(sim, None)
@@ -376,7 +376,7 @@ class Handshake(Duties):
         peer.move(verb, now)
         if isinstance(peer, Simulator):
             self._dirty.pop(peer, None)
-            self.episodes -= peer.episodes
+            self._count(peer, -1)
             self.unfinished["abandoned" if verb is Verb.LEAVE else "lost"] += min(len(peer.owners), peer.episodes)
             peer.owners.clear()
             self._give_up_all(peer, now)
@@ -419,6 +419,5 @@ class Handshake(Duties):
                 self._forget(runner, Verb.EXPIRE, now)
             elif runner.state is State.GONE and now - runner.since > s.outcome_keep:
                 del self.runners[runner.session]
-        if self.evaluation_version >= 0:
-            self._announce(now)  # who serves may have come or gone
+        self._watch_sharers(now)
         self.reports.expire(now - s.outcome_keep)

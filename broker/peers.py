@@ -6,6 +6,7 @@ every move of a peer; the conversation starts, and starts again, with HELLO alon
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
@@ -77,10 +78,13 @@ class Simulator(Peer):
     """`high`: the highest number seen. `base`: all below are settled. `taken_steps`: env steps of this session that
     were taken or dropped, counted from its first step on. `heard_of_steps`: when its last new fragment came. `owners`:
     unfinished episode -> the runner that was leased its last fragment; `evaluating`: of those that are evaluated,
-    oldest first. `outcomes`: number -> outcome, from `base` on."""
+    oldest first. `only_evaluates`: it has sent fragments of evaluations, and no others. `asked_since`: when it was
+    asked to serve one, or last left a place; `shirks`: it was, and did not begin. `outcomes`: number -> outcome,
+    from `base` on."""
 
-    __slots__ = ("acks", "base", "dropped", "episodes", "evaluating", "heard_of_steps", "high", "open", "open_bytes",
-                 "outcomes", "owners", "spaces", "taken_steps", "window")  # fmt: skip
+    __slots__ = ("acks", "asked_since", "base", "dropped", "episodes", "evaluating", "heard_of_steps", "high",
+                 "only_evaluates", "open", "open_bytes", "outcomes", "owners", "shirks", "spaces", "taken_steps",
+                 "window")  # fmt: skip
     side = Side.FRONT
 
     def __init__(self, session: bytes, now: float) -> None:
@@ -97,6 +101,9 @@ class Simulator(Peer):
         self.acks: list[tuple[int, str]] = []
         self.owners: dict[str, Runner] = {}
         self.evaluating: dict[str, Runner] = {}
+        self.only_evaluates = False
+        self.asked_since = now
+        self.shirks = False
         self.spaces: Spaces | None = None
         self.dropped: dict[str, tuple[int, int]] = {}
 
@@ -106,6 +113,11 @@ class Simulator(Peer):
         self.taken_steps = max(self.taken_steps, hello.steps)
         self.episodes = hello.episodes
         self.spaces = hello.spaces
+
+    @property
+    def trains(self) -> bool:
+        """It has sent steps to be trained on."""
+        return bool(self.taken_steps) or any(not f.header.evaluation for f in self.open.values())
 
     def pass_base(self, base: int) -> None:
         """Forget the outcomes below `base`: the simulator has them."""
@@ -121,14 +133,15 @@ class Simulator(Peer):
 
 class Evaluation:
     """What an evaluation runner wants: `left` more episodes that begin with `version` of the weights, or a newer one.
-    `open`: those that have begun and go on."""
+    `open`: those that have begun and go on. `waiting`: fragments that its runner has no room for."""
 
-    __slots__ = ("left", "open", "version")
+    __slots__ = ("left", "open", "version", "waiting")
 
     def __init__(self, version: int, episodes: int) -> None:
         self.version = version
         self.left = episodes
         self.open: dict[tuple[Simulator, str], None] = {}
+        self.waiting: deque[Fragment] = deque()
 
 
 class Runner(Peer):

@@ -34,7 +34,8 @@ class BrokerState:
         self.wanted: int | None = None
         self.reports = peers.Reports()
         self.simulators_live = 0
-        self.episodes = 0
+        self.episodes = 0  # that are open at once, and of these the ones of simulators that only evaluate
+        self.episodes_apart = 0
         self.windows = 0
         # what is in flight
         self.ledger = Ledger()
@@ -125,15 +126,23 @@ class BrokerState:
         return [peer for peer in self.routes[Side.FRONT].values() if isinstance(peer, Simulator)]
 
     def steps_granted(self, sim: Simulator) -> tuple[int, int]:
-        """(steps limit of this session, length of its fragments): the steps ahead are shared by episodes at once."""
+        """(steps limit of this session, length of its fragments): the steps ahead are shared by episodes at once, but
+        for those that have shown that they are there for evaluations alone."""
         trainer = self.trainer
         if trainer is None:
             return max(1, sim.taken_steps), 1  # nobody learns: nothing is sampled ahead (0 would mean no limit)
-        longest, ahead, n = trainer.hello.fragment_steps, trainer.hello.steps_ahead, max(1, self.episodes)
+        longest, ahead = trainer.hello.fragment_steps, trainer.hello.steps_ahead
+        n = max(1, self.episodes - self.episodes_apart)
         if not ahead:
             return 0, longest
         length = max(1, min(longest, ahead // (2 * n)))
         return sim.taken_steps + max(length, ahead // n) * sim.episodes, length
+
+    def _count(self, sim: Simulator, sign: int) -> None:
+        """Its episodes come (1) or go (-1)."""
+        self.episodes += sign * sim.episodes
+        if sim.only_evaluates:
+            self.episodes_apart += sign * sim.episodes
 
     def _mark(self, sim: Simulator, now: float) -> None:
         """This simulator is owed an ACK."""
@@ -191,4 +200,7 @@ class BrokerState:
         raise NotImplementedError  # the evaluations'
 
     def _announce(self, now: float) -> None:
+        raise NotImplementedError  # the evaluations'
+
+    def _watch_sharers(self, now: float) -> None:
         raise NotImplementedError  # the evaluations'

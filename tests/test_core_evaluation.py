@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from core_bench import NEXT_RUN, RUN, SPACES, Bench, claim, fragment, leases, messages, session, training
+from core_bench import NEXT_RUN, RUN, SPACES, Bench, claim, dropped, fragment, leases, messages, session, training
 
 from rllink_zmq.messages import (
     ACK,
     EVALUATE,
     FRAGMENT,
+    MANY,
     PING,
     PONG,
     REFUSED,
@@ -339,3 +340,105 @@ def test_who_comes_meanwhile_may_be_asked_too(benches: Callable[..., Bench]) -> 
     assert bench.simulator("s1").evaluates is False
     bench.tick(1.1)
     assert told(bench) == {"s1": (0, True)}
+
+
+def test_a_simulator_is_left_to_a_training_that_an_evaluation_goes_on_with(benches: Callable[..., Bench]) -> None:
+    bench = shared(benches, 1.0, 2)
+    bench.send("v1", EVALUATE(0, MANY + 1))
+    assert told(bench) == {"s1": (0, True), "s2": (0, False)}
+    bench.bye("s1")
+    bench.tick(1.1)
+    assert not bench.broker.sharers, "the only one trains"
+    bench.send("v1", EVALUATE(0, MANY))
+    assert told(bench) == {"s2": (0, True)}, "this one has an end"
+
+
+def pass_time(bench: Bench, seconds: int, simulators: int) -> list[str]:
+    """Who is asked to serve then."""
+    for _ in range(seconds):
+        for name in ("t", "r1", "v1", *(f"s{i + 1}" for i in range(simulators))):
+            bench.send(name, PING())
+        bench.tick(1.01)
+    return sorted(sim.name for sim in bench.broker.sharers)
+
+
+def test_others_are_asked_as_well_when_one_does_not_serve(benches: Callable[..., Bench]) -> None:
+    bench = shared(benches, 0.25, 4)
+    bench.send("v1", EVALUATE(0, 3))
+    assert pass_time(bench, 4, 4) == ["s1"]
+    assert pass_time(bench, 3, 4) == ["s1", "s2"]
+    bench.send("s2", piece("s2", 1, version=0))
+    assert pass_time(bench, 10, 4) == ["s1", "s2"], "an episode takes as long as it takes"
+    bench.send("s1", piece("s1", 1, version=0))
+    assert pass_time(bench, 1, 4) == ["s1"], "it serves after all"
+    bench.send("s1", piece("s1", 2, t0=1, end="terminated", version=0))
+    assert pass_time(bench, 4, 4) == ["s1"], "the next one has its time"
+
+
+def test_one_that_does_not_serve_is_not_one_of_the_places(benches: Callable[..., Bench]) -> None:
+    bench = shared(benches, 1.0, 3)
+    bench.send("v1", EVALUATE(0, 1))
+    assert pass_time(bench, 1, 3) == ["s1"]
+    assert pass_time(bench, 6, 3) == ["s1", "s2"]
+    assert pass_time(bench, 6, 3) == ["s1", "s2", "s3"]
+
+
+def test_nobody_is_blamed_for_weights_that_are_not_there(benches: Callable[..., Bench]) -> None:
+    bench = shared(benches, 0.25, 4)
+    bench.send("v1", EVALUATE(1, 3))
+    assert pass_time(bench, 20, 4) == ["s1"]
+
+
+# ---- bounds
+
+
+def test_a_runner_is_leased_no_more_than_it_has_room_for(benches: Callable[..., Bench]) -> None:
+    bench = training(benches(lease_bytes=20))
+    for name in ("s1", "s2"):
+        bench.simulator(name)
+    bench.runner("v1", evaluation=True)
+    bench.send("v1", EVALUATE(0, 2))
+    sent = leases(bench.send("s1", piece("s1", 1, version=0)))
+    sent += leases(bench.send("s1", piece("s1", 2, t0=1, version=0)))
+    assert sent == [("v1", "s1", 1), ("v1", "s1", 2)]
+    assert leases(bench.send("s1", piece("s1", 3, t0=11, version=0))) == []
+    assert leases(bench.send("s2", piece("s2", 1, version=0))) == []
+    assert leases(bench.take("v1", 1, claim("s1", 1))) == []
+    bench.broker.check_invariants()
+    assert leases(bench.take("v1", 2, claim("s1", 2))) == [("v1", "s1", 3), ("v1", "s2", 1)]
+    assert leases(bench.send("s1", piece("s1", 4, t0=21, version=0))) == []
+    bench.send("v1", EVALUATE(0, 0))
+    assert bench.acks() == {"s1": [(3, "unwanted"), (4, "unwanted")], "s2": [(1, "unwanted")]}
+
+
+def test_the_steps_ahead_are_shared_by_those_that_train(benches: Callable[..., Bench]) -> None:
+    bench = training(benches(), steps_ahead=4000, fragment_steps=200)
+    for i in range(4):
+        bench.simulator(f"s{i + 1}", episodes=2)
+    bench.runner("v1", evaluation=True)
+    bench.send("v1", EVALUATE(0, MANY))
+
+    def granted() -> int:
+        return bench.broker.steps_granted(bench.broker.simulators[session("s1")])[0]
+
+    assert granted() == 1000
+    for name in ("s3", "s4"):
+        bench.send(name, piece(name, 1, version=0))
+        bench.send(name, piece(name, 2, t0=1, version=0))
+    assert granted() == 2000, "these two are there for evaluations"
+    bench.send("s4", fragment("s4", 3, steps=1, episode="e2"))
+    assert granted() == 2 * (4000 // 6), "this one is not"
+    bench.send("s4", piece("s4", 4, "e3", version=0))
+    bench.bye("s3")
+    assert granted() == 2 * (4000 // 6)
+
+
+@pytest.mark.parametrize("end", ["no", "terminated"])
+def test_a_place_is_free_again_when_its_episode_can_t_be_used(bench: Bench, end: str) -> None:
+    bench.send("v1", EVALUATE(1, 1))
+    bench.send("s1", piece("s1", 1, end=end))
+    bench.take("v1", 1, claim("s1", 1))
+    bench.returned("v1", 1, dropped("s1", 1, "malformed"))
+    assert leases(bench.send("s1", piece("s1", 2, t0=1))) == []
+    assert leases(bench.send("s2", piece("s2", 1))) == [("v1", "s2", 1)]
+    assert leases(bench.send("s1", piece("s1", 3, "e2"))) == []

@@ -281,7 +281,7 @@ def word_in(node: ast.AST | None, tree: ast.Module) -> list[str]:
     if isinstance(node, ast.IfExp):
         return word_in(node.body, tree) + word_in(node.orelse, tree)
     if isinstance(node, ast.Name):
-        if node.id in ("DELIVERED", "EVALUATED"):
+        if node.id in ("DELIVERED", "EVALUATED", "UNWANTED"):
             return [str(getattr(messages, node.id))]
         for line in tree.body:
             if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == node.id:
