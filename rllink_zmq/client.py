@@ -154,7 +154,8 @@ class Client:
 
     @property
     def evaluates(self) -> bool:
-        """Whether the trainer evaluates, and this client's next episode is to be for that (`training_enabled=None`)."""
+        """Whether the trainer evaluates, and this client's next episode is to be for that (`training_enabled=None`). A
+        client with several episodes at once is to say so: `training_enabled=not client.evaluates`."""
         session = self.flow.session
         return session.evaluates and session.evaluation >= 0 and session.window > 0
 
@@ -165,17 +166,17 @@ class Client:
 
         `training_enabled`: True: it is trained on. False: it is not, and acts as the trainer's evaluation config says;
         while the trainer evaluates, its return counts there. None: as the trainer wants: it is trained on, unless the
-        trainer evaluates with a share of the simulators and this is one of them (`Episode.training_enabled` tells).
+        trainer evaluates with a share of the simulators and this is one of them (`Episode.training_enabled` tells). A
+        client that was connected for several episodes at once is not meant: they act together, and so all train.
         `explore`: for False alone: draw its actions or (False) take the most likely ones, whatever the trainer says;
         such an episode counts nowhere. Raises EpisodeError, RefusedError."""
         flow = self.flow
         if training_enabled is not False and explore is not None:
             raise EpisodeError("explore is for episodes that are not trained on: training_enabled=False")
         flow.look_if_due()
-        asked, training_enabled = (
-            training_enabled,
-            training_enabled is True or (training_enabled is None and not self.evaluates),
-        )
+        asked = training_enabled
+        if training_enabled is None:
+            training_enabled = not self.evaluates or flow.session.episodes > 1
         if episode_id is None:
             self._started += 1
             episode_id = f"{flow.session.session.hex()}-{self._started}"

@@ -4,6 +4,8 @@
   A fragment that ends within 5 ms of the last one, in the middle of an episode, leaves with the next look.
 - Room is asked for before a step. Before anything waits all that was built is submitted: it could wait for itself.
 - A fragment is of one weights version: it is cut where newer ones are to be used.
+- What is evaluated may go beyond the window, by the one fragment that the broker allows. Else a window full of steps
+  that wait for training would keep an evaluation from its end, and training may wait for just that.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class Flow:
     """One client's. `credit`: steps that may be taken until the next look; `look_at`: when that is due. `drops`: where
     there is no room a fragment is built and dropped, rather than waited for. `remote`: the service that acts, if it is
     not this process's own policy; `reserved`: steps whose actions it has been asked for; `evaluation_due`: when it acts
-    by the weights that are evaluated."""
+    by the weights that are evaluated; `evaluations`: how often this client has been told that one wants episodes, and
+    `evaluated_run`: in which run it was last."""
 
     def __init__(
         self,
@@ -79,7 +82,9 @@ class Flow:
         self.may_ask = False
         self.reserved = 0
         self.evaluation_due = 0.0
-        self._room_of_bytes = 0
+        self.evaluations = 0
+        self.evaluated_run = ""
+        self._room_to_evaluate = 0
         self._evaluation = -1
         self._layout = layout
         self._reads_policy = False
@@ -245,7 +250,7 @@ class Flow:
         """How many steps may be taken from here on, by all episodes together."""
         session = self.session
         if not session.window:
-            self.credit = self._room_of_bytes = 0
+            self.credit = self._room_to_evaluate = 0
             return
         steps = size = 0
         for builder in self.builders.values():
@@ -254,8 +259,10 @@ class Flow:
                 size += builder.nbytes
             elif builder.evaluation is not None:
                 size += builder.nbytes
-        credit = (session.window - session.unsettled_bytes - size) // self._step_bytes + 1
-        self._room_of_bytes = credit
+        left = session.window - session.unsettled_bytes - size
+        credit = left // self._step_bytes + 1
+        # Each may begin a fragment with its step, which has one more observation.
+        self._room_to_evaluate = (left + session.fragment_bytes) // (2 * self._step_bytes)
         if session.steps_limit:
             credit = min(credit, session.steps_limit - session.settled_steps - session.unsettled_steps - steps)
         self.credit = credit - self.reserved
@@ -312,9 +319,15 @@ class Flow:
             if origin < wanted if self.remote is None else time.monotonic() < self.evaluation_due:
                 return False
         self.measure()
-        if self._room_of_bytes >= len(evaluated):
+        if self._room_to_evaluate >= len(evaluated):
             return True
-        if self.session.unsettled:
+        mine = {id(builder) for builder in evaluated}
+        leave = any(  # what `_submit_all` sends
+            builder.steps > (id(builder) not in mine and not builder.asked)
+            for builder in self.builders.values()
+            if builder.evaluation is not None
+        )
+        if leave or self.session.unsettled:
             return False
         for builder in evaluated:
             builder.evaluation = None  # waiting would be useless: other episodes of this client fill the window
@@ -376,7 +389,8 @@ class Flow:
 
     def _submit_evaluated(self, builder: FragmentBuilder, cut: Cut, end: End) -> None:
         columns, body = to_buffers(cut.arrays)
-        if self.drops and self.session.unsettled_bytes + sum(map(len, body)) > self.session.window:
+        session = self.session
+        if self.drops and session.unsettled_bytes + sum(map(len, body)) > session.window + session.fragment_bytes:
             builder.evaluation = None  # it can't wait, and an evaluation wants whole episodes
             return
         now = self.connection.clock()
@@ -428,6 +442,9 @@ class Flow:
                 log.warning("the broker at %s says: %s", self.connection.address, self._notice)
         if session.evaluation != self._evaluation:
             self._evaluation, self.evaluation_due = session.evaluation, now + SERVICES_SWITCH
+            if session.evaluation >= 0:
+                self.evaluations += 1
+                self.evaluated_run = session.run
         if self._reads_policy and self.remote is None:
             self._read_policy(now)
         self.look_at = now + LOOK_INTERVAL

@@ -77,8 +77,10 @@ def drive(
 ) -> Summary:
     """Run `env` with the client's policy for so many `episodes`, or `steps`, or until `stop()`; for ever with none.
 
-    `seed`: of the first reset. An episode that is cut off by `steps` or `stop` is ended as truncated. Raises what
-    `Episode.get_action` does. `training_enabled`: as of `Client.start_episode`.
+    `seed`: of the first reset. An episode that is cut off by `steps` or `stop` is ended as truncated, or abandoned if
+    it isn't trained on. Raises what `Episode.get_action` does. `training_enabled`: as of `Client.start_episode`. With
+    False the loop is there for evaluations: once a run has had one it waits for the next, and leaves an episode that
+    counts in none. Until then, and where there are none, it shows what the policy does.
     """
     return drive_many(
         [(client, env)], episodes=episodes, steps=steps, seed=seed, stop=stop, training_enabled=training_enabled
@@ -122,8 +124,10 @@ def drive_many(
                     wake_at = now + WAKE_INTERVAL
                     _wake(blocked, 0.0)
             elif active:
-                waiting = waiting or Waiting(now)
-                waiting.say(_why(active), now)
+                busy = [seat for seat in active if not seat.idle]
+                waiting = (waiting or Waiting(now)) if busy else None
+                if waiting is not None:
+                    waiting.say(_why(busy), now)
                 _wake(blocked, WAIT_SLICE)
         for seat in active:
             seat.cut_off()
@@ -189,6 +193,12 @@ class _Seat:
         self._episode: Episode | None = None
         self._observation: Any = None
         self._asked: PendingAction | None = None
+        self._idle = Idle(client)
+
+    @property
+    def idle(self) -> bool:
+        """It waits for the next evaluation, and for nothing else."""
+        return self._episode is None and self._training_enabled is False and self._idle.waits()
 
     @property
     def due(self) -> float:
@@ -211,9 +221,15 @@ class _Seat:
     def turn(self) -> None:
         """Take some steps, fewer where it would have to wait."""
         episode = self._episode
+        if self._training_enabled is False:
+            self.client.flow.look_if_due()
+            if episode is not None and self._idle.worthless([episode]):
+                self.leave()
+                episode = None
         if episode is None:
-            if self.client.flow.remote is None and not self.client.ready:
+            if self.idle or (self.client.flow.remote is None and not self.client.ready):
                 return self._block()
+            self._idle.begins()
             episode = self._episode = self.client.start_episode(training_enabled=self._training_enabled)
             self._observation, _ = self._env.reset(seed=self._seed)
             self._seed = None
@@ -273,16 +289,45 @@ class _Seat:
         self.origin = self.client.flow.reader.origin
 
     def cut_off(self) -> None:
-        """End the episode where it is."""
+        """End the episode where it is. What is evaluated ends by itself, or doesn't count."""
         self._asked = None
-        if self._episode is not None and self._episode.steps:
+        if self._episode is not None and self._episode.steps and self._episode.training_enabled:
             self._episode.end_episode(self._observation, truncated=True)
         self.leave()
 
     def leave(self) -> None:
+        self._asked = None
         if self._episode is not None:
             self._episode.abandon()
             self._episode = None
+
+
+class Idle:
+    """When a loop that is there for evaluations has nothing to do: after the first one of a run, between them."""
+
+    def __init__(self, client: Client) -> None:
+        self._flow = client.flow
+        self._began = 0
+
+    def begins(self) -> None:
+        """Episodes begin now."""
+        self._began = self._flow.evaluations
+
+    def waits(self) -> bool:
+        """No evaluation wants an episode."""
+        return self._evaluates and self._flow.session.evaluation < 0
+
+    @property
+    def _evaluates(self) -> bool:
+        """Whether this run's trainer has had an evaluation, as far as the client knows."""
+        return self._flow.evaluated_run != "" and self._flow.evaluated_run == self._flow.session.run
+
+    def worthless(self, episodes: Sequence[Episode]) -> bool:
+        """These count in no evaluation, and are in the way of the next one, or nothing wants them at all."""
+        flow = self._flow
+        if not self._evaluates or any(episode.builder.evaluation is not None for episode in episodes):
+            return False
+        return self.waits() or flow.evaluations > self._began
 
 
 def drive_vector(
@@ -296,7 +341,8 @@ def drive_vector(
     training_enabled: bool = True,
 ) -> Summary:
     """Run a vector of environments, with one forward pass of the policy for all. `episodes` and `steps` are totals.
-    All of its episodes are trained on, or with `training_enabled=False` none: they are for evaluations.
+    All of its episodes are trained on, or with `training_enabled=False` none: they are for evaluations, as in `drive`,
+    and where they are left the environments are all reset.
 
     Every `autoreset_mode` of Gymnasium is understood. The client must have been connected for as many `episodes` as
     there are environments. Raises SettingsError otherwise, and what `Client.get_actions` does.
@@ -339,6 +385,9 @@ class _Vector:
         self._actions = np.zeros((envs.num_envs, *(space.shape or ())), space.dtype)
         self._episodes: list[Episode | None] = [self._start() for _ in range(envs.num_envs)]
         self._asked: PendingActions | None = None
+        self._idle = Idle(client)
+        if not training_enabled:
+            self._idle.begins()
 
     def _each(self, observations: Any) -> Any:
         """One observation for each environment. Of a Dict or Tuple Gymnasium gives a structure of arrays."""
@@ -355,16 +404,36 @@ class _Vector:
 
     def wait(self, stop: Stop | None) -> bool:
         """Until there is room for a step of all. False when `stop()` said so."""
-        at, episodes = self._acting()
         waiting = Waiting(time.monotonic())
         flow = self._client.flow
         while True:
             if stop is not None and stop():
                 return False
-            if self._ready(at, episodes):
-                return True
-            waiting.say(self._why, time.monotonic())
+            if not self._training_enabled and self._rests():
+                waiting = Waiting(time.monotonic())
+            else:
+                at, episodes = self._acting()
+                if self._ready(at, episodes):
+                    return True
+                waiting.say(self._why, time.monotonic())
             poll(flow.connections, None, WAIT_SLICE)
+
+    def _rests(self) -> bool:
+        """Whether there is nothing to do until the next evaluation. When that comes all begin anew."""
+        self._client.flow.look_if_due()
+        episodes = self._acting()[1]
+        if not self._idle.worthless(episodes):
+            return False
+        if self._idle.waits():
+            return True
+        if self._asked is not None:
+            self._asked.forget()
+            self._asked = None
+        self.leave()
+        self._observations = self._each(self._envs.reset()[0])
+        self._episodes = [self._start() for _ in self._episodes]
+        self._idle.begins()
+        return False
 
     def _why(self) -> str:
         flow = self._client.flow
@@ -417,7 +486,7 @@ class _Vector:
         if self._asked is not None:
             self._asked.forget()
         for i, episode in enumerate(self._episodes):
-            if episode is not None and episode.steps:
+            if episode is not None and episode.steps and self._training_enabled:
                 episode.end_episode(self._observations[i], truncated=True)
 
     def leave(self) -> None:

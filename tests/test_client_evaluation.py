@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
@@ -20,7 +21,7 @@ from test_policy import discrete_blob
 from broker.server import Server
 from rllink_zmq import Client, connect
 from rllink_zmq.client_flow import EVALUATION_STEPS, SERVICES_SWITCH
-from rllink_zmq.drive_loops import drive, drive_many
+from rllink_zmq.drive_loops import drive, drive_many, drive_vector
 from rllink_zmq.messages import FRAGMENT, TrainerHello
 from rllink_zmq.sampling import Next
 from rllink_zmq.sampling_evaluation import Evaluation, Wanted
@@ -72,12 +73,19 @@ class Evaluator:
         self._connection.close()
 
 
-@pytest.fixture
-def world() -> Iterator[World]:
-    with broker() as server, training(server, blob=discrete_blob(evaluation_explores=False)) as learner:
+@contextmanager
+def evaluating(**settings: Any) -> Iterator[World]:
+    blob = discrete_blob(evaluation_explores=False)
+    with broker(**settings) as server, training(server, blob=blob) as learner:
         evaluator = Evaluator(server.backend)
         yield server, learner, evaluator
         evaluator.stop()
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with evaluating() as one:
+        yield one
 
 
 def obs(i: float = 0) -> NDArray[Any]:
@@ -269,7 +277,7 @@ class Endless(gym.Env[Any, Any]):
 
     def __init__(self) -> None:
         self.short = False
-        self.resets = self.steps = 0
+        self.resets = self.steps = self.total = 0
 
     def reset(self, **_: Any) -> Any:
         self.resets += 1
@@ -278,6 +286,7 @@ class Endless(gym.Env[Any, Any]):
 
     def step(self, action: Any) -> Any:
         self.steps += 1
+        self.total += 1
         return obs(self.steps % 7), 1.0, self.short and self.steps >= 40, False, {}
 
 
@@ -326,14 +335,154 @@ def test_one_that_drops_gives_an_evaluation_up_rather_than_wait(world: World) ->
     with connect(server.frontend, on_backpressure="drop", **SPACES) as client:
         evaluator.evaluate(2)
         told(client)
-        client.flow.session.window = 100  # until the next ACK: room for a step, and for no fragment
+        size = client.flow.session.window + client.flow.session.fragment_bytes
         with client.start_episode(training_enabled=False) as episode:
             for i in range(3):
                 episode.get_action(obs(i))
-                client.flow.session.window = 1
+                client.flow.session.unsettled_bytes = size
             assert episode.builder.evaluation is None
             episode.end_episode(obs())
         play(client, 5, training_enabled=False)
+
+
+# ---- room
+
+
+@pytest.mark.parametrize("number", [2, 4, 8])
+def test_several_episodes_are_evaluated_in_a_window_that_they_fill_together(number: int) -> None:
+    with evaluating(fragment_bytes=4000) as (server, _, evaluator):
+        with connect(server.frontend, episodes=number, **SPACES) as client:
+            evaluator.evaluate(number)
+            told(client)
+            episodes = [client.start_episode(training_enabled=False) for _ in range(number)]
+            for i in range(200):
+                client.get_actions(episodes, [obs(i % 7)] * number)
+                for episode in episodes:
+                    episode.log_returns(1.0)
+            assert all(episode.builder.evaluation is not None for episode in episodes)
+            for episode in episodes:
+                episode.end_episode(obs())
+            until(lambda: evaluator.returned is not None, "the evaluation has its episodes")
+            assert client.close() == 0 and set(client.stats.outcomes) == {"evaluated"}
+
+
+@pytest.mark.parametrize("loop", ["drive", "of one's own"])
+def test_a_window_full_of_steps_to_train_on_leaves_room_for_an_evaluation(loop: str) -> None:
+    """Training stands still until the evaluation has come to its end."""
+    began = time.monotonic()
+    with evaluating(fragment_bytes=4000) as (server, learner, evaluator):
+        learner.paused = True
+        share(learner, 1.0)
+        env = Endless()
+        with connect(server.frontend, episodes=2, **SPACES) as client:
+            client.flow.session.episodes = 1 if loop == "drive" else 2
+            until(lambda: client.ready, "it can act")
+            with client.start_episode(training_enabled=True) as trained:
+                while trained.can_act(obs()):
+                    trained.get_action(obs())
+                assert client.flow.session.unsettled_bytes >= client.flow.session.window - 100
+                evaluator.evaluate(2)
+                until(lambda: client.flow.look() or client.evaluates, "it is asked to serve")
+                if loop != "drive":
+                    play(client, 5 * EVALUATION_STEPS, training_enabled=False)
+                    play(client, 5 * EVALUATION_STEPS, training_enabled=False)
+            env.short = True
+            drive(client, env, stop=lambda: evaluator.returned is not None)
+            until(lambda: evaluator.returned is not None, "the evaluation has its episodes")
+            assert time.monotonic() < began + 15, "nothing but this helps it"
+            learner.paused = False
+            assert client.close() == 0
+        assert "over_window" not in client.stats.outcomes
+
+
+# ---- loops that are there for evaluations
+
+
+def test_an_episode_that_is_cut_off_does_not_count(world: World) -> None:
+    server, _, evaluator = world
+    with connect(server.frontend, episodes=2, **SPACES) as client:
+        evaluator.evaluate(2)
+        told(client)
+        drive(client, Endless(), steps=20, training_enabled=False)
+        envs = gym.vector.SyncVectorEnv([Endless, Endless])
+        drive_vector(client, envs, steps=20, training_enabled=False)
+        client.close()
+        assert evaluator.returned is None
+    with connect(server.frontend, **SPACES) as client:
+        drive(client, Counting(), stop=lambda: evaluator.returned is not None, training_enabled=False)
+    assert {m.session for m in evaluator.returned or []} == {client.flow.session.session}
+
+
+def test_a_loop_waits_for_the_next_evaluation_and_is_there_at_once(world: World) -> None:
+    server, _, evaluator = world
+    env = Endless()
+    began: list[int] = []
+
+    def stop() -> bool:
+        if not began and env.steps > 100:  # no trainer's evaluation yet: it shows what the policy does
+            began.append(env.resets)
+            evaluator.evaluate(1)
+        if len(began) == 1 and client.flow.evaluations and env.steps >= 5 and env.resets > began[0]:
+            env.short = True  # it has left the episode that was worthless, for one that counts
+            began.append(env.resets)
+        if len(began) == 2 and evaluator.returned is not None:
+            still.append(still[-1] if still else time.monotonic())
+            if time.monotonic() > still[0] + 0.2:
+                began.append(env.resets)
+        if len(began) == 3 and time.monotonic() > still[0] + 0.6:
+            assert env.resets == began[2], "between evaluations it does nothing"
+            began.append(env.resets)
+            evaluator.evaluate(2)
+        return len(began) == 4 and evaluator.returned is not None
+
+    still: list[float] = []
+    with connect(server.frontend, **SPACES) as client:
+        drive(client, env, stop=stop, training_enabled=False)
+    assert env.resets >= began[3] + 2
+
+
+def test_a_vector_waits_for_the_next_evaluation_and_is_there_at_once(world: World) -> None:
+    server, _, evaluator = world
+    inner = [Endless(), Endless()]
+    envs = gym.vector.SyncVectorEnv([lambda: inner[0], lambda: inner[1]])
+    steps: list[int] = []
+    since: list[float] = []
+
+    def count() -> int:
+        return sum(env.total for env in inner)
+
+    def stop() -> bool:
+        if not since and count() > 100:
+            since.append(inner[0].resets)
+            evaluator.evaluate(2)
+        if len(since) == 1 and inner[0].resets > since[0]:  # it has left episodes that were worthless
+            inner[0].short = inner[1].short = True
+        if len(since) == 1 and evaluator.returned is not None:
+            since.append(time.monotonic())
+        if len(since) == 2 and time.monotonic() > since[1] + 0.2 and not steps:
+            steps.append(count())
+        if len(since) == 2 and time.monotonic() > since[1] + 0.6:
+            assert count() == steps[0], "between evaluations it does nothing"
+            since.append(0.0)
+            evaluator.evaluate(2)
+        return len(since) == 3 and evaluator.returned is not None
+
+    with connect(server.frontend, episodes=2, **SPACES) as client:
+        drive_vector(client, envs, stop=stop, training_enabled=False)
+    assert count() > steps[0]
+
+
+def test_one_with_several_episodes_serves_only_where_it_says_so(world: World) -> None:
+    server, learner, evaluator = world
+    share(learner, 1.0)
+    with connect(server.frontend, episodes=2, **SPACES) as client:
+        evaluator.evaluate(1)
+        until(lambda: client.flow.look() or client.evaluates, "it is asked to serve")
+        with client.start_episode() as one, client.start_episode() as other:
+            assert one.training_enabled and other.training_enabled
+            client.get_actions([one, other], [obs(), obs()])
+        assert not play(client, 5, training_enabled=not client.evaluates)
+        until(lambda: evaluator.returned is not None, "the evaluation has its episode")
 
 
 # ---- the service acts

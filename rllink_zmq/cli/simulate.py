@@ -204,7 +204,8 @@ training to begin, and say what they wait for."""
 )  # fmt: skip
 @click.option(
     "--evaluate", is_flag=True,
-    help="Serve the trainer's evaluations: nothing is trained on, and actions are as its evaluation config says.",
+    help="Serve the trainer's evaluations: nothing is trained on, and actions are as its evaluation config says. "
+    "Once it has had one, they wait for the next.",
 )  # fmt: skip
 @click.option("--episodes", type=click.IntRange(1), help="Of each simulator; without it they run until Ctrl-C.")
 @click.option("--seed", type=int, help="Of the environments and of the policy's draws.")
