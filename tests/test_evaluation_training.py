@@ -7,12 +7,14 @@ import signal
 import time
 from typing import Any
 
+import pytest
 from processes import REAL_RAY, balanced, simulators, status, until
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 from small_ppo import only_staleness, ppo
 
+from rllink_zmq.errors import RllinkError
 from rllink_zmq.rllib import attach
 
 pytestmark = REAL_RAY
@@ -101,9 +103,35 @@ def test_more_runners_than_episodes_and_nobody_serves(addresses: dict[str, str],
     config = evaluated(2, evaluation_duration=1, evaluation_sample_timeout_s=1.5)
     algorithm = attach(config, addresses["backend"]).build_algo()
     built.append(algorithm)
+    with pytest.raises(RllinkError, match="this runner trains"):
+        algorithm.env_runner.sample(num_timesteps=10)
     began = time.monotonic()
     assert algorithm.evaluate()["env_runners"]["num_episodes"] == 0
     assert time.monotonic() - began < 10
+    pids = algorithm.eval_env_runner_group.foreach_env_runner(lambda _: os.getpid(), local_env_runner=False)
+    os.kill(pids[0], signal.SIGSTOP)
+    began = time.monotonic()
+    built.remove(algorithm)
+    algorithm.stop()
+    assert time.monotonic() - began < 30, "one that is stopped is killed"
+
+
+def test_one_that_comes_back_meanwhile_joins_and_a_failed_evaluation_shows_no_old_numbers(
+    addresses: dict[str, str], built: list[Algorithm]
+) -> None:
+    config = evaluated(
+        1, evaluation_duration=2, evaluation_unhealthy_workers_timeout_s=30, evaluation_sample_timeout_s=4
+    )
+    algorithm = attach(config, addresses["backend"]).build_algo()
+    built.append(algorithm)
+    with simulators(addresses, 1, more=EVALUATORS):
+        assert until(lambda: algorithm.evaluate().get("env_runners", {}).get("num_episodes"), "an evaluation") == 2
+        pid = algorithm.eval_env_runner_group.foreach_env_runner(lambda _: os.getpid(), local_env_runner=False)[0]
+        os.kill(pid, signal.SIGKILL)
+        algorithm.evaluate()  # finds it gone
+        again = [algorithm.evaluate().get("env_runners", {}).get("num_episodes") for _ in range(3)]
+        assert again[-1] == 2, again
+    assert "env_runners" not in algorithm.evaluate(), "nobody serves"
 
 
 def test_an_evaluation_runner_that_is_killed_comes_back(addresses: dict[str, str], built: list[Algorithm]) -> None:

@@ -55,9 +55,9 @@ STOP_WITHIN = 5.0
 
 @dataclass
 class Member:
-    """One runner. `id`: RLlib's, None while it is being started. `session`: at the broker, b'' until it has joined.
-    `restarts`: how often Ray had restarted the actor when it joined. `gone_at`: since when RLlib has known that it is
-    gone. `seen`: the epoch of the broker in whose roster it was last.
+    """One runner. `handle`: of its actor; None: it is in this process. `id`: RLlib's, None while it is being started.
+    `session`: at the broker, b'' until it has joined. `restarts`: how often Ray had restarted the actor when it joined.
+    `gone_at`: since when RLlib has known that it is gone. `seen`: the epoch of the broker in whose roster it was last.
     """
 
     handle: ActorHandle
@@ -168,15 +168,13 @@ class Pool:
             return False
         return True
 
-    def end(self, others: Iterable[bytes] = ()) -> None:
-        """The training ends: no call waits any longer, of `others` (sessions) neither, and a runner that doesn't answer
-        is killed."""
+    def end(self, others: Iterable[Member] = ()) -> None:
+        """The training ends: no call waits any longer, and who doesn't answer is killed, of `others`, too."""
         self._ending.set()
         with self._lock:
-            members = [*self._members, *self._ready, *(s.member for s in self._starting)]
+            members = [*self._members, *self._ready, *(s.member for s in self._starting), *others]
             self._members, self._ready, self._starting = [], [], []
-        sessions = {*(m.session for m in members if m.session), *others}
-        self._trainer.assign(dict.fromkeys(sessions, "end"))
+        self._trainer.assign(dict.fromkeys((m.session for m in members if m.session), "end"))
         threading.Thread(target=_see_to_the_end, args=(members,), name="rllink-end", daemon=True).start()
 
     # ---- the thread
@@ -361,7 +359,7 @@ class Pool:
 def _see_to_the_end(members: list[Member]) -> None:
     """Kill runners that don't answer: RLlib waits for their `stop()` without a limit."""
     try:
-        calls = {m.handle.ping.remote(): m for m in members}
+        calls = {m.handle.ping.remote(): m for m in members if m.handle is not None}
         _, silent = ray.wait(list(calls), num_returns=len(calls), timeout=STOP_WITHIN) if calls else ([], [])
         for call in silent:
             logger.warning("runner %d does not answer: it is killed", calls[call].index)

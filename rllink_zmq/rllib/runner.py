@@ -265,12 +265,12 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         """Episode chunks that reached this runner, as `docs/rllib.md` says for each algorithm; in evaluation so many
         whole episodes, or pieces of `num_timesteps` steps together.
 
-        Raises `RllinkError` when asked for what simulators can't serve: random actions, and evaluation episodes of a
-        runner that trains.
+        Raises `RllinkError` when asked for what simulators can't serve: random actions, and a number of episodes or
+        steps of a runner that trains. No training asks for one, but an evaluation without runners of its own does.
         """
         if random_actions:
             raise RllinkError("simulators act by the policy: random_actions can't be served")
-        if num_episodes is not None and not self.config.in_evaluation:
+        if not (num_episodes is None and num_timesteps is None) and not self.config.in_evaluation:
             raise RllinkError(
                 "this runner trains: for evaluation set config.evaluation(evaluation_interval=...) before attach()"
             )

@@ -17,14 +17,14 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
-from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS, SAMPLE_TIMER, WEIGHTS_SEQ_NO
 
 from rllink_zmq import __version__
 from rllink_zmq.errors import RllinkError
 from rllink_zmq.messages import Duty, TrainerHello
 from rllink_zmq.policy import policy_hash, unpack_policy
 from rllink_zmq.rllib.policies import policy_of
-from rllink_zmq.rllib.pool import Pool
+from rllink_zmq.rllib.pool import Member, Pool
 from rllink_zmq.rllib.recurrent import send_what_acts
 from rllink_zmq.rllib.settings import KEY, LinkSettings, trainer_terms
 from rllink_zmq.session import State
@@ -53,6 +53,7 @@ class Trainer:
         self.settings = LinkSettings.of(config)
         self._group: EnvRunnerGroup = algorithm.env_runner_group
         self._evaluators: dict[int, bytes] = {}
+        self._sampled_before = -1.0
         self._owner = algorithm
         self._terms = trainer_terms(config)
         local = self._local = algorithm.env_runner
@@ -239,6 +240,27 @@ class Trainer:
         else:
             self._tell(indices, None)
 
+    def evaluation_starts(self) -> None:
+        """Have evaluation runners join that RLlib has brought back without a word (while it waited for them)."""
+        group = self._owner.eval_env_runner_group
+        self._sampled_before = self._sampled()
+        if group is None or not group.num_remote_env_runners():
+            return
+        asked = group._worker_manager.foreach_actor(lambda runner: runner.joined, timeout_seconds=RUNNER_TIMEOUT)
+        missing = [r.actor_id for r in asked if r.ok and not r.get()]
+        if missing:
+            self._tell_evaluators(missing, None)
+
+    def evaluation_ended(self, results: dict[str, Any]) -> None:
+        """RLlib shows the numbers of the evaluation before when no runner has answered: take them out."""
+        if 0 <= self._sampled_before == self._sampled():
+            results.pop(ENV_RUNNER_RESULTS, None)
+
+    def _sampled(self) -> float:
+        """How long evaluation's `sample()` took: every answer measures it anew. -1: there was none yet."""
+        key = (EVALUATION_RESULTS, ENV_RUNNER_RESULTS, SAMPLE_TIMER)
+        return float(self._owner.metrics.peek(key, default=-1.0))
+
     def status(self, timeout: float = 2.0) -> dict[str, Any]:
         """`ledger`, `simulators`, `version`, `run_id` as the broker knows them now, or did when it was last heard."""
         session = self.session
@@ -260,7 +282,9 @@ class Trainer:
 
     def stop(self) -> None:
         """Release the runners from what they wait for, and say BYE."""
-        self.pool.end(self._evaluators.values())
+        group = self._owner.eval_env_runner_group
+        actors = group._worker_manager.actors() if group is not None else {}
+        self.pool.end(Member(actors.get(id_), id_, id_, session) for id_, session in self._evaluators.items())
         self._thread.stop()
 
 
@@ -286,6 +310,14 @@ class TrainerCallback(RLlibCallback):
     ) -> None:
         if self.trainer is not None:
             self.trainer.runners_recreated(env_runner_indices, is_evaluation)
+
+    def on_evaluate_start(self, *, algorithm: Algorithm, **kwargs: Any) -> None:
+        if self.trainer is not None:
+            self.trainer.evaluation_starts()
+
+    def on_evaluate_end(self, *, algorithm: Algorithm, evaluation_metrics: dict[str, Any], **kwargs: Any) -> None:
+        if self.trainer is not None:
+            self.trainer.evaluation_ended(evaluation_metrics)
 
     def on_train_result(self, *, algorithm: Algorithm, result: dict[str, Any], **kwargs: Any) -> None:
         if self.trainer is not None:
