@@ -155,6 +155,8 @@ class Artifacts(BrokerState):
             self._say(logging.ERROR, "crc", f"weights {message.version} came damaged, asking again", now)
         else:
             self._keep(now)
+            if self.published_version < 0:
+                self._mark_all(now)  # who waits for a run's first weights may subscribe too late to see them announced
             self.weights, self.weights_crc, self.published_version = data, message.crc32, message.version
             if message.version > self.version:
                 self.version, self.round_steps = message.version, 0

@@ -356,6 +356,7 @@ class Flow:
         self.connection.flush()
 
     def _submit(self, builder: FragmentBuilder, cut: Cut, end: End) -> None:
+        self.credit = 0  # a fragment takes more than its steps: to be measured before the next one
         if builder.evaluation is not None:
             self._submit_evaluated(builder, cut, end)
         if not builder.sent:

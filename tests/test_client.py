@@ -516,6 +516,24 @@ def test_the_byte_window_holds(caplog):
             assert set(client.stats.outcomes) == {"delivered"}
 
 
+def test_room_that_was_promised_is_there() -> None:
+    """A fragment that leaves takes more than its steps: the next step may not fit any more."""
+    with broker(fragment_bytes=4000) as server, training(server, fragment_steps=8) as fake:
+        fake.paused = True
+        with connect(server.frontend) as client:
+            until(lambda: client.ready)
+            session = client.flow.session
+            with client.start_episode() as episode:
+                while episode.can_act(obs()):
+                    credit = client.flow.credit
+                    client.flow.measure()
+                    assert client.flow.credit > 0, (session.unsettled_bytes, session.window)
+                    client.flow.credit = credit  # nothing of it is to be mended by looking at it
+                    episode.get_action(obs())
+            assert session.unsettled_bytes >= session.window - 100
+            fake.paused = False
+
+
 def test_no_window_is_said(caplog):
     with broker(fragment_bytes=1000, memory=2000) as server, training(server) as fake:
         with connect(server.frontend) as one, connect(server.frontend) as two:

@@ -281,6 +281,17 @@ def test_other_spaces_than_the_trainers_are_refused(trained: Bench, spaces: Spac
     assert refusal.text == f"{text}: start the simulator with the environment that the trainer was given"
 
 
+def test_simulators_are_told_of_a_runs_first_weights(bench: Bench) -> None:
+    """One that has connected a moment before may not have heard them being published."""
+    bench.simulator("s1")
+    bench.hello("t", terms())
+    bench.runner("r1")
+    bench.wait(1.0)
+    bench.send("r1", OFFER(RUN, 0, len(WEIGHTS)))
+    said = bench.send("r1", state_of(0, WEIGHTS), WEIGHTS) + bench.wait(0.1)
+    assert [m.version for to, m in said if to == "s1" and isinstance(m, ACK)] == [0]
+
+
 def test_bounds_of_observations_do_not_matter(trained: Bench) -> None:
     trained.simulator("s2", spaces=Spaces(BoxSpace((4,), "<f4", (-9.0,), (9.0,)), DiscreteSpace(2)))
 
@@ -1196,7 +1207,7 @@ def test_only_the_newest_version_matters_and_not_too_often(weightless: Bench) ->
     bench.weights("r1", 0)
     for version in (1, 2, 3):
         assert bench.send("r1", OFFER(RUN, version, 16)) == []
-    assert bench.wait(0.03) == [("r1", GET_STATE(RUN, 3, 0))]
+    assert [(to, m) for to, m in bench.wait(0.03) if to == "r1"] == [("r1", GET_STATE(RUN, 3, 0))]
     assert bench.broker.version == 3
 
 
