@@ -7,7 +7,6 @@ as many environments in theirs. The mean return after each iteration; they take 
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,9 +14,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import measure
+from curves import Curve, Curves, Point
 from processes import Helper, broker, command, helpers
 
 SIMULATORS = 16
@@ -28,11 +28,6 @@ RUNNERS = 2
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENV = "stateless_cartpole:StatelessCartPole-v0"
 WAYS = ("local", "remote", "RLlib", "no memory")
-
-
-class Point(NamedTuple):
-    steps: int
-    episode_return: float
 
 
 def config(simulators: int, memory: bool) -> Any:
@@ -74,7 +69,7 @@ def train(pipe: Any, backend: str | None, simulators: int, memory: bool, seed: i
     wanted = config(simulators, memory).debugging(seed=seed)
     algorithm = (attach(wanted, backend) if backend else wanted).build_algo()
     pipe.send("ready")
-    points: list[Point] = []
+    points: Curve = []
     began = time.monotonic()
     while not points or points[-1].steps < steps:
         result = algorithm.train().get("env_runners", {})
@@ -95,7 +90,7 @@ def simulating(addresses: dict[str, Any], inference: str, simulators: int, seed:
         yield
 
 
-def curve(way: str, seed: int, steps: int, simulators: int) -> tuple[list[Point], float]:
+def curve(way: str, seed: int, steps: int, simulators: int) -> tuple[Curve, float]:
     """The learning curve of one training, and its seconds."""
     memory = way != "no memory"
     patience = 60 + steps / 50
@@ -118,38 +113,19 @@ def main() -> None:
     options = measure.options(__doc__)
     report = measure.Report("recurrent", options)
     steps, simulators, seeds = (4_000, 4, 1) if options.quick else (STEPS, SIMULATORS, 2)
-    curves: dict[str, list[list[Point]]] = {way: [] for way in WAYS}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for seed, way in measure.rounds(seeds, WAYS):
-        points, took = curve(way, seed, steps, simulators)
-        curves[way].append(points)
-        seconds[way].append(took)
-        print(way, seed, json.dumps([tuple(p) for p in points[-3:]]), f"{took:.0f} s", file=sys.stderr, flush=True)
-    late = {
-        way: [
-            measure.median([p.episode_return for p in points if p.steps > points[-1].steps - LATE]) for points in of
-        ]
-        for way, of in curves.items()
-    }  # fmt: skip
-    report.table(
-        f"PPO, StatelessCartPole, {simulators} simulators, {steps:,} env steps, {seeds} seeds",
-        ("", "late return", "lowest", "highest", "seconds"),
-        [
-            (way, measure.median(late[way]), min(late[way]), max(late[way]), measure.median(seconds[way]))
-            for way in WAYS
-        ],
-    )
-    report.figures = {way: {"late_return": late[way], "seconds": seconds[way]} for way in WAYS}
-    report.rounds = {way: [[tuple(p) for p in points] for points in of] for way, of in curves.items()}
+    curves = Curves(WAYS, seeds, lambda way, seed: curve(way, seed, steps, simulators))
+    title = f"PPO, StatelessCartPole, {simulators} simulators, {steps:,} env steps, {seeds} seeds"
+    late = curves.report(report, title, "late return", "late_return", _late)
     for way in ("local", "remote"):
         report.targets.append(measure.Target(f"late return, {way}", measure.median(late[way]), "at least", 150.0))
     if not options.quick:
-        with measure.picture(report.path.with_suffix(".png")) as axes:
-            for way, color in zip(WAYS, ("tab:blue", "tab:orange", "tab:green", "tab:gray"), strict=True):
-                for i, points in enumerate(curves[way]):
-                    axes.plot(*zip(*points, strict=True), color=color, alpha=0.7, label=way if not i else None)
-            axes.set(xlabel="env steps", ylabel="mean return", title="PPO with an LSTM, StatelessCartPole")
+        curves.plot(report, "PPO with an LSTM, StatelessCartPole")
     report.show()
+
+
+def _late(points: Curve) -> float:
+    """The median of what the iterations of the last `LATE` steps returned."""
+    return measure.median([p.episode_return for p in points if p.steps > points[-1].steps - LATE])
 
 
 if __name__ == "__main__":

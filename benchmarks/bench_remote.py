@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from typing import Any, NamedTuple
 
 import measure
+from curves import Curve, Curves, Point
 from processes import broker, command
 
 SIMULATORS = 64
@@ -20,14 +20,9 @@ ITERATION = re.compile(r"iteration\s+(\d+)\s+steps\s+([\d,]+)\s+return\s+([\d.]+
 WAYS = ("local", "remote")
 
 
-class Point(NamedTuple):
-    steps: int
-    episode_return: float
-
-
-def train(inference: str, seed: int, steps: int, simulators: int) -> tuple[list[Point], float]:
+def train(inference: str, seed: int, steps: int, simulators: int) -> tuple[Curve, float]:
     """The learning curve of one training, and the seconds between its first and last iteration."""
-    points: list[Point] = []
+    points: Curve = []
     with broker() as addresses:
         with (
             command(
@@ -57,46 +52,23 @@ def main() -> None:
     options = measure.options(__doc__)
     report = measure.Report("remote", options)
     steps, simulators, seeds = (6_000, 8, 1) if options.quick else (STEPS, SIMULATORS, 3)
-    curves: dict[str, list[list[Point]]] = {way: [] for way in WAYS}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for seed, way in measure.rounds(seeds, WAYS):
-        points, took = train(way, seed, steps, simulators)
-        curves[way].append(points)
-        seconds[way].append(took)
-    means = {way: [_mean(points) for points in of] for way, of in curves.items()}
-    rows = [
-        (way, measure.median(means[way]), min(means[way]), max(means[way]), measure.median(seconds[way]))
-        for way in WAYS
-    ]
-    report.table(
-        f"PPO, CartPole, {simulators} simulators, {steps:,} env steps, {seeds} seeds: mean return over all of them",
-        ("", "median seed", "lowest", "highest", "seconds"),
-        rows,
-    )
-    report.figures = {way: {"mean_return": means[way], "seconds": seconds[way]} for way in WAYS}
-    report.rounds = {way: [[tuple(p) for p in points] for points in of] for way, of in curves.items()}
+    curves = Curves(WAYS, seeds, lambda way, seed: train(way, seed, steps, simulators))
+    title = f"PPO, CartPole, {simulators} simulators, {steps:,} env steps, {seeds} seeds: mean return over all of them"
+    means = curves.report(report, title, "median seed", "mean_return", _mean)
     part = measure.median(means["remote"]) / measure.median(means["local"])
     report.targets.append(measure.Target("mean return, remote's part of local's", part, "at least", 0.9))
     apart = min(means["local"]) - max(means["remote"])  # below zero: the seeds' ranges overlap
     report.targets.append(measure.Target("local's worst seed above remote's best", apart, "at most", 0.0))
     if not options.quick:
-        _plot(report, curves)
+        curves.plot(report, f"PPO, {SIMULATORS} CartPole simulators, three seeds")
     report.show()
 
 
-def _mean(points: list[Point]) -> float:
+def _mean(points: Curve) -> float:
     """The mean return over the budget: each iteration's, for the steps that it took."""
     before = [0, *(point.steps for point in points[:-1])]
     weighed = sum(p.episode_return * (p.steps - b) for p, b in zip(points, before, strict=True))
     return weighed / points[-1].steps
-
-
-def _plot(report: Any, curves: dict[str, list[list[Point]]]) -> None:
-    with measure.picture(report.path.with_suffix(".png")) as axes:
-        for way, color in zip(WAYS, ("tab:blue", "tab:orange"), strict=True):
-            for i, points in enumerate(curves[way]):
-                axes.plot(*zip(*points, strict=True), color=color, alpha=0.7, label=way if not i else None)
-        axes.set(xlabel="env steps", ylabel="mean return", title=f"PPO, {SIMULATORS} CartPole simulators, three seeds")
 
 
 if __name__ == "__main__":

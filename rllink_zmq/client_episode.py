@@ -122,9 +122,9 @@ class Episode:
 
         `action`: in the action space as RLlib trains on it (for Box before unsquashing and clipping). `action_logp`:
         its log-probability, which the losses of PPO and APPO need. Waits like `get_action`.
-        Raises EpisodeError for an observation or action that doesn't fit, after the end, and where the policy is
-        recurrent: its memory has no place for a step that it did not take. An action that the service
-        was asked for is given up.
+        Raises EpisodeError for an observation or action that doesn't fit, after the end, and where the policy looks
+        back (it is recurrent, or stacks frames): a step that it did not take would leave a hole. An action that the
+        service was asked for is given up.
         """
         if self._pending is not None:
             self._pending.forget()

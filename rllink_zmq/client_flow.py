@@ -20,7 +20,7 @@ from rllink_zmq.client_policy import SWITCH_INTERVAL, PolicyReader
 from rllink_zmq.client_remote import Pairs, RemotePolicy
 from rllink_zmq.errors import ConnectionTimeout, EpisodeError, PolicyError
 from rllink_zmq.fragments import Cut, End, FragmentBuilder, Kind, Layout, Origin, layout_of_spaces
-from rllink_zmq.messages import DELIVERED, EVALUATED, FRAGMENT
+from rllink_zmq.messages import DELIVERED, EVALUATED, FRAGMENT, Column
 from rllink_zmq.session import SimulatorSession, State
 from rllink_zmq.spaces import from_wire
 from rllink_zmq.transport import Connection
@@ -364,7 +364,36 @@ class Flow:
         if builder.dropping:
             self._count_dropped("backpressure", cut.steps)
             return
+        number, now = self._send(builder, cut, end, *to_buffers(cut.arrays))
+        if self.audit is not None:
+            self.audit.sent(self.session.session, number, cut.steps, cut.origin.run, cut.origin.version)
+        if now >= self._sent_at + LOOK_INTERVAL:
+            # Else the next look sends it, with others: waking libzmq's thread costs more than the message.
+            self._sent_at = now
+            self.connection.flush()
+
+    def _submit_evaluated(self, builder: FragmentBuilder, cut: Cut, end: End) -> None:
         columns, body = to_buffers(cut.arrays)
+        session = self.session
+        if self.drops and session.unsettled_bytes + sum(map(len, body)) > session.window + session.fragment_bytes:
+            builder.evaluation = None  # it can't wait, and an evaluation wants whole episodes
+            return
+        _, now = self._send(builder, cut, end, columns, body, evaluation=True)
+        if not cut.t0 or end != "no" or now >= self._sent_at + LOOK_INTERVAL:
+            self._sent_at = now
+            self.connection.flush()
+
+    def _send(
+        self,
+        builder: FragmentBuilder,
+        cut: Cut,
+        end: End,
+        columns: tuple[Column, ...],
+        body: list[memoryview],
+        *,
+        evaluation: bool = False,
+    ) -> tuple[int, float]:
+        """Queue a fragment: its number, and the time."""
         now = self.connection.clock()
         number = self.session.submit(
             episode=builder.episode,
@@ -379,31 +408,10 @@ class Flow:
             now=now,
             seconds=now - builder.began,
             timings=builder.timings,
+            evaluation=evaluation,
         )
         builder.timings = {}
-        if self.audit is not None:
-            self.audit.sent(self.session.session, number, cut.steps, cut.origin.run, cut.origin.version)
-        if now >= self._sent_at + LOOK_INTERVAL:
-            # Else the next look sends it, with others: waking libzmq's thread costs more than the message.
-            self._sent_at = now
-            self.connection.flush()
-
-    def _submit_evaluated(self, builder: FragmentBuilder, cut: Cut, end: End) -> None:
-        columns, body = to_buffers(cut.arrays)
-        session = self.session
-        if self.drops and session.unsettled_bytes + sum(map(len, body)) > session.window + session.fragment_bytes:
-            builder.evaluation = None  # it can't wait, and an evaluation wants whole episodes
-            return
-        now = self.connection.clock()
-        self.session.submit(
-            episode=builder.episode, t0=cut.t0, steps=cut.steps, end=end, run=cut.origin.run,
-            version=cut.origin.version, return_so_far=cut.return_so_far, columns=columns, body=body, now=now,
-            seconds=now - builder.began, timings=builder.timings, evaluation=True,
-        )  # fmt: skip
-        builder.timings = {}
-        if not cut.t0 or end != "no" or now >= self._sent_at + LOOK_INTERVAL:
-            self._sent_at = now
-            self.connection.flush()
+        return number, now
 
     def abandon(self, builder: FragmentBuilder) -> None:
         """Forget a fragment. The totals of what is never sent travel with the fragments that are."""

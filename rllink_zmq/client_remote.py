@@ -137,7 +137,7 @@ class PendingActions:
         self._builders = [builder for builder, _ in pairs]
         for builder in self._builders:
             builder.asked = True
-        self._memory = _memory(self._builders, remote.layout) | _before(self._builders, remote.layout, self._rows)
+        self._beside = _memory(self._builders, remote.layout) | _before(self._builders, remote.layout, self._rows)
         self._counted = sum(builder.sent for builder in self._builders)
         self._answer: Answer | None = None
         self._pause = AGAIN
@@ -149,7 +149,7 @@ class PendingActions:
 
     def _send(self) -> int:
         first = self._builders[0]
-        return self._remote.ask({"obs": self._rows, **self._memory}, explore=first.explore, evaluation=not first.sent)
+        return self._remote.ask({"obs": self._rows, **self._beside}, explore=first.explore, evaluation=not first.sent)
 
     @property
     def due(self) -> float:

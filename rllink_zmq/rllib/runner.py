@@ -444,7 +444,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             if goes_back:
                 self._filters.restart()
             self.held = Held(self._weights_seq_no, state[COMPONENT_RL_MODULE], self._connectors)
-            self._filters.own(*self.held[::2])
+            self._filters.own(self.held.version, self.held.connectors)
             self._offer(self.held)
             if restored and self.on_restored is not None:
                 self.on_restored()
