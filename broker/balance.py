@@ -17,16 +17,25 @@ class Load(Protocol):
 L = TypeVar("L", bound=Load)
 
 
-def choose(loads: Iterable[L], size: int, limit: int, preferred: L | None = None) -> L | None:
-    """The runner for a fragment of `size` bytes, or None when no runner has room for it.
+def choose(
+    loads: Iterable[L], size: int, limit: int, preferred: L | None = None, steps: int = 0, most_steps: int = 0
+) -> L | None:
+    """The runner for a fragment of `size` bytes and so many `steps`, or None when no runner has room for it.
 
     The one with the fewest steps to do; between equals the one that was given the least so far. `preferred`, which
     has the episode's earlier fragments, keeps it unless it is full or has more than twice the least to do.
-    A runner has room while its leased bytes stay within `limit`; an idle one always has room for one fragment.
+    A runner has room while its leased bytes stay within `limit`, and its leased steps within `most_steps` (0 = any
+    number); an idle one always has room for one fragment.
     """
+
+    def full(load: L) -> bool:
+        if not load.leased_bytes:
+            return False
+        return load.leased_bytes + size > limit or (0 < most_steps < load.leased_steps + steps)
+
     best: L | None = None
     for load in loads:
-        if load.leased_bytes and load.leased_bytes + size > limit:
+        if full(load):
             continue
         if (
             best is None
@@ -36,7 +45,7 @@ def choose(loads: Iterable[L], size: int, limit: int, preferred: L | None = None
             best = load
     if best is None or preferred is None or preferred is best:
         return best
-    if preferred.leased_bytes and preferred.leased_bytes + size > limit:
+    if full(preferred):
         return best
     if preferred.leased_steps > 2 * best.leased_steps + 1:
         return best

@@ -235,6 +235,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         if trainer is None or (self.holding and not self._release(now)):
             return
         waiting, limit = self.waiting, self.settings.lease_bytes
+        most_steps = self.trainer.hello.lease_steps if self.trainer is not None else 0
         while waiting:
             fragment = waiting[0]
             if fragment.state is not State.QUEUED:
@@ -252,7 +253,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
             pool = self.pool()
             if preferred is not None and preferred not in pool:
                 preferred = None
-            runner = choose(pool, fragment.size, limit, preferred)
+            runner = choose(pool, fragment.size, limit, preferred, header.steps, most_steps)
             if runner is None:
                 return
             waiting.popleft()

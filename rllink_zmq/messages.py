@@ -215,7 +215,8 @@ class TrainerHello(_Part, tag="trainer", tag_field="role", frozen=True):
     """`quota`: env steps one learner update consumes. `lag_limit`: the most learner updates a fragment's weights may
     be old. `steps_ahead`: env steps all simulators together may have on their way (0 = no limit). `runners`: how
     many it means to have. `fragment_steps`: the longest fragment wanted. `policy`, `policy_bytes`: the policy it
-    offers. `duties`: as in POOL. `evaluation_share`: of the simulators, 0 to 1, that serve evaluations."""
+    offers. `duties`: as in POOL. `evaluation_share`: of the simulators, 0 to 1, that serve evaluations.
+    `lease_steps`: env steps leased to one runner and not taken (0 = no limit)."""
 
     run: RunId
     quota: Count
@@ -228,6 +229,7 @@ class TrainerHello(_Part, tag="trainer", tag_field="role", frozen=True):
     policy_bytes: Annotated[int, Meta(ge=1, lt=1 << 53)]
     duties: Duties = []
     evaluation_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    lease_steps: Count = 0
 
 
 class ObserverHello(_Part, tag="observer", tag_field="role", frozen=True):

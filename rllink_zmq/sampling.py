@@ -10,6 +10,7 @@ RLlib's algorithms want different things of a runner, and none says so (`docs/rl
   wait in the actor: behind a call that RLlib has given up, or while the process is stopped.
 - **stream** (APPO, IMPALA): calls are asynchronous and *counted*: each is taken for a full fragment, and a package of
   empty ones ends the training. So: wait for `share` steps, never return an empty list.
+- **exact** (DQN, SAC): as a round, but each answer has `share` steps: see `rllink_zmq.sampling_exact`.
 
 A runner that is not to serve returns what it has and takes nothing. With nothing to give: one that leaves is out of a
 round soon, since others go on with it; one that is parked (nobody goes on) is silent past the timeout, so that
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from rllink_zmq.session_runner import AWAKE, Lease, RunnerSession
 
@@ -30,19 +31,23 @@ PROGRESS_WAIT = 0.3
 LATE = 1.0
 """Seconds past the timeout after which a silent call returns: RLlib has given it up by then."""
 
+Style: TypeAlias = Literal["round", "stream", "exact"]
+
 TOO_LATE = 0.9
 """Part of the timeout after which an answer might not reach RLlib in time."""
 
 
 class SamplingRules(NamedTuple):
     """`share`: env steps wanted of one call; in a round it is a part of the quota, for as many runners as the broker
-    counts. `quota`: env steps that all runners together give for one weights version. Times in seconds."""
+    counts. `quota`: env steps that all runners together give for one weights version. Times in seconds. `ahead`: of
+    the exact style, the env steps that are taken beyond what is missing."""
 
-    style: Literal["round", "stream"]
+    style: Style
     share: int
     quota: int
     timeout: float
     linger: float
+    ahead: int = 0
 
 
 class Next(Enum):

@@ -10,7 +10,9 @@ import pytest
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.dqn import DQNConfig
+from ray.rllib.algorithms.marwil import MARWILConfig
 from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.algorithms.sac import SACConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from rllink_zmq.errors import ConnectionTimeout, SettingsError, SpaceError
@@ -73,10 +75,23 @@ def test_rules_of_ppo_and_appo() -> None:
     assert sampling_rules(attach(config, NOWHERE), 3)[:2] == ("stream", 200)
 
 
+def test_dqn_and_sac_get_what_rllibs_own_runner_returns() -> None:
+    config = DQNConfig().environment("CartPole-v1").env_runners(num_env_runners=2, num_envs_per_env_runner=3)
+    attach(config.training(n_step=(2, 5)), NOWHERE)
+    terms, rules = trainer_terms(config), sampling_rules(config, 2, 1)
+    assert (rules.style, rules.share, rules.ahead) == ("exact", 15, 16)
+    assert (terms.quota, terms.steps_ahead, terms.fragment_steps, terms.lease_steps) == (30, 120, 16, 31)
+    assert terms.lag_limit > 100_000
+    sac = attach(SACConfig().environment("Pendulum-v1"), NOWHERE, lag_limit=7, steps_ahead=9, fragment_steps=3)
+    terms = trainer_terms(sac)
+    assert sampling_rules(sac, 0).share == terms.quota == 1
+    assert (terms.lag_limit, terms.steps_ahead, terms.fragment_steps) == (7, 9, 3)
+
+
 @pytest.mark.parametrize(
     ("config", "error", "says"),
     [
-        (lambda: DQNConfig().environment("CartPole-v1"), SettingsError, "DQN can't be trained .* use PPO, APPO"),
+        (lambda: MARWILConfig().environment("CartPole-v1"), SettingsError, "MARWIL doesn't sample .* use PPO, APPO"),
         (lambda: PPOConfig().environment("CartPole-v11"), SettingsError, "CartPole-v11.* can't be made here"),
         (
             lambda: ppo().evaluation(evaluation_interval=1, evaluation_config={"env": "Pendulum-v1"}),

@@ -42,9 +42,15 @@ def test_a_runner_has_room_while_its_leased_bytes_stay_within_the_limit(leased: 
     assert choose([load], 10, 100) is (load if has_room else None)
 
 
+@pytest.mark.parametrize(("leased", "most", "has_room"), [(8, 10, True), (9, 10, False), (9, 0, True)])
+def test_and_while_its_leased_steps_do(leased: int, most: int, has_room: bool) -> None:
+    load = Load(leased_steps=leased, leased_bytes=1)
+    assert choose([load], 1, 100, steps=2, most_steps=most) is (load if has_room else None)
+
+
 def test_an_idle_runner_has_room_for_one_fragment_of_any_size() -> None:
     load = Load()
-    assert choose([load], 10_000, 100) is load
+    assert choose([load], 10_000, 100, steps=50, most_steps=10) is load
 
 
 def test_the_episodes_runner_keeps_it() -> None:

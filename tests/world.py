@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from world_driver import Driver, RoundDriver, StreamDriver
+from world_driver import Driver, ExactDriver, RoundDriver, StreamDriver
 from world_faults import AIMS, KINDS, Fault, draw, draw_apart
 from world_links import NEVER, Connection, Links
 from world_nodes import RUN, RunnerNode, SimulatorNode, TrainerNode
@@ -71,7 +71,9 @@ class Verdict(NamedTuple):
 
 class World(Links):
     """One run. `faults`: kinds to draw a schedule from, or a schedule. `apart`: each fault begins when the one before
-    has healed. `style`: "round", "stream" or by the seed; `lag_limit` likewise."""
+    has healed. `style`: "round", "stream", "exact"; by default one of the first two, by the seed; `lag_limit` likewise.
+    `parts`: of fragments that are handed over in parts, which steps RLlib has; `short`: answers that
+    lacked steps since none came any more."""
 
     def __init__(
         self,
@@ -98,6 +100,8 @@ class World(Links):
         self.kinds = tuple(faults)
         self.classes = broker_class, runner_class, simulator_class
         self.got: Counter[tuple[bytes, int]] = Counter()
+        self.parts: dict[tuple[bytes, int], set[int]] = {}
+        self.short = 0
         self.settled: dict[tuple[bytes, int], str] = {}
         self.struck: Counter[str] = Counter()
         self.producing = True
@@ -108,7 +112,8 @@ class World(Links):
         self.start_broker()
         session = TrainerSession(self.id(), self.terms(RUNNERS), b"blob", name="trainer")
         self.runners: list[RunnerNode] = []
-        self.driver: Driver = RoundDriver(self) if self.rules.style == "round" else StreamDriver(self)
+        drivers: dict[str, type[Driver]] = {"round": RoundDriver, "stream": StreamDriver, "exact": ExactDriver}
+        self.driver = drivers[self.rules.style](self)
         self.trainer = TrainerNode(self, "trainer", session)
         self.pool = Pool(self, RUNNERS, self.random.choice((10.0, NEVER)))
         self.trainer.start()
@@ -125,19 +130,27 @@ class World(Links):
     def draw_terms(self, style: str | None, lag_limit: int) -> tuple[int, int, int, SamplingRules]:
         """(longest fragment, steps ahead, lag limit, the rules of `sample()`)."""
         r = self.random
-        rounds = (style or ("round", "stream")[self.seed % 2]) == "round"
+        style = style or ("round", "stream")[self.seed % 2]
+        rounds = style == "round"
         quota = r.choice((10, 24, 40))
         lag = lag_limit or (r.choice((1, 2, 30)) if rounds else r.choice((6, 30)))
         ahead = r.choice((0, quota, lag * quota))
         timeout, longest = r.choice((10.0, 30.0)), r.choice((4, 8, 12))
         if rounds:
             return longest, ahead, lag, SamplingRules("round", -(-quota // RUNNERS), quota, timeout, 0.2)
+        if style == "exact":
+            share = r.choice((1, 3, 10, 20))
+            rules = SamplingRules(style, share, RUNNERS * share, timeout, 0.0, longest)
+            return longest, ahead, r.choice((20, 1000)), rules
         return longest, ahead, lag, SamplingRules("stream", r.choice((4, 6, 10)), quota, timeout, 0.2)
 
     def terms(self, runners: int) -> TrainerHello:
         """What the trainer tells the broker."""
         quota, longest = self.rules.quota, self.longest
-        return TrainerHello(RUN, quota, self.lag_limit, self.ahead, runners, longest, SPACES, "p" * 16, 4)
+        most = self.rules.share + longest if self.rules.style == "exact" else 0
+        return TrainerHello(
+            RUN, quota, self.lag_limit, self.ahead, runners, longest, SPACES, "p" * 16, 4, lease_steps=most
+        )
 
     def draw_schedule(self) -> list[Fault]:
         kinds = [k for k in self.kinds if isinstance(k, str)]
@@ -339,7 +352,8 @@ class World(Links):
             untrue=[
                 (*key, outcome)
                 for key, outcome in settled.items()
-                if outcome not in (DELIVERED, "handover_cut") and (got[key] or outcome == "unknown")
+                if outcome not in (DELIVERED, "handover_cut")
+                and (got[key] or key in self.parts or outcome == "unknown")
             ],
             stuck=stuck,
             broken=self.broken,

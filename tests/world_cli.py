@@ -54,7 +54,9 @@ def many(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     for seed in range(args.seed, args.seed + args.runs):
         try:
-            verdict = make(args, seed).run()
+            run = make(args, seed)
+            verdict = run.run()
+            total["short answers"] += run.short
         except Exception as e:
             total[f"{type(e).__name__}: {e}"[:100]] += 1
             seen.setdefault(type(e).__name__, []).append(seed)
@@ -86,7 +88,7 @@ def main() -> None:
     parser.add_argument("--faults", default="none", help=f"some of {', '.join(KINDS)}, separated by commas")
     parser.add_argument("--apart", action="store_true", help="each fault begins when the one before has healed")
     parser.add_argument("--mixed", action="store_true", help="faults of all kinds, apart")
-    parser.add_argument("--style", choices=("round", "stream"), help="by default the seed decides")
+    parser.add_argument("--style", choices=("round", "stream", "exact"), help="by default the seed decides")
     parser.add_argument("--lag", type=int, default=0, help="the lag limit; by default the seed decides")
     parser.add_argument("--runs", type=int, default=0, help="run this many seeds, and print the first failures")
     parser.add_argument("--table", type=int, metavar="RUNS", help="print the table of pairs")

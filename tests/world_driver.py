@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from world_nodes import RunnerNode
+from world_nodes import Chunk, RunnerNode
 
 from rllink_zmq.session_runner import Lease
 
@@ -48,7 +48,7 @@ class Driver:
     def finish(self) -> None:
         """The run is over: nothing is held back for a batch that will not be full."""
 
-    def result(self, call_id: int, leases: list[Lease]) -> None:
+    def result(self, call_id: int, leases: list[Any]) -> None:
         raise NotImplementedError
 
     def failed(self, call_id: int) -> None:
@@ -81,15 +81,18 @@ class RoundDriver(Driver):
             self.submit(node)
         world.after(world.rules.timeout, self.timed_out, self.round)
 
-    def result(self, call_id: int, leases: list[Lease]) -> None:
+    def result(self, call_id: int, leases: list[Any]) -> None:
         if self.waiting.pop(call_id, None) is None:
             self.thrown_away += len(leases)
             self.world.note("late result", call_id, [lease.message.number for lease in leases])
             return
         self.consume(leases)
-        self.batch += sum(lease.message.steps for lease in leases)
+        self.batch += self.steps(leases)
         if not self.waiting:
             self.done()
+
+    def steps(self, leases: list[Any]) -> int:
+        return sum(lease.message.steps for lease in leases)
 
     def failed(self, call_id: int) -> None:
         if self.waiting.pop(call_id, None) is not None and not self.waiting:
@@ -116,6 +119,46 @@ class RoundDriver(Driver):
             if node.alive:
                 node.mail("state", self.version)
         self.call_all()
+
+
+class ExactDriver(RoundDriver):
+    """DQN, SAC: call all, wait for all or the timeout, again if nothing came; then into the replay buffer with it, and
+    one update. The buffer is what RLlib's is: it takes a gap within an episode for a bug."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.buffer: dict[str, tuple[int, bool]] = {}
+
+    def steps(self, leases: list[Any]) -> int:
+        return sum(chunk.steps for chunk in leases)
+
+    def consume(self, leases: list[Any]) -> None:
+        chunks: list[Chunk] = leases
+        world = self.world
+        for chunk in chunks:
+            known = self.buffer.get(chunk.episode)
+            if known is not None and known != (chunk.t0, False):
+                world.broken.append(f"step {chunk.t0} of {chunk.episode} after {known}: the replay buffer raises")
+            self.buffer[chunk.episode] = (chunk.t0 + chunk.steps, chunk.ends)
+            key = chunk.message.session, chunk.message.number
+            has = world.parts.setdefault(key, set())
+            new = set(range(chunk.first, chunk.first + chunk.steps))
+            if has & new:
+                world.got[key] += 1
+            has |= new
+            if len(has) == chunk.message.steps:
+                world.got[key] += 1
+
+    def done(self) -> None:
+        if self.batch:
+            self.batch = 0
+            self.world.after(self.world.random.uniform(0.005, 0.1), self.updated)
+        else:
+            self.world.after(0.005, self.call_all)
+
+    def finish(self) -> None:
+        """Nothing more comes: what there is is asked for in few calls."""
+        self.world.rules = self.world.rules._replace(share=20)
 
 
 class StreamDriver(Driver):

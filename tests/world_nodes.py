@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from world_links import HEARTBEAT, NEVER, Connection
 
 from broker.events import Side
 from rllink_zmq.messages import FRAGMENT, GET_STATE, STATE, Column
 from rllink_zmq.sampling import PROGRESS_WAIT, Next, SampleCall
+from rllink_zmq.sampling_exact import Answer, ExactCall, Stock
 from rllink_zmq.session import Endpoint, SimulatorSession, State
 from rllink_zmq.session_runner import Lease, RunnerSession, TrainerSession
 
@@ -21,6 +22,17 @@ RUN = "018f00000000-00000001"
 RETURN_DELAY = 0.5
 NOTICED = 0.5
 """Seconds until a call in a runner that has left is answered at last."""
+
+
+class Chunk(NamedTuple):
+    """Steps `t0` on of an episode, under RLlib's name of it: from step `first` of a fragment on."""
+
+    episode: str
+    t0: int
+    steps: int
+    ends: bool
+    message: FRAGMENT
+    first: int
 
 
 class Node:
@@ -246,6 +258,8 @@ class RunnerNode(Node):
         self.index = index
         self.mailbox: list[tuple[str, int]] = []
         self.call: SampleCall | None = None
+        self.stock = Stock(session)
+        self.names: dict[tuple[bytes, str], tuple[int, str]] = {}
         self.call_id = 0
         self.busy = False
         self.full_at = -2
@@ -296,12 +310,15 @@ class RunnerNode(Node):
         if world.rules.style == "stream":
             self.weights(world.driver.version)
         repeated = self.full_at == session.offered_version
-        self.call = SampleCall(session, world.rules, world.now, repeated=repeated)
+        if world.rules.style == "exact":
+            self.call = ExactCall(self.stock, world.rules, world.now)
+        else:
+            self.call = SampleCall(session, world.rules, world.now, repeated=repeated)
         self.turn()
 
     def answer_after_leaving(self, wait: float) -> None:
         """A round gets an empty list; a stream no answer at all."""
-        if self.world.rules.style == "round":
+        if self.world.rules.style != "stream":
             self.world.after(wait, self.converted, self.call_id, [])
 
     def converted(self, call_id: int, leases: list[Lease]) -> None:
@@ -354,7 +371,29 @@ class RunnerNode(Node):
             return
         self.call = None
         self.full_at = self.session.offered_version if call.round_was_full else -2
-        world.after(world.random.uniform(0.0, 0.03), self.converted, self.call_id, call.leases)
+        result: list[Any] = call.leases
+        if isinstance(call, ExactCall):
+            result = self.named(call.answer)
+            world.short += call.short
+            if call.steps not in (0, call.rules.share) and self.session.duty == "serve" and not call.short:
+                world.broken.append(f"sample() returned {call.steps} steps, {call.rules.share} were wanted")
+        world.after(world.random.uniform(0.0, 0.03), self.converted, self.call_id, result)
+
+    def named(self, answer: Answer) -> list[Chunk]:
+        """Under the episode ids that RLlib gets, as `EpisodeBuilder` gives them."""
+        if answer.fresh:
+            self.names.clear()
+        chunks = []
+        for (message, _), first, steps in answer.portions:
+            key, t0 = (message.session, message.episode), message.t0 + first
+            next_t0, name = self.names.pop(key, (-1, ""))
+            if next_t0 != t0:
+                name = f"{message.session.hex()}_{message.episode}@{t0}"
+            ends = message.end != "no" and first + steps == message.steps
+            if not ends:
+                self.names[key] = (t0 + steps, name)
+            chunks.append(Chunk(name, t0, steps, ends, message, first))
+        return chunks
 
     def step(self, due: float) -> None:
         if due != self.step_at or not self.alive:
@@ -389,7 +428,7 @@ class RunnerNode(Node):
             return  # what RLlib has is told by the references
         self.returned_at = None
         if self.call is None:
-            self.session.give_back(self.world.now)
+            self.stock.reached(self.world.now)
 
     def released(self, call_id: int) -> None:
         """RLlib refers to this answer no longer."""
@@ -412,6 +451,8 @@ class RunnerNode(Node):
         session, call = self.session, self.call
         if session.duty not in ("leave", "end") or session.state is not State.LIVE or self.left:
             return
+        if session.duty == "end" and call is None:
+            self.stock.give_up(self.world.now)
         if session.claiming or session.returned < session.committed or (call is not None and call.steps):
             return
         session.close(self.world.now)

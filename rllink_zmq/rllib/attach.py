@@ -35,7 +35,7 @@ from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.rllib.audit import audited
 from rllink_zmq.rllib.evaluation import check_evaluation
 from rllink_zmq.rllib.runner import ZmqEnvRunner
-from rllink_zmq.rllib.settings import KEY, LinkSettings, is_round, trainer_terms
+from rllink_zmq.rllib.settings import KEY, LinkSettings, style_of, trainer_terms
 from rllink_zmq.rllib.trainer import TrainerCallback
 from rllink_zmq.session_runner import ObserverSession
 from rllink_zmq.spaces import from_wire, spaces_to_wire
@@ -76,7 +76,7 @@ def attach(
     can't travel, `ConnectionTimeout` when no simulator came in time.
     """
     parse_address(broker)
-    rounds = is_round(config)
+    style = style_of(config)
     _refuse_unsupported(config)
     folder = "" if audit is None else str(Path(audit).expanduser().absolute())
     if folder:
@@ -107,7 +107,7 @@ def attach(
     _prefer(config, defaults, "sample_timeout_s", 10.0)
     _prefer(config, defaults, "num_cpus_per_env_runner", 0.1)
     _prefer(config, defaults, "env_runner_health_probe_timeout_s", 0.2)
-    if not rounds:
+    if style == "stream":
         _prefer(config, defaults, "max_requests_in_flight_per_learner", 100)
     return config
 

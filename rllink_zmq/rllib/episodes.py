@@ -8,11 +8,13 @@ rest gets a new episode id: RLlib's replay buffers take a gap for a bug and stop
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
+import msgspec
 import numpy as np
 import torch
 import tree  # dm_tree, which RLlib needs
@@ -63,7 +65,7 @@ class Refusal(NamedTuple):
     error: ProtocolError
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """One fragment, checked. Arrays: `observations` (a structure of arrays of `back` rows that came before, and
     steps + 1 of its own), the rest one row a step."""
 
@@ -75,6 +77,45 @@ class _Piece(NamedTuple):
     state: list[NDArray[Any]]
     """A recurrent policy's memory before each step and after the last: steps + 1 rows each."""
     back: int
+
+    def cut(self, first: int, steps: int) -> Piece:
+        """Its steps `first` to `first + steps - 1`, as if they had come alone. When they ended isn't known, unless they
+        are its last ones."""
+        message = self.message
+        if steps == message.steps:
+            return self
+        last = first + steps
+        header = msgspec.structs.replace(
+            message,
+            t0=message.t0 + first,
+            steps=steps,
+            end=message.end if last == message.steps else "no",
+            return_so_far=message.return_so_far + float(self.rewards[:first].sum(dtype=np.float64)),
+            seconds=message.seconds if last == message.steps else math.nan,
+            timings={} if first else message.timings,
+        )
+        rows = slice(first, self.back + last + 1)  # as many before its own first one
+        return Piece(
+            header,
+            tree.map_structure(lambda a: a[rows], self.observations),
+            self.actions[first:last],
+            self.rewards[first:last],
+            {name: values[first:last] for name, values in self.outputs.items()},
+            [column[first : last + 1] for column in self.state],
+            self.back,
+        )
+
+
+def cut(pieces: Sequence[Piece], first: int, steps: int) -> list[Piece]:
+    """Steps `first` to `first + steps - 1` of pieces that follow each other."""
+    found = []
+    for piece in pieces:
+        count = min(steps, piece.message.steps - first)
+        if count > 0:
+            found.append(piece.cut(first, count))
+            steps -= count
+        first = max(0, first - piece.message.steps)
+    return found
 
 
 class EpisodeBuilder:
@@ -109,10 +150,14 @@ class EpisodeBuilder:
     def build(self, leases: Iterable[Lease]) -> tuple[list[Built], list[Refusal]]:
         """Chunks in the order of their first fragments, and the fragments whose columns are missing or don't fit the
         spaces."""
-        chunks: list[list[_Piece]] = []
-        latest: dict[tuple[bytes, str], list[_Piece]] = {}
         good, refused = self.check(leases)
-        for piece in good:
+        return self.join(good), refused
+
+    def join(self, pieces: Iterable[Piece]) -> list[Built]:
+        """Chunks of what was checked before, in the order of their first pieces."""
+        chunks: list[list[Piece]] = []
+        latest: dict[tuple[bytes, str], list[Piece]] = {}
+        for piece in pieces:
             key = (piece.message.session, piece.message.episode)
             chunk = latest.get(key)
             if chunk is not None and self._continues(chunk, piece):
@@ -120,13 +165,17 @@ class EpisodeBuilder:
             else:
                 chunks.append([piece])
                 latest[key] = chunks[-1]
-        built = [self._chunk(pieces) for pieces in chunks]
+        built = [self._chunk(chunk) for chunk in chunks]
         if self.audit is not None:
-            messages = [piece.message for pieces in chunks for piece in pieces]
+            messages = [piece.message for chunk in chunks for piece in chunk]
             self.audit.handed((m.session, m.number, m.steps) for m in messages)
-        return built, refused
+        return built
 
-    def check(self, leases: Iterable[Lease]) -> tuple[list[_Piece], list[Refusal]]:
+    def forget(self) -> None:
+        """RLlib may lack what it was given: no episode goes on under its id."""
+        self._next.clear()
+
+    def check(self, leases: Iterable[Lease]) -> tuple[list[Piece], list[Refusal]]:
         """What `build` would use of these, and what it would refuse."""
         good, refused = [], []
         for lease in leases:
@@ -139,7 +188,7 @@ class EpisodeBuilder:
                 refused.append(Refusal(lease.message, ProtocolError(text)))
         return good, refused
 
-    def _continues(self, chunk: Sequence[_Piece], piece: _Piece) -> bool:
+    def _continues(self, chunk: Sequence[Piece], piece: Piece) -> bool:
         first, last, message = chunk[0].message, chunk[-1].message, piece.message
         return (
             last.end == "no"
@@ -149,7 +198,7 @@ class EpisodeBuilder:
             and piece.actions.dtype == chunk[0].actions.dtype
         )
 
-    def _check_columns(self, lease: Lease) -> _Piece:
+    def _check_columns(self, lease: Lease) -> Piece:
         message = lease.message
         arrays = from_body(message.columns, lease.body)
         for needed in ("obs", "actions", "rewards", "action_logp"):
@@ -181,9 +230,9 @@ class EpisodeBuilder:
         }
         if self.audit is not None:
             outputs[COLUMN] = names(message.session, message.number, message.steps)
-        return _Piece(message, seen, actions, rewards, outputs, state, back)
+        return Piece(message, seen, actions, rewards, outputs, state, back)
 
-    def _chunk(self, pieces: Sequence[_Piece]) -> Built:
+    def _chunk(self, pieces: Sequence[Piece]) -> Built:
         first, last = pieces[0].message, pieces[-1].message
         steps = sum(p.message.steps for p in pieces)
         # Each piece's last observation is the next one's first.
@@ -227,7 +276,7 @@ class EpisodeBuilder:
         total = first.return_so_far + float(rewards.sum(dtype=np.float64))
         return Built(episode, Finished(last.t0 + last.steps, total, last.seconds), step_seconds, timings)
 
-    def _state_out(self, pieces: Sequence[_Piece]) -> dict[str, InfiniteLookbackBuffer]:
+    def _state_out(self, pieces: Sequence[Piece]) -> dict[str, InfiniteLookbackBuffer]:
         """STATE_OUT of each step. What was before the first one is the row that a learner looks back to: where it cuts
         the chunk into sequences, each begins with the state that the policy had there."""
         if not self.memory:

@@ -28,11 +28,13 @@ from ray.rllib.core.distribution.torch.torch_distribution import (
     TorchCategorical,
     TorchDiagGaussian,
     TorchMultiCategorical,
+    TorchSquashedGaussian,
 )
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
+from ray.rllib.utils.numpy import MAX_LOG_NN_OUTPUT, MIN_LOG_NN_OUTPUT, SMALL_NUMBER
 from ray.rllib.utils.spaces.space_utils import clip_action, unsquash_action
 
 from rllink_zmq.errors import PolicyError, SpaceError
@@ -281,8 +283,10 @@ def _head(module: str, distribution: Any, space: gym.Space[Any]) -> _Head:
         known = isinstance(distribution, type) and issubclass(distribution, TorchMultiCategorical)
     elif isinstance(space, gym.spaces.Box) and np.dtype(space.dtype).kind == "f" and len(space.shape) == 1:
         size = int(space.shape[0])
-        head = _Head("normal", size, 2 * size, Tensor("float32", (size,)), distribution, _gaussian)
-        known = distribution is TorchDiagGaussian
+        squashed = distribution is TorchSquashedGaussian  # SAC's
+        draw = _squashed_gaussian if squashed else _gaussian
+        head = _Head("normal", size, 2 * size, Tensor("float32", (size,)), distribution, draw)
+        known = squashed or distribution is TorchDiagGaussian
     else:
         raise PolicyError(
             f"{module}: the action space {space} is not supported: use Discrete, MultiDiscrete or a float Box of one "
@@ -320,6 +324,21 @@ def _gaussian(dist_inputs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Ten
     std = log_std.exp()
     action = mean + std * noise
     logp = -0.5 * ((action - mean) / std) ** 2 - log_std - 0.5 * float(np.log(2.0 * np.pi))
+    return action, logp.sum(-1, keepdim=True)
+
+
+def _squashed_gaussian(dist_inputs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """TorchSquashedGaussian between -1 and 1: means, then log stds, which it clips. The log-probability is of the
+    action as it is, as `GetActions` takes it. Without noise the action is the mean itself: RLlib's `to_deterministic`
+    doesn't squash it."""
+    mean, log_std = dist_inputs.chunk(2, -1)
+    log_std = log_std.clamp(MIN_LOG_NN_OUTPUT, MAX_LOG_NN_OUTPUT)
+    std = log_std.exp()
+    greedy = (noise == 0.0).all(-1, keepdim=True)
+    action = torch.where(greedy, mean, torch.tanh(mean + std * noise).clamp(-1.0, 1.0))
+    inner = torch.atanh(action.clamp(-1.0 + SMALL_NUMBER, 1.0 - SMALL_NUMBER))
+    logp = -0.5 * ((inner - mean) / std) ** 2 - log_std - 0.5 * float(np.log(2.0 * np.pi))
+    logp = logp - 2.0 * (float(np.log(2.0)) - inner - torch.nn.functional.softplus(-2.0 * inner))
     return action, logp.sum(-1, keepdim=True)
 
 

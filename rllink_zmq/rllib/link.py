@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any
 
 import ray
 from ray import ObjectRef
@@ -18,6 +19,7 @@ from rllink_zmq import __version__
 from rllink_zmq.errors import RefusedError, RllinkError
 from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.sampling import LATE, PROGRESS_WAIT, Next, SampleCall, SamplingRules
+from rllink_zmq.sampling_exact import Answer, ExactCall, Stock
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import Lease, Pool, RunnerSession
 from rllink_zmq.transport import Connection
@@ -35,18 +37,27 @@ SAY_EVERY = 10.0
 
 
 class RunnerLink:
-    """One run's conversation of this runner with the broker at `address`."""
+    """One run's conversation of this runner with the broker at `address`. `check`: why a fragment can't be used, or '';
+    the connection's thread calls it, during `draw` alone."""
 
     def __init__(
-        self, address: str, run: str, name: str, *, local: bool = False, session: RunnerSession | None = None
+        self,
+        address: str,
+        run: str,
+        name: str,
+        check: Callable[[Lease], str] = lambda lease: "",
+        *,
+        local: bool = False,
+        session: RunnerSession | None = None,
     ) -> None:
         self.address = address
         self.run = run
         self._local = local
         self.session = session or RunnerSession(secrets.token_bytes(16), run, name=name, package=__version__)
+        self._stock = Stock(self.session, check)
         self._thread = ConnectionThread(Connection(self.session, address), self._step, f"rllink-{name}")
         self._call: SampleCall | None = None
-        self._result: Future[list[Lease]] | None = None
+        self._result: Future[Any] | None = None
         self._returned_at: float | None = None
         self._held: deque[tuple[int, bytes]] = deque()
         self._full_at = -2
@@ -74,47 +85,64 @@ class RunnerLink:
 
     def sample(self, rules: SamplingRules) -> list[Lease]:
         """What this call of `sample()` hands over. Says every 10 s what it waits for."""
+
+        def begin(now: float) -> SampleCall:
+            repeated = self._full_at == self.session.offered_version
+            return SampleCall(self.session, rules, now, repeated=repeated)
+
+        call = self._await(begin, rules)
+        return [] if call is None else call.leases
+
+    def draw(self, rules: SamplingRules) -> Answer:
+        """What this call of `sample()` hands over in the exact style. Says every 10 s what it waits for."""
+        call = self._await(lambda now: ExactCall(self._stock, rules, now), rules)
+        return call.answer if isinstance(call, ExactCall) else Answer([], False)
+
+    def _await(self, make: Callable[[float], SampleCall], rules: SamplingRules) -> SampleCall | None:
+        """The call that `make(now)` begins, when it returns; None: there is nothing for this one."""
         if self.left():
-            return self._after_leaving(rules)
-        result: Future[list[Lease]] = Future()
+            self._after_leaving(rules)
+            return None
+        result: Future[SampleCall] = Future()
 
         def begin(now: float) -> None:
             self._give_back(now)
-            repeated = self._full_at == self.session.offered_version
-            self._call = SampleCall(self.session, rules, now, repeated=repeated)
+            self._call = make(now)
             self._result = result
 
         try:
             self._thread.call(begin).result(timeout=30)
         except RllinkError:
             if self.left():
-                return self._after_leaving(rules)
+                self._after_leaving(rules)
+                return None
             raise
         started = time.monotonic()
         while True:
             try:
                 return result.result(timeout=SAY_EVERY)
             except RefusedError as e:
-                return self._after_refusal(e, rules)
+                self._after_refusal(e, rules)
+                return None
             except FutureTimeout:
                 if result.done():
                     raise
                 if self.left():
-                    return self._after_leaving(rules)
+                    self._after_leaving(rules)
+                    return None
                 if not self._thread.is_alive():
                     raise RllinkError(f"the connection to the broker at {self.address} has ended") from None
                 logger.warning("%s", self.waiting(time.monotonic() - started))
 
-    def _after_leaving(self, rules: SamplingRules) -> list[Lease]:
+    def _after_leaving(self, rules: SamplingRules) -> None:
         """RLlib calls until it has removed this runner. In a stream an empty list would count as data: no answer then,
         until `stop()` or the end of the process."""
         if rules.style == "stream" and self.session.duty == "leave":
             self._stopped.wait()
         else:
             self._stopped.wait(PROGRESS_WAIT)
-        return []
 
-    def _after_refusal(self, refusal: RefusedError, rules: SamplingRules) -> list[Lease]:
+    def _after_refusal(self, refusal: RefusedError, rules: SamplingRules) -> None:
         """The broker wants nothing of this runner, nor of its trainer: that one ends with the reason, if its calls come
         back to it. In its own process the refusal is raised; an actor that raises is only restarted, again and again.
         """
@@ -122,7 +150,6 @@ class RunnerLink:
             raise refusal
         logger.warning("runner '%s' can't go on: %s", self.session.name, refusal)
         self._stopped.wait(None if rules.style == "stream" else rules.timeout + LATE)
-        return []
 
     def waiting(self, seconds: float) -> str:
         """What a call that waits is waiting for."""
@@ -169,6 +196,8 @@ class RunnerLink:
             self._give_back(now)
             if self._call is not None:
                 self._call.cancel()
+            else:
+                self._stock.give_up(now)
 
         self._stopped.set()
         self._thread.call(do)
@@ -181,7 +210,7 @@ class RunnerLink:
             return  # what RLlib has is told by the references
         self._returned_at = None
         if self._result is None:
-            self.session.give_back(now)
+            self._stock.reached(now)
 
     def _released(self, now: float) -> None:
         """Give back what RLlib holds no references to any longer, in order."""
@@ -203,6 +232,8 @@ class RunnerLink:
                 self._give_back(now)
         if self._call is not None and self._result is not None:
             due = min(due, self._go_on(self._call, self._result, now))
+        elif self.session.duty == "end" and self._stock.steps:
+            self._stock.give_up(now)
         if self._done():
             if self.on_left is not None:
                 self.on_left()
@@ -213,11 +244,11 @@ class RunnerLink:
         """Told to leave, and RLlib has everything."""
         session = self.session
         call = self._call
-        waits = call is not None and (call.steps or call.rules.style == "round")
+        waits = call is not None and (call.steps or call.rules.style != "stream")
         busy = session.claiming or session.returned < session.committed or waits
         return session.duty in ("leave", "end") and session.state is State.LIVE and not busy
 
-    def _go_on(self, call: SampleCall, result: Future[list[Lease]], now: float) -> float:
+    def _go_on(self, call: SampleCall, result: Future[Any], now: float) -> float:
         """The call's next step. Returns when the one after that is due."""
         if self.session.refusal is not None:
             self._call, self._result = None, None
@@ -226,7 +257,7 @@ class RunnerLink:
         if call.step(now) is Next.RETURN:
             self._call, self._result = None, None
             self._full_at = self.session.offered_version if call.round_was_full else -2
-            result.set_result(call.leases)
+            result.set_result(call)
             return float("inf")
         return call.wake
 

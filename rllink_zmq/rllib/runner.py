@@ -42,9 +42,10 @@ from ray.rllib.utils.metrics import (
 from ray.rllib.utils.typing import ResultDict, StateDict
 
 from rllink_zmq.errors import ProtocolError, RllinkError
+from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib.audit import runner_log
-from rllink_zmq.rllib.episodes import EpisodeBuilder, Finished
+from rllink_zmq.rllib.episodes import Built, EpisodeBuilder, Finished, Piece, cut
 from rllink_zmq.rllib.evaluation import EvaluationLink
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.link import RunnerLink
@@ -57,7 +58,7 @@ from rllink_zmq.rllib.pipelines import (
     state_bytes,
 )
 from rllink_zmq.rllib.service import MAX_ROWS, ActService, ModuleActor, PipelineActor
-from rllink_zmq.rllib.settings import LinkSettings, explores, is_round, longest_chunk, sampling_rules, trainer_terms
+from rllink_zmq.rllib.settings import LinkSettings, explores, longest_chunk, sampling_rules, style_of, trainer_terms
 from rllink_zmq.sampling_evaluation import PAST, Wanted
 from rllink_zmq.session_runner import Lease
 
@@ -129,6 +130,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self._run = ""
         evaluates = self.config.in_evaluation  # nothing is cut into rows then, and the audit is of what is trained on
         self._pipelines: Pipelines | None = None
+        self._rules = sampling_rules(self.config, self.num_workers, self.worker_index or 0)
         self._filters = Filters(trainer_terms(self.config).lag_limit + 2)
         self._connectors = b""
         connectors = None
@@ -144,6 +146,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         )  # fmt: skip
         self._finished: list[Finished] = []
         self._unusable_reasons: list[str] = []
+        self._opened: dict[tuple[bytes, int], list[Piece]] = {}
         self._sampled_at: float | None = None
         self._fragments = 0
         self.on_restored: Any = None
@@ -181,7 +184,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         if evaluates:
             self._link = EvaluationLink(address, run, f"evaluator-{index}@{host}", self._unusable, local=local)
         else:
-            self._link = RunnerLink(address, run, f"runner-{index}@{host}", local=local)
+            self._link = RunnerLink(address, run, f"runner-{index}@{host}", self._unusable, local=local)
         if self.held is not None:
             self._offer(self.held)
         if not evaluates:
@@ -226,6 +229,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         if self._link is not None:
             self._link.stop()
             self._link = None
+            self._opened.clear()
 
     @property
     def joined(self) -> bool:
@@ -300,13 +304,32 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             logger.warning("runner %s was asked for samples before the trainer told it its run", self.worker_index)
             self._log(0, 0, ())
             return []
-        rules = sampling_rules(self.config, self.num_workers)
+        rules = self._rules
+        if rules.style == "exact":
+            return self._draw(link)
         while True:
             leases = link.sample(rules)
             samples = self._hand_over(link, leases)
             if samples or not leases or rules.style == "round":
                 return samples
             # All were refused, and an empty answer would end this algorithm's training: on to the next ones.
+
+    def _draw(self, link: RunnerLink) -> list[SingleAgentEpisode]:
+        """As many env steps as RLlib's own runner would return, or none."""
+        answer = link.draw(self._rules)
+        self._count_unusable()
+        if answer.fresh:
+            self._builder.forget()
+        pieces: list[Piece] = []
+        began: list[FRAGMENT] = []
+        for (message, _), first, steps in answer.portions:
+            key = message.session, message.number
+            pieces += cut(self._opened[key], first, steps)
+            if not first:
+                began.append(message)
+            if first + steps == message.steps:
+                del self._opened[key]
+        return self._report(link, self._builder.join(pieces), began, sum(p.steps for p in answer.portions))
 
     def _evaluate(self, steps: int | None, episodes: int | None, fresh: bool) -> list[SingleAgentEpisode]:
         link, timeout = self._link, float(self.config.evaluation_sample_timeout_s or 120.0)
@@ -319,24 +342,29 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             steps = int(self.config.get_rollout_fragment_length(self.worker_index or 0))
         more = self.config.evaluation_duration == "auto"
         version = self._weights_seq_no
-        if self._pipelines is not None and not is_round(self.config):
+        if self._pipelines is not None and style_of(self.config) == "stream":
             # Training's runners have theirs later, while training goes on, and this one offers none.
             version = min(version, max(0, link.session.version))
         wanted = Wanted(episodes, math.ceil(steps or 0), version, fresh, timeout, more)
         leases = link.evaluate(wanted)
+        self._count_unusable()
+        return self._hand_over(link, leases)
+
+    def _count_unusable(self) -> None:
         unusable, self._unusable_reasons = self._unusable_reasons, []
         for reason in unusable:
             self.metrics.log_value((RLLINK, "dropped", reason), 1, reduce="lifetime_sum")
-        return self._hand_over(link, leases)
 
     def _unusable(self, lease: Lease) -> str:
-        """Why an evaluation can't use this fragment, or ''."""
-        _, refused = self._builder.check([lease])
+        """Why this fragment can't be used, or ''. Of one that is to be cut to fit, what it holds is kept."""
+        good, refused = self._builder.check([lease])
         for _, error in refused:
             reason = _reason(error)
             self._unusable_reasons.append(reason)
             logger.warning("a fragment was dropped: %s", error)
             return reason
+        if self._rules.style == "exact" and not self.config.in_evaluation:
+            self._opened[lease.message.session, lease.message.number] = good
         return ""
 
     def _hand_over(self, link: RunnerLink, leases: Sequence[Lease]) -> list[SingleAgentEpisode]:
@@ -349,6 +377,12 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             self.metrics.log_value((RLLINK, "dropped", reason), 1, reduce="lifetime_sum")
         dropped = {id(message) for message, _ in refused}
         kept = [lease.message for lease in leases if id(lease.message) not in dropped]
+        return self._report(link, chunks, kept, sum(message.steps for message in kept))
+
+    def _report(
+        self, link: RunnerLink, chunks: Sequence[Built], fragments: Sequence[FRAGMENT], steps: int
+    ) -> list[SingleAgentEpisode]:
+        """RLlib's episodes, of these many steps; their metrics, and those of the fragments that they begin with."""
         samples = [chunk.episode for chunk in chunks]
         for chunk in chunks:
             if chunk.finished is not None:
@@ -363,8 +397,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             for key in ("env_to_module_sum_episodes_length_in", "env_to_module_sum_episodes_length_out"):
                 self.metrics.log_value(key, length, reduce="ema")
         link.returning()
-        lags = [self._weights_seq_no - message.version for message in kept]
-        self._log(sum(m.steps for m in kept), sum(e.is_done for e in samples), lags)
+        lags = [self._weights_seq_no - message.version for message in fragments]
+        self._log(steps, sum(e.is_done for e in samples), lags)
         self.metrics.log_value((RLLINK, "simulators_connected"), link.pool.simulators, window=1)
         return samples
 

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.algorithms.dqn.dqn import DQNConfig
 from ray.rllib.algorithms.impala.impala import IMPALAConfig
 from ray.rllib.algorithms.ppo.ppo import PPOConfig
+from ray.rllib.algorithms.sac.sac import SACConfig
 
 from rllink_zmq.errors import SettingsError
-from rllink_zmq.sampling import SamplingRules
+from rllink_zmq.sampling import SamplingRules, Style
 
 KEY = "rllink_zmq"
 
@@ -23,6 +25,17 @@ ROUND_LINGER = 0.2
 
 STREAM_LINGER = 2.0
 """Seconds that an APPO runner waits for more after its first data before it returns a short answer."""
+
+ANY_LAG = 1_000_000
+"""A replay buffer holds steps that are much older than what may be on its way."""
+
+EXACT_FRAGMENT = 16
+"""Env steps of DQN's and SAC's fragments, at most. A runner cuts them to what RLlib asks for."""
+
+EXACT_AHEAD = 64
+"""Env steps on their way for DQN and SAC, at least: a tenth of a second of what they train on, so that a call finds
+them there, and four fragments, so that two runners have some though there is one simulator. With more simulators their
+fragments are shorter; each may always have one of one step on its way."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +47,20 @@ class LinkSettings:
 
     lag_limit: int = 0
     """The most learner updates that the weights of a fragment may be old: an older one is dropped as `stale`. Default 2
-    for PPO (usually 1: sampling overlaps with learning), 20 for APPO and IMPALA (they correct for it by V-trace)."""
+    for PPO (usually 1: sampling overlaps with learning), 20 for APPO and IMPALA (they correct for it by V-trace),
+    practically none for DQN and SAC (a replay buffer holds much older ones)."""
 
     steps_ahead: int = 0
     """Env steps that all simulators together may have on their way. Default `(lag_limit - 1)` learner updates' worth
-    for PPO, 2 for APPO and IMPALA."""
+    for PPO, 2 for APPO and IMPALA; for DQN and SAC 64, or what RLlib asks for in four rounds if that is more."""
 
     runner_timeout_s: float = 0.0
     """A runner that the broker has not heard for so many seconds is killed, and started again. Default 10."""
 
     fragment_steps: int = 0
     """The longest fragment in env steps; the broker tells shorter ones when there are many simulators. Default 200 for
-    PPO; `rollout_fragment_length * num_envs_per_env_runner` for APPO and IMPALA, which count calls."""
+    PPO; `rollout_fragment_length * num_envs_per_env_runner` for APPO and IMPALA, which count calls; 16 for DQN and SAC,
+    whose runners cut them to fit."""
 
     runners: int = -1
     """How many runners the pool was last scaled to; -1 = the config's `num_env_runners`. Travels with checkpoints."""
@@ -85,24 +100,31 @@ def explores(config: AlgorithmConfig) -> tuple[bool, bool]:
     return own, bool((evaluation or {}).get("explore", own))
 
 
-def is_round(config: AlgorithmConfig) -> bool:
-    """PPO collects a batch in rounds; APPO and IMPALA stream. Raises `SettingsError` for anything else."""
+def style_of(config: AlgorithmConfig) -> Style:
+    """How the algorithm samples: PPO collects a batch in rounds, APPO and IMPALA stream, DQN and SAC want an exact
+    number of steps. Raises `SettingsError` for anything else."""
     if isinstance(config, IMPALAConfig):  # APPO's too
-        return False
+        return "stream"
     if isinstance(config, PPOConfig):
-        return True
+        return "round"
+    if isinstance(config, DQNConfig | SACConfig):
+        return "exact"
     name = type(config).__name__.removesuffix("Config")
-    raise SettingsError(f"{name} can't be trained through the broker yet: use PPO, APPO or IMPALA")
+    raise SettingsError(
+        f"{name} doesn't sample by env runners that this package knows: use PPO, APPO, IMPALA, DQN or SAC"
+    )
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What the broker is told of the training. All in env steps, or learner updates."""
+    """What the broker is told of the training. All in env steps, or learner updates. `lease_steps`: where RLlib waits
+    for every runner in each step of the training none may sit on what another one lacks; 0 = any number."""
 
     quota: int
     lag_limit: int
     steps_ahead: int
     fragment_steps: int
+    lease_steps: int = 0
 
 
 def trainer_terms(config: AlgorithmConfig) -> Terms:
@@ -117,27 +139,43 @@ def trainer_terms(config: AlgorithmConfig) -> Terms:
     for name in ("lag_limit", "steps_ahead", "fragment_steps", "act_rows"):
         if getattr(settings, name) < 0:
             raise SettingsError(f"{name} must be at least 1 (0 = the default), it is {getattr(settings, name)}")
-    rounds = is_round(config)
-    quota = int(config.total_train_batch_size)
-    lag = settings.lag_limit or (2 if rounds else 20)
-    ahead = settings.steps_ahead or (quota * max(1, lag - 1) if rounds else quota * 2)
-    length = settings.fragment_steps or (200 if rounds else _stream_share(config))
-    return Terms(quota, lag, ahead, length)
+    style = style_of(config)
+    lag = settings.lag_limit or {"round": 2, "stream": 20, "exact": ANY_LAG}[style]
+    if style == "exact":
+        quota = exact_share(config) * max(1, int(config.num_env_runners))
+        ahead, length = max(EXACT_AHEAD, 4 * quota), EXACT_FRAGMENT
+    else:
+        quota = int(config.total_train_batch_size)
+        ahead = quota * max(1, lag - 1) if style == "round" else quota * 2
+        length = 200 if style == "round" else _stream_share(config)
+    length = settings.fragment_steps or length
+    most = exact_share(config) + length if style == "exact" else 0
+    return Terms(quota, lag, settings.steps_ahead or ahead, length, most)
 
 
-def sampling_rules(config: AlgorithmConfig, runners: int) -> SamplingRules:
-    """How one of `runners` runners answers `sample()`."""
-    quota = int(config.total_train_batch_size)
+def sampling_rules(config: AlgorithmConfig, runners: int, index: int = 0) -> SamplingRules:
+    """How one of `runners` runners, RLlib's number `index`, answers `sample()`."""
+    terms, style = trainer_terms(config), style_of(config)
     timeout = float(config.sample_timeout_s or 60.0)
-    if is_round(config):
-        share = math.ceil(quota / max(1, runners))
-        return SamplingRules("round", share, quota, timeout, ROUND_LINGER)
-    return SamplingRules("stream", _stream_share(config), quota, timeout, STREAM_LINGER)
+    if style == "exact":
+        return SamplingRules(
+            style, exact_share(config, index), terms.quota, timeout, linger=0.0, ahead=terms.fragment_steps
+        )
+    if style == "round":
+        share = math.ceil(terms.quota / max(1, runners))
+        return SamplingRules(style, share, terms.quota, timeout, ROUND_LINGER)
+    return SamplingRules(style, _stream_share(config), terms.quota, timeout, STREAM_LINGER)
 
 
 def longest_chunk(config: AlgorithmConfig) -> float:
     """Env steps of the longest piece of an episode that a runner hands over."""
-    return math.inf if is_round(config) else trainer_terms(config).fragment_steps
+    return trainer_terms(config).fragment_steps if style_of(config) == "stream" else math.inf
+
+
+def exact_share(config: AlgorithmConfig, index: int = 0) -> int:
+    """Env steps that RLlib's own runner number `index` would return from each call."""
+    length = int(config.get_rollout_fragment_length(worker_index=index))
+    return length * max(1, int(config.num_envs_per_env_runner))
 
 
 def _stream_share(config: AlgorithmConfig) -> int:

@@ -100,6 +100,7 @@ class Trainer:
             policy=self._policy,
             policy_bytes=self._policy_bytes,
             evaluation_share=float(self.settings.evaluation_share),
+            lease_steps=terms.lease_steps,
         )
 
     def _await_welcome(self) -> None:
