@@ -35,6 +35,7 @@ from rllink_zmq.messages import (
     UNWANTED,
     Claim,
 )
+from rllink_zmq.wire import columns_bytes
 
 from . import peers
 from .acting import Acting
@@ -184,13 +185,15 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         sim.open[number] = fragment
         sim.open_bytes += event.size
         self.held_bytes += event.size
+        most = self.settings.fragment_bytes
         known = self.reports.of(sim.session) if self.reports else None
         report = known.get(number) if known else None
         if report is not None:
             return self._reported(fragment, report, now)
-        if event.size > self.settings.fragment_bytes:
+        # What is compressed has to be unpacked by somebody: it may not hold more than the others.
+        if event.size > most or (message.compression and columns_bytes(message) > most):
             return self._drop(fragment, "too_large", now)
-        if sim.open_bytes > sim.window + self.settings.fragment_bytes:
+        if sim.open_bytes > sim.window + most:
             return self._drop(fragment, "over_window", now)
         try:
             self._check(message, event)

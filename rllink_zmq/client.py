@@ -21,6 +21,7 @@ from rllink_zmq.client_episode import explores
 from rllink_zmq.client_flow import WAIT_SLICE, Flow
 from rllink_zmq.client_policy import PolicyReader
 from rllink_zmq.client_remote import PendingActions, request
+from rllink_zmq.compression import Compression, check_compression
 from rllink_zmq.errors import EpisodeError, SettingsError, SpaceError
 from rllink_zmq.fragments import FragmentBuilder, layout_of_spaces
 from rllink_zmq.session import SimulatorSession, State
@@ -47,6 +48,7 @@ def connect(
     seed: int | None = None,
     on_backpressure: Backpressure = "pause",
     inference: Inference = "local",
+    compression: Compression | None = None,
     timeout: float | None = 5.0,
     audit: str | os.PathLike[str] | None = None,
 ) -> Client:
@@ -58,17 +60,19 @@ def connect(
     "pause" in the next call for an action, or "drop" whole fragments, which are counted (`stats.dropped`), for those
     that can't pause. `inference`: who computes actions: "local", here, by the policy that comes with the weights;
     "remote", the runners, which are asked for each; "auto": here, unless ONNX Runtime is missing or refuses the policy.
-    `timeout`: seconds; None waits for as long as it takes, and says
-    so in the log. `audit`: a directory for this process's audit log, which `rllink-zmq audit` compares with the
-    learner's.
-    Raises ConnectionTimeout, RefusedError, SettingsError (an address or `audit`), SpaceError (a space that doesn't
-    travel).
+    `compression`: "zstd" makes fragments smaller, images above all, for some microseconds a step here and at the
+    runner; what is asked of the action service travels as it is. `timeout`: seconds; None waits for as long as it
+    takes, and says so in the log. `audit`: a directory for this process's audit log, which `rllink-zmq audit` compares
+    with the learner's.
+    Raises ConnectionTimeout, RefusedError, SettingsError (an address, `audit`, `compression`), SpaceError (a space that
+    doesn't travel).
     """
     parse_address(address)
     if on_backpressure not in ("pause", "drop"):
         raise SettingsError(f"expected on_backpressure 'pause' or 'drop', got {on_backpressure!r}")
     if inference not in ("local", "remote", "auto"):
         raise SettingsError(f"expected inference 'local', 'remote' or 'auto', got {inference!r}")
+    check_compression(compression)
     if not 1 <= episodes <= 1_000_000:
         raise SettingsError(f"expected episodes of 1 to 1,000,000, got {episodes}")
     spaces = layout = None
@@ -91,6 +95,7 @@ def connect(
     client = Client(Flow(Connection(session, address), session, reader, layout, log_of_audit))
     client.flow.drops = on_backpressure == "drop"
     client.flow.may_ask = inference == "auto"
+    client.flow.compresses = compression is not None
     try:
         client.flow.open(timeout)
         if inference == "remote":

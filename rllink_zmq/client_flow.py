@@ -18,6 +18,7 @@ from rllink_zmq.arrays import to_buffers
 from rllink_zmq.audit import Log
 from rllink_zmq.client_policy import SWITCH_INTERVAL, PolicyReader
 from rllink_zmq.client_remote import Pairs, RemotePolicy
+from rllink_zmq.compression import compress
 from rllink_zmq.errors import ConnectionTimeout, EpisodeError, PolicyError
 from rllink_zmq.fragments import Cut, End, FragmentBuilder, Kind, Layout, Origin, layout_of_spaces
 from rllink_zmq.messages import DELIVERED, EVALUATED, FRAGMENT, Column
@@ -56,7 +57,8 @@ class Waiting:
 
 class Flow:
     """One client's. `credit`: steps that may be taken until the next look; `look_at`: when that is due. `drops`: where
-    there is no room a fragment is built and dropped, rather than waited for. `remote`: the service that acts, if it is
+    there is no room a fragment is built and dropped, rather than waited for. `compresses`: fragments leave as zstd
+    frames, where that makes them smaller. `remote`: the service that acts, if it is
     not this process's own policy; `reserved`: steps whose actions it has been asked for; `evaluation_due`: when it acts
     by the weights that are evaluated; `evaluations`: how often this client has been told that one wants episodes, and
     `evaluated_run`: in which run it was last."""
@@ -75,6 +77,7 @@ class Flow:
         self.audit = audit
         self.builders: dict[str, FragmentBuilder] = {}
         self.drops = False
+        self.compresses = False
         self.credit = 0
         self.look_at = 0.0
         self.closed = False
@@ -394,6 +397,7 @@ class Flow:
         evaluation: bool = False,
     ) -> tuple[int, float]:
         """Queue a fragment: its number, and the time."""
+        packed = compress(body) if self.compresses else None
         now = self.connection.clock()
         number = self.session.submit(
             episode=builder.episode,
@@ -404,11 +408,12 @@ class Flow:
             version=cut.origin.version,
             return_so_far=cut.return_so_far,
             columns=columns,
-            body=body,
+            body=body if packed is None else [packed],
             now=now,
             seconds=now - builder.began,
             timings=builder.timings,
             evaluation=evaluation,
+            compression="" if packed is None else "zstd",
         )
         builder.timings = {}
         return number, now

@@ -305,7 +305,8 @@ class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     `seconds`: since the episode began, at the fragment's end. `timings`: seconds of one reset and of one step's acting,
     measured once in the fragment: `reset`, `observation` (taking it in), `inference`, `action` (handing it out).
     `dropped`: cumulative totals of what the simulator dropped itself: reason -> (fragments, steps).
-    `evaluation`: it is for an evaluation, and nobody trains on it."""
+    `evaluation`: it is for an evaluation, and nobody trains on it. `compression`: '' = the body is the columns' bytes;
+    "zstd" = one zstd frame of them."""
 
     session: Session
     number: Annotated[int, Meta(ge=1, lt=1 << 53)]
@@ -324,6 +325,7 @@ class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     module: Annotated[str, Meta(max_length=64)] = ""
     dropped: Annotated[dict[Reason, tuple[Count, Count]], Meta(max_length=16)] = {}
     evaluation: bool = False
+    compression: Annotated[str, Meta(max_length=16)] = ""
 
 
 class TAKE(_Message, tag="TAKE", frozen=True):

@@ -330,6 +330,7 @@ class SimulatorSession(Endpoint):
         seconds: float = 0.0,
         timings: dict[str, float] | None = None,
         evaluation: bool = False,
+        compression: str = "",
     ) -> int:
         """Send a fragment, keep it until it is settled, and return its number."""
         base = self.base  # of the time before: nothing unsettled makes this very fragment the first one
@@ -337,6 +338,7 @@ class SimulatorSession(Endpoint):
         message = FRAGMENT(
             self.session, self.number, base, episode, t0, steps, end, run, version, return_so_far, columns,  # type: ignore[arg-type]
             seconds=seconds, timings=timings or {}, dropped=self.dropped, evaluation=evaluation,
+            compression=compression,
         )  # fmt: skip
         size = sum(map(len, body))
         self.unsettled[self.number] = Unsettled(message, body, size)

@@ -75,10 +75,9 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
     if type(message) is FRAGMENT:
         if message.base > message.number:
             raise ProtocolError(f"fragment {message.number} says that all numbers below {message.base} are settled")
-        claimed = 0
+        claimed = columns_bytes(message)
         steps = message.steps
         for column in message.columns:
-            claimed += column_bytes(column)
             if column.name == OBS_BEFORE and column.shape:
                 continue  # as many as there are
             rows = steps + 1 if column.name == "obs" or column.name.startswith(STATE_IN) else steps
@@ -87,8 +86,10 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
                     f"column '{column.name}' of a fragment of {steps} steps must have {rows} rows, "
                     f"its shape is {list(column.shape)}"
                 )
-        if claimed != size:
+        if claimed != size and not message.compression:
             raise ProtocolError(f"the header's columns claim {claimed} bytes, the body has {size}")
+        if claimed > MAX_BODY_BYTES:
+            raise ProtocolError(f"columns of {claimed} bytes; at most {MAX_BODY_BYTES} are allowed", "too_large")
     elif type(message) is ACT or type(message) is ACTION:
         _check_rows(message, size)
     elif type(message) is STATE or type(message) is CONFIG:
@@ -98,6 +99,14 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
     elif size:
         raise ProtocolError(f"a {type(message).__name__} has no body, {size} bytes came")
     return size
+
+
+def columns_bytes(message: FRAGMENT) -> int:
+    """Bytes of all columns of a fragment: its body's, unless that is compressed. Raises `ProtocolError`."""
+    claimed = 0
+    for column in message.columns:
+        claimed += column_bytes(column)
+    return claimed
 
 
 def _check_rows(message: ACT | ACTION, size: int) -> None:

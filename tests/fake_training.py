@@ -16,7 +16,7 @@ from test_policy import BODY, discrete_blob
 
 from broker.server import Server
 from broker.settings import Settings
-from rllink_zmq.arrays import from_body
+from rllink_zmq.compression import arrays_of
 from rllink_zmq.messages import FRAGMENT, TrainerHello
 from rllink_zmq.policy import policy_hash
 from rllink_zmq.session import State
@@ -91,7 +91,7 @@ class Training:
             while not self._todo.empty():
                 self._todo.get()()
             if runner.taken is not None:
-                self.taken += [(lease.message, from_body(lease.message.columns, lease.body)) for lease in runner.taken]
+                self.taken += [(lease.message, arrays_of(lease.message, lease.body)) for lease in runner.taken]
                 runner.taken = None
                 runner.give_back(time.monotonic())
             if not self.paused:

@@ -497,6 +497,17 @@ def test_a_fragment_larger_than_allowed_is_dropped(benches: Callable[..., Bench]
     assert bench.acks() == {"s1": [(2, "too_large")]}
 
 
+def test_what_is_compressed_may_not_hold_more_than_a_fragment_may(benches: Callable[..., Bench]) -> None:
+    """The window counts what travels; what it becomes at the runner is bounded as for all others."""
+    bench = training(benches(fragment_bytes=100, memory=1000))
+    bench.simulator("s1")
+    small = fragment("s1", 1, steps=99, compression="zstd")
+    assert leases(bench.send("s1", small, b"7 bytes")) == [("r1", "s1", 1)]
+    assert bench.broker.held_bytes == 7
+    bench.send("s1", fragment("s1", 2, steps=100, compression="zstd"), b"7 bytes")
+    assert bench.acks() == {"s1": [(2, "too_large")]}
+
+
 def test_what_is_far_over_the_window_is_dropped(benches: Callable[..., Bench]) -> None:
     """One fragment of tolerance: the window may have shrunk while it travelled."""
     bench = training(benches(fragment_bytes=100, memory=1000, lease_bytes=10))

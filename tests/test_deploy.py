@@ -28,7 +28,7 @@ COMPOSE = ROOT / "deploy" / "compose.yaml"
 
 TARGETS = {"broker": "broker", "train": "train", "simulator": "simulate"}
 """Build target -> command of `rllink-zmq` that its image starts."""
-EXTRAS = {"build-broker": "broker", "build-train": "train", "build-simulator": ""}
+EXTRAS = {"build-broker": "broker", "build-train": "train", "build-simulator": "zstd"}
 """Build stage -> extra of pyproject.toml that it installs."""
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from rllink_zmq import wire
 from rllink_zmq.arrays import from_body, to_buffers
+from rllink_zmq.compression import arrays_of
 from rllink_zmq.messages import (
     ACK,
     ACT,
@@ -85,6 +86,15 @@ LAST_STEP = {
     "action_logp": np.array([-1.25], "<f4"),
     "action_dist_inputs": np.array([[1.0, -0.5]], "<f4"),
 }
+TWO_IMAGES = {
+    "obs": np.zeros((3, 8, 8, 1), "|u1"),
+    "actions": np.array([1, 0], "<i8"),
+    "rewards": np.array([0.0, 1.0], "<f4"),
+    "action_logp": np.array([-0.75, -0.5], "<f4"),
+}
+TWO_IMAGES["obs"][1, 2, 3] = TWO_IMAGES["obs"][2, 2, 4] = 255
+ZSTD_FRAME = bytes.fromhex("28b52ffd20e0e50000900000ff00ff000100803f000040bf000000bf04500200748892a301")
+"""The columns of TWO_IMAGES, 224 bytes. Another version of zstd may write other bytes for the same."""
 WEIGHTS = struct.pack("<4f", 0.0, 1.0, -1.0, 0.5)
 BLOB = b"a policy is opaque to the broker"
 
@@ -218,6 +228,16 @@ EXAMPLES = (
             TWO_STEPS, number=13, base=10, episode="6", t0=10, steps=2, end="terminated", run=RUN, version=8,
             return_so_far=9.0, evaluation=True,
         ),
+    ),
+    Example(
+        "FRAGMENT, compressed",
+        "simulator -> broker -> runner",
+        "Two steps of images of 8x8x1 bytes: 224 bytes of columns, as one zstd frame of 37.",
+        _fragment(
+            TWO_IMAGES, number=14, base=10, episode="7", t0=0, steps=2, end="no", run=RUN, version=8,
+            return_so_far=0.0, compression="zstd",
+        )[0],
+        (ZSTD_FRAME,),
     ),
     Example(
         "EVALUATE",
@@ -439,6 +459,15 @@ def test_the_columns_of_a_fragment(arrays: dict[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         np.testing.assert_array_equal(decoded[name], array)
         assert decoded[name].dtype == array.dtype
+
+
+def test_the_columns_of_a_compressed_fragment() -> None:
+    example = next(e for e in EXAMPLES if isinstance(e.message, FRAGMENT) and e.message.compression)
+    assert isinstance(example.message, FRAGMENT)
+    decoded = arrays_of(example.message, example.body)
+    assert list(decoded) == list(TWO_IMAGES)
+    for name, array in TWO_IMAGES.items():
+        np.testing.assert_array_equal(decoded[name], array)
 
 
 def test_the_file_is_up_to_date() -> None:

@@ -21,8 +21,8 @@ PACKAGES = ("rllink_zmq", "broker")
 CLI = ("rllink_zmq/cli.py", "rllink_zmq/cli_*.py", "rllink_zmq/cli/*.py")
 
 LAYERS = (
-    "errors", "messages", "arrays", "wire", "transfer", "policy", "packing", "spaces", "fragments", "weights",
-    "session", "sampling", "audit", "transport", "client", "drive", "cli",
+    "errors", "messages", "arrays", "wire", "compression", "transfer", "policy", "packing", "spaces", "fragments",
+    "weights", "session", "sampling", "audit", "transport", "client", "drive", "cli",
 )  # fmt: skip
 """Inside rllink_zmq a module imports only its own layer and those before it. `session_runner` counts as `session`."""
 

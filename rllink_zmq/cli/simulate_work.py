@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 
 from rllink_zmq.client import Backpressure, Client, Inference, connect, settle
+from rllink_zmq.compression import Compression
 from rllink_zmq.drive_loops import Tally, drive_many
 from rllink_zmq.errors import RllinkError, SettingsError
 
@@ -41,6 +42,7 @@ class Plan(NamedTuple):
     on_backpressure: Backpressure = "pause"
     inference: Inference = "local"
     evaluate: bool = False
+    compression: Compression | None = None
 
 
 class Report(NamedTuple):
@@ -122,6 +124,7 @@ class Work:
                     seed=None if plan.seed is None else plan.seed + plan.first,
                     on_backpressure=plan.on_backpressure,
                     inference=plan.inference,
+                    compression=plan.compression,
                     timeout=None,
                     audit=plan.audit,
                 )

@@ -25,8 +25,8 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
-from rllink_zmq.arrays import from_body
 from rllink_zmq.audit import Log
+from rllink_zmq.compression import arrays_of
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT, OBS_BEFORE, STATE_IN
 from rllink_zmq.packing import packing_of
@@ -200,7 +200,7 @@ class EpisodeBuilder:
 
     def _check_columns(self, lease: Lease) -> Piece:
         message = lease.message
-        arrays = from_body(message.columns, lease.body)
+        arrays = arrays_of(message, lease.body)
         for needed in ("obs", "actions", "rewards", "action_logp"):
             if needed not in arrays:
                 raise ProtocolError(
