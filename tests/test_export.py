@@ -20,7 +20,8 @@ from ray.rllib.utils.spaces.space_utils import clip_action, unsquash_action
 
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.policy import Policy, policy_hash, unpack_policy
-from rllink_zmq.rllib.export import check_connectors, export_policy, weights_body
+from rllink_zmq.rllib.export import export_policy, weights_body
+from rllink_zmq.rllib.export_connectors import check_connectors
 
 
 def ppo_module(observation_space, action_space, inference_only=True, **model_config):

@@ -8,43 +8,34 @@ with the reason: nothing else would notice that a simulator acts by another poli
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import gymnasium as gym
 import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
-from ray.rllib.core.distribution.torch.torch_distribution import (
-    TorchCategorical,
-    TorchDiagGaussian,
-    TorchMultiCategorical,
-    TorchSquashedGaussian,
-)
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.core.rl_module.torch import TorchRLModule
-from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
-from ray.rllib.utils.numpy import MAX_LOG_NN_OUTPUT, MIN_LOG_NN_OUTPUT, SMALL_NUMBER
-from ray.rllib.utils.spaces.space_utils import clip_action, unsquash_action
 
-from rllink_zmq.errors import PolicyError, SpaceError
-from rllink_zmq.packing import Packing, packing_of
-from rllink_zmq.policy import Noise, Policy, PolicyManifest, Tensor, Weight, pack_policy, unpack_policy
+from rllink_zmq.errors import PolicyError
+from rllink_zmq.packing import Packing
+from rllink_zmq.policy import Policy, PolicyManifest, Weight, pack_policy, unpack_policy
+from rllink_zmq.rllib.export_actions import REMOTE, ForEnv, Head, head_of
+from rllink_zmq.rllib.export_canonical import canonical
+from rllink_zmq.rllib.export_observations import Example, Observed
 from rllink_zmq.rllib.recurrent import Memory, one_step
 from rllink_zmq.spaces import to_wire
 
 OPSET = 20
-_REMOTE = "let runners compute the actions (connect(inference='remote'), simulate --inference remote)"
 
 
 def export_policy(
@@ -79,8 +70,8 @@ def export_policy(
         states = memory.states()
     except PolicyError as error:
         raise PolicyError(f"{name} has {error}") from error
-    example = _Example(name, observation_space)
-    head = _head(name, module.get_exploration_action_dist_cls(), action_space)
+    example = Example(name, observation_space)
+    head = head_of(name, module.get_exploration_action_dist_cls(), action_space)
     for_env = ForEnv(action_space, normalize_actions, clip_actions)
     graph = _Graph(module, head, for_env, memory, example.packing)
     training = module.training
@@ -104,7 +95,7 @@ def export_policy(
             parts=example.parts,
             state=states,
         )
-        blob = pack_policy(manifest, _canonical(model, manifest))
+        blob = pack_policy(manifest, canonical(model, manifest))
         _verify(blob, graph, example, head, for_env)
     finally:
         module.train(training)
@@ -165,241 +156,14 @@ def connectors_state(manifest: PolicyManifest, body: bytes) -> bytes:
     return tail[8 : 8 + size]
 
 
-def check_connectors(config: AlgorithmConfig) -> None:
-    """Raises PolicyError, naming the pieces, if `config` changes RLlib's default env-to-module or module-to-env
-    connectors: the graph does what the default ones do, and a simulator has no other."""
-    spaces = {INPUT_ENV_SINGLE_SPACES: (config.observation_space, config.action_space)}
-    for setting, make, arguments, defaults in (
-        (
-            "env_to_module_connector",
-            config._env_to_module_connector,
-            (None, spaces, None),
-            config.add_default_connectors_to_env_to_module_pipeline,
-        ),
-        (
-            "module_to_env_connector",
-            config._module_to_env_connector,
-            (None, spaces),
-            config.add_default_connectors_to_module_to_env_pipeline,
-        ),
-    ):
-        if make is not None:
-            raise PolicyError(
-                f"config.env_runners({setting}=...) adds {_pieces(make, arguments)}, which the exported policy can't "
-                f"hold: do its work in the environment (a gymnasium wrapper) or in the RLModule, or {_REMOTE}"
-            )
-        if not defaults:
-            raise PolicyError(
-                f"config.env_runners(add_default_connectors_to_{setting.removesuffix('_connector')}_pipeline=False) "
-                f"takes away what the exported policy does: leave it True, or {_REMOTE}"
-            )
-
-
-def _pieces(make: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
-    """What a connector setting makes, for a message: the pieces' classes, or else the function's own name."""
-    try:
-        made = make(*arguments)
-    except Exception:  # a user's function, that may well need an env: its name will do
-        return getattr(make, "__qualname__", None) or repr(make)
-    return ", ".join(type(piece).__name__ for piece in (made if isinstance(made, (list, tuple)) else [made]))
-
-
 # ---- the parts of the graph ---------------------------------------------------------------------------------------
-
-
-Observed: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
-"""(B, *shape) observations; of packed ones each part."""
-
-
-class _Example:
-    """Observations to trace and to try with."""
-
-    def __init__(self, module: str, space: gym.Space[Any]) -> None:
-        one_array = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
-        try:
-            self.packing = packing_of(space)
-            if self.packing is None and not isinstance(space, one_array):
-                raise SpaceError(f"{type(space).__name__} is none of Box, Discrete, MultiDiscrete, MultiBinary")
-            self.parts = self.packing.tensors if self.packing else ()
-            if self.packing:
-                self.tensor = Tensor("uint8", (self.packing.nbytes,))
-            else:
-                # RLlib's NumpyToTensor (convert_to_torch_tensor): every float but float16 becomes float32.
-                dtype = np.dtype(space.dtype)
-                if dtype.kind == "f" and dtype != np.float16:
-                    dtype = np.dtype(np.float32)
-                self.tensor = msgspec.convert((dtype.name, space.shape or ()), Tensor)
-        except (SpaceError, msgspec.ValidationError) as error:
-            raise PolicyError(f"{module}: observations of {space} can't travel: {error}") from error
-        # A copy: sampling moves a space's random state, and this one is the user's.
-        self._space = copy.deepcopy(space)
-        self._space.seed(0)
-
-    def rows(self, count: int) -> NDArray[Any]:
-        """(count, *shape) observations of moderate size: samples of a huge Box would overflow any network."""
-        samples = [self._space.sample() for _ in range(count)]
-        if self.packing is not None:
-            return np.stack([self.packing.pack(sample, _moderate) for sample in samples])
-        return np.stack([_moderate(sample, "", self.tensor.shape, np.dtype(self.tensor.dtype)) for sample in samples])
-
-    def given(self, rows: NDArray[Any]) -> Observed:
-        """Rows as the graph takes them."""
-        if self.packing is None:
-            return torch.from_numpy(rows)
-        return tuple(torch.from_numpy(array) for array in self.packing.arrays(rows))
-
-
-def _moderate(value: Any, what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    array = np.asarray(value)
-    return (np.clip(array, -10.0, 10.0) if array.dtype.kind == "f" else array).astype(dtype)
-
-
-class _Head(NamedTuple):
-    """An action distribution as a function of noise."""
-
-    noise: Noise
-    width: int
-    """Entries of one row of noise."""
-    dist_inputs: int
-    action: Tensor
-    distribution: Any
-    """RLlib's class of it."""
-    draw: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    """(dist inputs (B, k), noise (B, width)) -> actions (B, n), logp (B, 1)."""
-
-
-def _head(module: str, distribution: Any, space: gym.Space[Any]) -> _Head:
-    """The head for `space`. Raises PolicyError unless `distribution` is RLlib's own for it."""
-    if isinstance(space, gym.spaces.Discrete):
-        count = int(space.n)
-        head = _Head("gumbel", count, count, Tensor("int64", ()), distribution, _categorical([count]))
-        known = distribution is TorchCategorical
-    elif isinstance(space, gym.spaces.MultiDiscrete) and len(space.shape) == 1:
-        sizes = [int(size) for size in space.nvec]
-        head = _Head(
-            "gumbel", sum(sizes), sum(sizes), Tensor("int64", (len(sizes),)), distribution, _categorical(sizes)
-        )
-        # RLlib makes a subclass for each space, that holds `nvec`.
-        known = isinstance(distribution, type) and issubclass(distribution, TorchMultiCategorical)
-    elif isinstance(space, gym.spaces.Box) and np.dtype(space.dtype).kind == "f" and len(space.shape) == 1:
-        size = int(space.shape[0])
-        squashed = distribution is TorchSquashedGaussian  # SAC's
-        draw = _squashed_gaussian if squashed else _gaussian
-        head = _Head("normal", size, 2 * size, Tensor("float32", (size,)), distribution, draw)
-        known = squashed or distribution is TorchDiagGaussian
-    else:
-        raise PolicyError(
-            f"{module}: the action space {space} is not supported: use Discrete, MultiDiscrete or a float Box of one "
-            f"dimension, or {_REMOTE}"
-        )
-    if not known:
-        raise PolicyError(
-            f"{module} draws actions of {type(space).__name__} from {getattr(distribution, '__name__', distribution)}, "
-            f"which the graph doesn't know: use RLlib's default distribution, or {_REMOTE}"
-        )
-    return head
-
-
-def _categorical(sizes: Sequence[int]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Categorical choices side by side, of `sizes` logits, by the Gumbel-max trick."""
-
-    def draw(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        actions, logps = [], []
-        pairs = zip(torch.split(logits, sizes, -1), torch.split(noise, sizes, -1), strict=True)
-        for part, noise_part in pairs if len(sizes) > 1 else [(logits, noise)]:
-            action = torch.argmax(part + noise_part, -1, keepdim=True)
-            actions.append(action)
-            logps.append(torch.log_softmax(part, -1).gather(-1, action))
-        if len(sizes) == 1:
-            return actions[0], logps[0]
-        return torch.cat(actions, -1), torch.stack(logps).sum(0)
-
-    return draw
-
-
-def _gaussian(dist_inputs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """TorchDiagGaussian: means, then log stds; the log-probability of torch.distributions.Normal, summed.
-    `(action - mean) / std` is taken anew from the rounded action, as the learner will take it."""
-    mean, log_std = dist_inputs.chunk(2, -1)
-    std = log_std.exp()
-    action = mean + std * noise
-    logp = -0.5 * ((action - mean) / std) ** 2 - log_std - 0.5 * float(np.log(2.0 * np.pi))
-    return action, logp.sum(-1, keepdim=True)
-
-
-def _squashed_gaussian(dist_inputs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """TorchSquashedGaussian between -1 and 1: means, then log stds, which it clips. The log-probability is of the
-    action as it is, as `GetActions` takes it. Without noise the action is the mean itself: RLlib's `to_deterministic`
-    doesn't squash it."""
-    mean, log_std = dist_inputs.chunk(2, -1)
-    log_std = log_std.clamp(MIN_LOG_NN_OUTPUT, MAX_LOG_NN_OUTPUT)
-    std = log_std.exp()
-    greedy = (noise == 0.0).all(-1, keepdim=True)
-    action = torch.where(greedy, mean, torch.tanh(mean + std * noise).clamp(-1.0, 1.0))
-    inner = torch.atanh(action.clamp(-1.0 + SMALL_NUMBER, 1.0 - SMALL_NUMBER))
-    logp = -0.5 * ((inner - mean) / std) ** 2 - log_std - 0.5 * float(np.log(2.0 * np.pi))
-    logp = logp - 2.0 * (float(np.log(2.0)) - inner - torch.nn.functional.softplus(-2.0 * inner))
-    return action, logp.sum(-1, keepdim=True)
-
-
-class ForEnv:
-    """RLlib's NormalizeAndClipActions (`unsquash_action`, `clip_action`), as it is and as graph."""
-
-    def __init__(self, space: gym.Space[Any], normalize: bool, clip: bool) -> None:
-        self._space = space
-        self._normalize = normalize
-        self._clip = clip
-        self._mode = "as it is"
-        if isinstance(space, gym.spaces.Box):
-            # Not as parameters or buffers of a module: these are the architecture's.
-            self._low, self._high = torch.from_numpy(space.low.copy()), torch.from_numpy(space.high.copy())
-            lows, highs = np.unique(space.low), np.unique(space.high)
-            self._bounds = (float(lows[0]), float(highs[0])) if len(lows) == len(highs) == 1 else None
-            if normalize:
-                if np.all(space.bounded_below) and np.all(space.bounded_above) and self._low.dtype in _FLOATS:
-                    self._mode = "unsquash"
-            elif clip:
-                self._mode = "clip"
-
-    def reference(self, actions: NDArray[Any]) -> NDArray[Any]:
-        """What RLlib gives the env for (B, ...) actions."""
-        if self._normalize:
-            return np.stack([unsquash_action(action, self._space) for action in actions])
-        if self._clip:
-            return np.stack([clip_action(action, self._space) for action in actions])
-        return actions
-
-    def tensor(self, action: Tensor) -> Tensor:
-        """dtype and shape of the env's action."""
-        if self._mode == "as it is":
-            return action
-        example = self.reference(np.zeros((1, *action.shape), action.dtype))
-        return msgspec.convert((example.dtype.name, example.shape[1:]), Tensor)
-
-    @property
-    def transforms(self) -> bool:
-        return self._mode != "as it is"
-
-    def __call__(self, actions: torch.Tensor) -> torch.Tensor:
-        """(B, n) actions -> (B, n) of the env's; in the dtypes and the order of operations of NumPy's."""
-        low, high = self._low, self._high
-        if self._mode == "unsquash":
-            # The halved span is a constant of the graph. Halving is exact, so NumPy's order of steps doesn't matter.
-            actions = low + (actions + 1.0) * ((high - low) / 2.0)
-        actions = actions.to(torch.promote_types(actions.dtype, low.dtype))
-        if self._bounds is not None:
-            return torch.clamp(actions, *self._bounds)  # one node, where tensors take two
-        return torch.minimum(torch.maximum(actions, low), high)
-
-
-_FLOATS = (torch.float32, torch.float64)
 
 
 class _Graph(torch.nn.Module):
     """What is traced."""
 
     def __init__(
-        self, module: TorchRLModule, head: _Head, for_env: ForEnv, memory: Memory, packing: Packing | None
+        self, module: TorchRLModule, head: Head, for_env: ForEnv, memory: Memory, packing: Packing | None
     ) -> None:
         super().__init__()
         self.memory = memory
@@ -419,7 +183,7 @@ class _Graph(torch.nn.Module):
             raise PolicyError(
                 f"{type(self.module).__name__}.forward_exploration answers with {sorted(answer)}: the graph needs "
                 f"{Columns.ACTION_DIST_INPUTS} and draws the actions itself. Use an algorithm that samples from a "
-                f"distribution (PPO, APPO, IMPALA), or {_REMOTE}"
+                f"distribution (PPO, APPO, IMPALA), or {REMOTE}"
             )
         return answer[Columns.ACTION_DIST_INPUTS], after
 
@@ -438,7 +202,7 @@ class _Graph(torch.nn.Module):
 # ---- from module to graph -----------------------------------------------------------------------------------------
 
 
-def _count_dist_inputs(name: str, graph: _Graph, example: _Example, head: _Head) -> int:
+def _count_dist_inputs(name: str, graph: _Graph, example: Example, head: Head) -> int:
     """How many dist inputs the module makes of an observation. Raises PolicyError if it can't run or they don't fit."""
     try:
         with torch.no_grad():
@@ -449,7 +213,7 @@ def _count_dist_inputs(name: str, graph: _Graph, example: _Example, head: _Head)
         raise PolicyError(
             f"{name}.forward_exploration fails on a batch of observations alone, of {example.tensor.dtype}"
             f"{list(example.tensor.shape)}: {_first_line(error)}. If the dtype is why (RLlib's default modules want "
-            f"float32), change the environment's observations, RLlib's own runner gives the same; else {_REMOTE}"
+            f"float32), change the environment's observations, RLlib's own runner gives the same; else {REMOTE}"
         ) from error
     if dist_inputs.shape != (2, head.dist_inputs) or dist_inputs.dtype != torch.float32:
         raise PolicyError(
@@ -459,7 +223,7 @@ def _count_dist_inputs(name: str, graph: _Graph, example: _Example, head: _Head)
     return head.dist_inputs
 
 
-def _trace(name: str, graph: _Graph, example: _Example, head: _Head) -> tuple[Any, tuple[Weight, ...]]:
+def _trace(name: str, graph: _Graph, example: Example, head: Head) -> tuple[Any, tuple[Weight, ...]]:
     """The ONNX model, with the module's state as inputs after the other two, and what of the state it uses.
     Raises PolicyError if torch can't trace the module."""
     outputs = ["actions", "action_logp", "action_dist_inputs"] + ["env_actions"] * graph._for_env.transforms
@@ -496,7 +260,7 @@ def _trace(name: str, graph: _Graph, example: _Example, head: _Head) -> tuple[An
     except Exception as error:  # torch documents no closed set of what tracing may raise
         raise PolicyError(
             f"{name} can't be exported: {_first_line(error)}. Make its forward_exploration "
-            f"traceable by torch.export (no Python branches on values, tensors only), or {_REMOTE}"
+            f"traceable by torch.export (no Python branches on values, tensors only), or {REMOTE}"
         ) from error
     try:
         return model, msgspec.convert(weights, tuple[Weight, ...])
@@ -537,76 +301,10 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _canonical(model: Any, manifest: PolicyManifest) -> bytes:
-    """The model's bytes without what differs from one export of an architecture to the next: names, stack traces,
-    the exporter's version. Inputs, outputs and their shapes are named as `rllink_zmq.policy` says."""
-    graph = model.graph
-    given = len(graph.input) - len(manifest.weights)
-    keep = {value.name: value.name for value in (*graph.input[:given], *graph.output)}
-    for value, weight in zip(graph.input[given:], manifest.weights, strict=True):
-        keep[value.name] = f"weights/{weight.name}"
-    _rename(graph, keep, iter(range(1 << 31)))
-    graph.name = "policy"
-    shapes: dict[str, tuple[int, ...]] = {
-        "actions": (manifest.action.size,),
-        "action_logp": (1,),
-        "action_dist_inputs": (manifest.action_dist_inputs,),
-        "env_actions": (manifest.env_action.size,),
-        **{f"state_out/{part.name}": part.shape for part in manifest.state},
-    }
-    for value in (*graph.input[:given], *graph.output):
-        dims = value.type.tensor_type.shape.dim
-        dims[0].Clear()
-        dims[0].dim_param = "batch"
-        if value.name in shapes:
-            del dims[1:]
-            for length in shapes[value.name]:
-                dims.add().dim_value = length
-    for field in ("doc_string", "producer_name", "producer_version", "domain", "model_version", "metadata_props"):
-        model.ClearField(field)
-    return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
-
-
-def _rename(graph: Any, names: dict[str, str], numbers: Iterator[int]) -> None:
-    """Names the values of a graph, and of the graphs inside its nodes, by their order. `names` is what is known."""
-    names = dict(names)
-
-    def renamed(name: str) -> str:
-        if name and name not in names:
-            names[name] = f"v{next(numbers)}"
-        return names.get(name, "")
-
-    for tensor in graph.initializer:
-        tensor.name = renamed(tensor.name)
-        tensor.ClearField("doc_string")
-    for node in graph.node:
-        node.input[:] = [renamed(name) for name in node.input]
-        for attribute in node.attribute:
-            attribute.ClearField("doc_string")
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                _rename(inner, names, numbers)
-            if attribute.HasField("t"):
-                attribute.t.ClearField("name")
-                attribute.t.ClearField("doc_string")
-        attributes = sorted(node.attribute, key=lambda attribute: attribute.name)
-        copies = [copy.deepcopy(attribute) for attribute in attributes]
-        del node.attribute[:]
-        node.attribute.extend(copies)
-        node.output[:] = [renamed(name) for name in node.output]
-        for field in ("name", "doc_string", "metadata_props"):
-            node.ClearField(field)
-    for value in (*graph.input, *graph.output):
-        value.name = renamed(value.name)
-        value.ClearField("doc_string")
-        value.ClearField("metadata_props")
-    for field in ("value_info", "doc_string", "metadata_props", "quantization_annotation"):
-        graph.ClearField(field)
-
-
 # ---- the proof ----------------------------------------------------------------------------------------------------
 
 
-def _verify(blob: bytes, graph: _Graph, example: _Example, head: _Head, for_env: ForEnv) -> None:
+def _verify(blob: bytes, graph: _Graph, example: Example, head: Head, for_env: ForEnv) -> None:
     """Acts with the blob and other weights than the module's, and compares with the module, RLlib's distribution and
     RLlib's env actions. Raises PolicyError if they differ: what was traced was not all the module does."""
     name = type(graph.module).__name__
@@ -636,7 +334,7 @@ def _verify(blob: bytes, graph: _Graph, example: _Example, head: _Head, for_env:
     if not all(np.array_equal(start, of_all) for start, of_all in zip(starts, graph.memory.start, strict=True)):
         raise PolicyError(
             f"{name}.get_initial_state changes with the weights, and a simulator is told it once: let it be constant, "
-            f"or {_REMOTE}"
+            f"or {REMOTE}"
         )
     for what, ours, theirs in (
         ("action_dist_inputs", acted.action_dist_inputs, expected.numpy()),
@@ -651,7 +349,7 @@ def _verify(blob: bytes, graph: _Graph, example: _Example, head: _Head, for_env:
             worst = float(np.max(np.abs(np.asarray(ours, np.float64) - theirs)))
             raise PolicyError(
                 f"the exported {name} differs from the module in {what} by {worst:.3g}: its forward_exploration does "
-                f"something that tracing can't see (random numbers, state, Python branches). Change it, or {_REMOTE}"
+                f"something that tracing can't see (random numbers, state, Python branches). Change it, or {REMOTE}"
             )
 
 

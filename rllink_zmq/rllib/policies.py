@@ -15,7 +15,8 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from rllink_zmq.errors import PolicyError, SettingsError
 from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.policy import PolicyManifest, Tensor, Weight, pack_policy
-from rllink_zmq.rllib.export import OPSET, check_connectors, export_policy
+from rllink_zmq.rllib.export import OPSET, export_policy
+from rllink_zmq.rllib.export_connectors import check_connectors
 from rllink_zmq.rllib.pipelines import Pipelines
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.rllib.settings import explores

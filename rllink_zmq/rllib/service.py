@@ -37,7 +37,8 @@ from rllink_zmq.messages import (
 )
 from rllink_zmq.packing import packing_of
 from rllink_zmq.policy import PolicyManifest
-from rllink_zmq.rllib.export import ForEnv, connectors_state
+from rllink_zmq.rllib.export import connectors_state
+from rllink_zmq.rllib.export_actions import ForEnv
 from rllink_zmq.rllib.pipelines import Pipelines
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.session import State

@@ -1,0 +1,51 @@
+"""Which connectors of a config the exported policy does itself, and which it can't hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
+
+from rllink_zmq.errors import PolicyError
+from rllink_zmq.rllib.export_actions import REMOTE
+
+
+def check_connectors(config: AlgorithmConfig) -> None:
+    """Raises PolicyError, naming the pieces, if `config` changes RLlib's default env-to-module or module-to-env
+    connectors: the graph does what the default ones do, and a simulator has no other."""
+    spaces = {INPUT_ENV_SINGLE_SPACES: (config.observation_space, config.action_space)}
+    for setting, make, arguments, defaults in (
+        (
+            "env_to_module_connector",
+            config._env_to_module_connector,
+            (None, spaces, None),
+            config.add_default_connectors_to_env_to_module_pipeline,
+        ),
+        (
+            "module_to_env_connector",
+            config._module_to_env_connector,
+            (None, spaces),
+            config.add_default_connectors_to_module_to_env_pipeline,
+        ),
+    ):
+        if make is not None:
+            raise PolicyError(
+                f"config.env_runners({setting}=...) adds {pieces(make, arguments)}, which the exported policy can't "
+                f"hold: do its work in the environment (a gymnasium wrapper) or in the RLModule, or {REMOTE}"
+            )
+        if not defaults:
+            raise PolicyError(
+                f"config.env_runners(add_default_connectors_to_{setting.removesuffix('_connector')}_pipeline=False) "
+                f"takes away what the exported policy does: leave it True, or {REMOTE}"
+            )
+
+
+def pieces(make: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
+    """What a connector setting makes, for a message: the pieces' classes, or else the function's own name."""
+    try:
+        made = make(*arguments)
+    except Exception:  # a user's function, that may well need an env: its name will do
+        return getattr(make, "__qualname__", None) or repr(make)
+    return ", ".join(type(piece).__name__ for piece in (made if isinstance(made, (list, tuple)) else [made]))
