@@ -21,6 +21,8 @@ MAX_HEADER_BYTES = MAX_FRAME_BYTES
 MAX_FRAMES = 4096
 MAX_BODY_BYTES = 1 << 30
 MAX_COLUMNS = 64
+MAX_SEGMENTS = 4096
+"""Pieces of episodes in one fragment: their names at their longest fit into a header."""
 MAX_NUMBERS = 65_536
 MAX_ROWS = 65_536
 """Observations of one ACT."""
@@ -142,6 +144,17 @@ class Column(_Part, array_like=True, frozen=True):
     name: Annotated[str, Meta(min_length=1, max_length=64)]
     dtype: Annotated[str, Meta(max_length=8)]
     shape: Annotated[tuple[Count, ...], Meta(max_length=MAX_DIMENSIONS + 1)]
+
+
+class Segment(_Part, array_like=True, frozen=True):
+    """One piece of one episode in a fragment of several: each field as FRAGMENT has it for a single one."""
+
+    episode: Annotated[str, Meta(min_length=1, max_length=64)]
+    t0: Count
+    steps: Annotated[int, Meta(ge=1, lt=1 << 31)]
+    end: End
+    return_so_far: Finite
+    seconds: Annotated[float, Meta(ge=0, le=sys.float_info.max)]
 
 
 class Claim(_Part, array_like=True, frozen=True):
@@ -306,7 +319,9 @@ class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     measured once in the fragment: `reset`, `observation` (taking it in), `inference`, `action` (handing it out).
     `dropped`: cumulative totals of what the simulator dropped itself: reason -> (fragments, steps).
     `evaluation`: it is for an evaluation, and nobody trains on it. `compression`: '' = the body is the columns' bytes;
-    "zstd" = one zstd frame of them."""
+    "zstd" = one zstd frame of them.
+    `segments`: pieces of several episodes, whose rows stand one after the other in the columns; `steps` is their sum,
+    `episode` names the stream that they come in, and they say the rest."""
 
     session: Session
     number: Annotated[int, Meta(ge=1, lt=1 << 53)]
@@ -326,6 +341,7 @@ class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     dropped: Annotated[dict[Reason, tuple[Count, Count]], Meta(max_length=16)] = {}
     evaluation: bool = False
     compression: Annotated[str, Meta(max_length=16)] = ""
+    segments: Annotated[tuple[Segment, ...], Meta(max_length=MAX_SEGMENTS)] = ()
 
 
 class TAKE(_Message, tag="TAKE", frozen=True):

@@ -76,16 +76,7 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
         if message.base > message.number:
             raise ProtocolError(f"fragment {message.number} says that all numbers below {message.base} are settled")
         claimed = columns_bytes(message)
-        steps = message.steps
-        for column in message.columns:
-            if column.name == OBS_BEFORE and column.shape:
-                continue  # as many as there are
-            rows = steps + 1 if column.name == "obs" or column.name.startswith(STATE_IN) else steps
-            if not column.shape or column.shape[0] != rows:
-                raise ProtocolError(
-                    f"column '{column.name}' of a fragment of {steps} steps must have {rows} rows, "
-                    f"its shape is {list(column.shape)}"
-                )
+        check_columns(message)
         if claimed != size and not message.compression:
             raise ProtocolError(f"the header's columns claim {claimed} bytes, the body has {size}")
         if claimed > MAX_BODY_BYTES:
@@ -99,6 +90,27 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
     elif size:
         raise ProtocolError(f"a {type(message).__name__} has no body, {size} bytes came")
     return size
+
+
+def check_columns(message: FRAGMENT) -> None:
+    """Raises `ProtocolError` unless each of a fragment's columns has the rows that it must have."""
+    steps, segments = message.steps, message.segments
+    pieces = 1
+    if segments:
+        pieces, told = len(segments), sum([segment.steps for segment in segments])
+        if told != steps:
+            raise ProtocolError(f"the {pieces} segments of a fragment of {steps} steps have {told} steps")
+        if message.evaluation:
+            raise ProtocolError("a fragment of an evaluation is of one episode, and has no segments")
+    for column in message.columns:
+        if column.name == OBS_BEFORE and column.shape and not segments:
+            continue  # as many as there are
+        rows = steps + pieces if column.name == "obs" or column.name.startswith(STATE_IN) else steps
+        if not column.shape or column.shape[0] != rows:
+            of = f"{steps} steps in {pieces} segments" if segments else f"{steps} steps"
+            raise ProtocolError(
+                f"column '{column.name}' of a fragment of {of} must have {rows} rows, its shape is {list(column.shape)}"
+            )
 
 
 def columns_bytes(message: FRAGMENT) -> int:

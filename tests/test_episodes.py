@@ -10,10 +10,11 @@ import pytest
 import torch
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
-from rllink_zmq.arrays import to_buffers
+from rllink_zmq.arrays import from_body, to_buffers
 from rllink_zmq.errors import ProtocolError
-from rllink_zmq.messages import FRAGMENT
+from rllink_zmq.messages import FRAGMENT, Segment
 from rllink_zmq.rllib.episodes import Built, EpisodeBuilder
 from rllink_zmq.session_runner import Lease
 
@@ -176,3 +177,67 @@ def test_a_bad_fragment_leaves_its_neighbours(builder: EpisodeBuilder) -> None:
     chunks, refused = builder.build([lease(steps=2), lease(steps=3, t0=2, actions=None, number=5), lease(2, t0=5)])
     assert [len(c.episode) for c in chunks] == [2, 2] and chunks[1].episode.id_.endswith("@5")
     assert [r.message.number for r in refused] == [5] and "no 'actions'" in str(refused[0].error)
+
+
+def several(*parts: tuple[str, int, int, str], number: int = 1, **changes: Any) -> Lease:
+    """One fragment of pieces (episode, t0, steps, end), each with the columns that `lease` gives it."""
+    alone = [lease(steps, t0) for _, t0, steps, _ in parts]
+    arrays = [from_body(one.message.columns, one.body) for one in alone]
+    columns = {name: np.concatenate([a[name] for a in arrays]) for name in arrays[0]} | changes
+    described, body = to_buffers(columns)
+    segments = tuple(Segment(name, t0, n, end, float(sum(range(t0))), 0.5 * (t0 + n)) for name, t0, n, end in parts)  # type: ignore[arg-type]
+    steps = sum(n for _, _, n, _ in parts)
+    header = FRAGMENT(b"s" * 16, number, 1, "worlds", 0, steps, "no", "r", 7, 0.0, described, segments=segments)
+    return Lease(header, body)
+
+
+def test_a_fragment_of_several_episodes_is_what_its_pieces_are_alone(builder: EpisodeBuilder) -> None:
+    parts = [("a", 0, 3, "terminated"), ("b", 0, 2, "no"), ("c", 0, 1, "truncated"), ("d", 4, 4, "no")]
+    together, refused = builder.build([several(*parts)])
+    assert not refused
+    alone = EpisodeBuilder(OBS, ACT, None)
+    for built, (name, t0, steps, end) in zip(together, parts, strict=True):
+        one = one_chunk(alone, lease(steps, t0, end, episode=name, seconds=0.5 * (t0 + steps)))
+        assert built.finished == one.finished and built.step_seconds == one.step_seconds
+        assert built.episode.id_ == one.episode.id_
+        assert built.episode.get_state().keys() == one.episode.get_state().keys()
+        for key, value in one.episode.get_state().items():
+            np.testing.assert_equal(built.episode.get_state()[key], value, err_msg=key)
+
+
+def test_pieces_of_later_fragments_go_on_with_their_episodes(builder: EpisodeBuilder) -> None:
+    chunks, _ = builder.build([
+        several(("a", 0, 2, "no"), ("b", 0, 1, "terminated"), ("c", 0, 1, "no")),
+        several(("a", 2, 3, "terminated"), ("c", 1, 2, "no"), number=2),
+    ])  # fmt: skip
+    assert [len(chunk.episode) for chunk in chunks] == [5, 1, 3]
+    assert chunks[0].finished == (5, 10.0, 2.5) and chunks[0].step_seconds == 0.5
+    (after,), _ = builder.build([several(("c", 3, 1, "no"), number=3)])
+    assert after.episode.id_ == chunks[2].episode.id_
+    chunks[2].episode.validate()
+
+
+def test_columns_that_disagree_with_the_segments_cost_that_fragment_alone(builder: EpisodeBuilder) -> None:
+    bad = several(("a", 0, 2, "no"), ("b", 0, 2, "no"), number=5, rewards=np.zeros(5, np.float32))
+    chunks, refused = builder.build([several(("a", 0, 2, "no")), bad, lease()])
+    assert len(chunks) == 2
+    (refusal,) = refused
+    assert refusal.message.number == 5
+    assert "column 'rewards' of a fragment of 4 steps in 2 segments must have 4 rows" in str(refusal.error)
+    short = lease(rewards=np.zeros(2, np.float32))
+    assert "'rewards' of a fragment of 3 steps must have 3 rows" in str(builder.build([short])[1][0].error)
+
+
+def test_an_episode_is_what_rllibs_constructor_would_make(builder: EpisodeBuilder) -> None:
+    episode = one_chunk(builder, lease(steps=3, t0=2, end="truncated")).episode
+    copy = SingleAgentEpisode.from_state(episode.get_state())
+    assert copy.get_state().keys() == episode.get_state().keys()
+    made = SingleAgentEpisode(
+        id_=episode.id_, observation_space=OBS, action_space=ACT, observations=episode.observations,
+        actions=episode.actions, rewards=episode.rewards, infos=episode.infos, truncated=True, t_started=2,
+        extra_model_outputs=episode.extra_model_outputs, len_lookback_buffer=0,
+    )  # fmt: skip
+    for name in SingleAgentEpisode.__slots__:
+        assert getattr(episode, name) == getattr(made, name), name
+    assert len(episode) == 3 and episode.is_numpy and episode.is_truncated and episode.t == 5
+    assert episode.custom_data is not one_chunk(builder, lease()).episode.custom_data

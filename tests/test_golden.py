@@ -54,6 +54,7 @@ from rllink_zmq.messages import (
     Present,
     ReaderHello,
     RunnerHello,
+    Segment,
     ServiceHello,
     SimulatorHello,
     Spaces,
@@ -78,6 +79,12 @@ TWO_STEPS = {
     "actions": np.array([1, 0], "<i8"),
     "rewards": np.array([1.0, 1.0], "<f4"),
     "action_logp": np.array([-0.75, -0.5], "<f4"),
+}
+TWO_EPISODES = {
+    "obs": np.arange(20, dtype="<f4").reshape(5, 4) / 8,
+    "actions": np.array([1, 0, 1], "<i8"),
+    "rewards": np.array([1.0, 1.0, 1.0], "<f4"),
+    "action_logp": np.array([-0.75, -0.5, -0.25], "<f4"),
 }
 LAST_STEP = {
     "obs": np.array([[0.5, -0.5, 2.0], [0.25, 0.0, -1.0]], "<f4"),
@@ -218,6 +225,17 @@ EXAMPLES = (
         *_fragment(
             LAST_STEP, number=12, base=10, episode="5", t0=199, steps=1, end="truncated", run=RUN, version=8,
             return_so_far=-150.5, seconds=6.25, dropped={"abandoned": (2, 400)},
+        ),
+    ),
+    Example(
+        "FRAGMENT of two episodes",
+        "simulator -> broker -> runner",
+        "Step 6 of episode 7, which ended with it (its return before was 6.0), and the first two steps of episode 8: "
+        "three steps in two segments. obs has 2 rows of the first piece, then 3 of the second.",
+        *_fragment(
+            TWO_EPISODES, number=14, base=10, episode="worlds", t0=0, steps=3, end="no", run=RUN, version=8,
+            return_so_far=0.0,
+            segments=(Segment("7", 6, 1, "terminated", 6.0, 0.5), Segment("8", 0, 2, "no", 0.0, 0.25)),
         ),
     ),
     Example(

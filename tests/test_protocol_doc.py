@@ -40,6 +40,7 @@ PARTS: dict[str, type] = {
     "Dict": messages.DictSpace,
     "Tuple": messages.TupleSpace,
     "Column": messages.Column,
+    "Segment": messages.Segment,
     "Claim": messages.Claim,
     "Handed": messages.Handed,
     "Assigned": messages.Assigned,

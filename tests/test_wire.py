@@ -33,6 +33,7 @@ from rllink_zmq.messages import (
     TAKE,
     Claim,
     Column,
+    Segment,
     encode,
 )
 
@@ -185,6 +186,23 @@ def test_columns_that_lie(columns: tuple[Column, ...]) -> None:
 def test_a_fragment_of_other_length_than_its_columns() -> None:
     for steps in (1, 3, (1 << 31) - 1):
         assert "rows" in str(refused([encode(fragment(steps=steps)), BODY]))
+
+
+def test_a_fragment_of_several_episodes() -> None:
+    pieces = (Segment("a", 4, 1, "terminated", 0.0, 0.0), Segment("b", 0, 1, "no", 0.0, 0.0))
+    arrays = {"obs": np.zeros((4, 3), np.float32), "actions": np.zeros(2, np.int64)}
+    columns, body = to_buffers(arrays)
+    several = msgspec.structs.replace(fragment(columns), segments=pieces)
+    message, _ = wire.unpack([encode(several), *body])
+    assert message == several
+    wrong = msgspec.structs.replace(several, segments=(pieces[0], Segment("b", 0, 2, "no", 0.0, 0.0)))
+    assert "2 segments of a fragment of 2 steps have 3 steps" in str(refused([encode(wrong), *body]))
+    few = msgspec.structs.replace(several, segments=(Segment("a", 4, 2, "no", 0.0, 0.0),))
+    assert "column 'obs' of a fragment of 2 steps in 1 segments must have 3 rows, its shape is [4, 3]" in str(
+        refused([encode(few), *body])
+    )
+    evaluated = msgspec.structs.replace(several, evaluation=True)
+    assert "has no segments" in str(refused([encode(evaluated), *body]))
 
 
 def test_a_fragment_that_says_it_is_settled() -> None:

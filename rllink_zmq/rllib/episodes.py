@@ -4,6 +4,9 @@ Fragments of one answer that follow each other become one chunk, without a loop 
 a fragment has two or three steps, and advantages that are cut there are hardly more than what the critic says. Where a
 fragment does not continue what this runner handed over last of the same episode (a drop, a move between runners) the
 rest gets a new episode id: RLlib's replay buffers take a gap for a bug and stop the training.
+
+A fragment of several episodes is checked as a whole, and cut into views. Thousands of episodes a second go through
+here, so chunks are copies of a blank one rather than constructed: what RLlib's constructor checks has been checked.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from rllink_zmq.rllib.audit import COLUMN, names
 from rllink_zmq.rllib.pipelines import FragmentConnectors
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.session_runner import Lease
+from rllink_zmq.wire import check_columns
 
 REMEMBERED = 10_000
 """Episodes whose continuation is known: more than simulators that one runner serves."""
@@ -66,8 +70,8 @@ class Refusal(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One fragment, checked. Arrays: `observations` (a structure of arrays of `back` rows that came before, and
-    steps + 1 of its own), the rest one row a step."""
+    """One fragment, or one segment of it as if it had come alone; checked. Arrays: `observations` (a structure of
+    arrays of `back` rows that came before, and steps + 1 of its own), the rest one row a step."""
 
     message: FRAGMENT
     observations: Any
@@ -137,7 +141,6 @@ class EpisodeBuilder:
     ) -> None:
         self.dist_inputs = 0
         self._connectors = connectors
-        self._seen_space = observation_space
         self.observation_space = observation_space
         self.action_space = action_space
         self._packing = packing_of(observation_space)
@@ -145,6 +148,7 @@ class EpisodeBuilder:
         self.memory = Memory(module)
         self.longest = longest
         self.audit = audit
+        self._blank = _Blank(observation_space, action_space)
         self._next: OrderedDict[tuple[bytes, str], tuple[int, str, float]] = OrderedDict()
 
     def build(self, leases: Iterable[Lease]) -> tuple[list[Built], list[Refusal]]:
@@ -167,8 +171,11 @@ class EpisodeBuilder:
                 latest[key] = chunks[-1]
         built = [self._chunk(chunk) for chunk in chunks]
         if self.audit is not None:
-            messages = [piece.message for chunk in chunks for piece in chunk]
-            self.audit.handed((m.session, m.number, m.steps) for m in messages)
+            handed: dict[tuple[bytes, int], int] = {}
+            for message in (piece.message for chunk in chunks for piece in chunk):
+                key_of = message.session, message.number
+                handed[key_of] = handed.get(key_of, 0) + message.steps
+            self.audit.handed((*fragment, steps) for fragment, steps in handed.items())
         return built
 
     def forget(self) -> None:
@@ -177,10 +184,11 @@ class EpisodeBuilder:
 
     def check(self, leases: Iterable[Lease]) -> tuple[list[Piece], list[Refusal]]:
         """What `build` would use of these, and what it would refuse."""
-        good, refused = [], []
+        good: list[Piece] = []
+        refused: list[Refusal] = []
         for lease in leases:
             try:
-                good.append(self._check_columns(lease))
+                good += self._check_columns(lease)
             except ProtocolError as e:
                 refused.append(Refusal(lease.message, e))
             except Exception as e:  # a user's connector may raise anything; other fragments are not to suffer
@@ -198,51 +206,89 @@ class EpisodeBuilder:
             and piece.actions.dtype == chunk[0].actions.dtype
         )
 
-    def _check_columns(self, lease: Lease) -> Piece:
+    def _check_columns(self, lease: Lease) -> list[Piece]:
         message = lease.message
+        check_columns(message)
         arrays = arrays_of(message, lease.body)
         for needed in ("obs", "actions", "rewards", "action_logp"):
             if needed not in arrays:
                 raise ProtocolError(
                     f"a fragment needs the columns obs, actions, rewards and action_logp: no '{needed}'"
                 )
-        observations: NDArray[Any] = arrays["obs"]
         actions = arrays["actions"]
-        self._check_observations("obs", observations)
+        self._check_observations("obs", arrays["obs"])
         self._check("actions", actions, self.action_space)
         rewards = arrays["rewards"].astype(np.float32, copy=False)
         logp = arrays["action_logp"].astype(np.float32, copy=False)
         for name, values in (("rewards", rewards), ("action_logp", logp)):
             if values.ndim != 1 or not np.isfinite(values).all():
                 raise ProtocolError(f"'{name}' must be one finite number a step, its shape is {list(values.shape)}")
-        seen, back = self._history(message, arrays)
-        came = seen
-        if self._connectors is not None:
-            seen, self._seen_space = self._connectors.rewrite(message, seen, back)
         state = self._check_state(arrays)
         inputs = arrays.get("action_dist_inputs")
         if inputs is not None:
             self._check_dist_inputs(inputs)
-        outputs = {
+        outputs: dict[str, NDArray[Any]] = {
             Columns.ACTION_LOGP: logp,
-            Columns.ACTION_DIST_INPUTS: self._dist_inputs(message, came, back) if inputs is None else inputs,
             WEIGHTS_SEQ_NO: np.full(message.steps, message.version, np.int64),
         }
+        if inputs is not None:
+            outputs[Columns.ACTION_DIST_INPUTS] = inputs
         if self.audit is not None:
             outputs[COLUMN] = names(message.session, message.number, message.steps)
-        return Piece(message, seen, actions, rewards, outputs, state, back)
+        if message.segments:
+            return self._segments(message, arrays["obs"], actions, rewards, outputs, state)
+        observations, back = self._seen(message, arrays, outputs)
+        return [Piece(message, observations, actions, rewards, outputs, state, back)]
+
+    def _segments(
+        self,
+        message: FRAGMENT,
+        observations: NDArray[Any],
+        actions: NDArray[Any],
+        rewards: NDArray[np.float32],
+        outputs: Mapping[str, NDArray[Any]],
+        state: Sequence[NDArray[Any]],
+    ) -> list[Piece]:
+        """The pieces of a fragment of several episodes: views of its columns."""
+        plain = self._connectors is None and self._packing is None and Columns.ACTION_DIST_INPUTS in outputs
+        pieces = []
+        row = step = 0
+        timings = message.timings
+        for part in message.segments:
+            next_row, next_step = row + part.steps + 1, step + part.steps
+            alone = FRAGMENT(
+                message.session, message.number, message.base, part.episode, part.t0, part.steps, part.end,
+                message.run, message.version, part.return_so_far, message.columns,
+                seconds=part.seconds, timings=timings,
+            )  # fmt: skip
+            timings = {}
+            mine = {name: values[step:next_step] for name, values in outputs.items()}
+            seen: Any = observations[row:next_row]
+            if not plain:
+                seen, _ = self._seen(alone, {"obs": seen}, mine)
+            memory = [column[row:next_row] for column in state]
+            pieces.append(Piece(alone, seen, actions[step:next_step], rewards[step:next_step], mine, memory, 0))
+            row, step = next_row, next_step
+        return pieces
+
+    def _seen(
+        self, message: FRAGMENT, arrays: Mapping[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]
+    ) -> tuple[Any, int]:
+        """The observations of one episode's piece as the policy saw them, and how many of them came before it. Fills in
+        the distribution's inputs where the simulator sent none."""
+        seen, back = self._history(message, arrays)
+        came = seen
+        if self._connectors is not None:
+            seen, space = self._connectors.rewrite(message, seen, back)
+            if space is not self._blank.observation_space:
+                self._blank = _Blank(space, self.action_space)
+        if Columns.ACTION_DIST_INPUTS not in outputs:
+            outputs[Columns.ACTION_DIST_INPUTS] = self._dist_inputs(message, came, back)
+        return seen, back
 
     def _chunk(self, pieces: Sequence[Piece]) -> Built:
         first, last = pieces[0].message, pieces[-1].message
-        steps = sum(p.message.steps for p in pieces)
-        # Each piece's last observation is the next one's first.
-        back = pieces[0].back
-        each = [
-            tree.map_structure(lambda a, i=i, p=p: a[p.back if i else 0 : -1], p.observations)
-            for i, p in enumerate(pieces[:-1])
-        ]
-        newest = tree.map_structure(lambda a: a[pieces[-1].back if each else 0 :], pieces[-1].observations)
-        observations = tree.map_structure(lambda *a: _joined(a), *each, newest)
+        steps = last.t0 + last.steps - first.t0
         rewards = _joined([p.rewards for p in pieces])
         outputs = {name: _joined([p.outputs[name] for p in pieces]) for name in pieces[0].outputs}
         began: float | None = None
@@ -250,23 +296,19 @@ class EpisodeBuilder:
             name, since = self._place(piece.message)
             if i == 0:
                 id_, began = name, since
-        episode = SingleAgentEpisode(
-            id_=id_,
-            observation_space=self._seen_space,
-            action_space=self.action_space,
-            observations=_buffer(observations, back, self._seen_space),
-            actions=_buffer(_joined([p.actions for p in pieces])),
-            rewards=_buffer(rewards),
-            infos=InfiniteLookbackBuffer(data=[{}] * (steps + 1), lookback=0),
-            extra_model_outputs={
-                **{name: _buffer(values) for name, values in outputs.items()},
-                **self._state_out(pieces),
-            },
-            terminated=last.end == "terminated",
-            truncated=last.end == "truncated",
-            t_started=first.t0,
-            len_lookback_buffer=0,
+        episode = self._blank.copy(
+            id_,
+            first.t0,
+            steps,
+            last.end,
+            observations=_observations(pieces),
+            back=pieces[0].back,
+            actions=_joined([p.actions for p in pieces]),
+            rewards=rewards,
+            outputs=outputs,
         )
+        if self.memory:
+            episode.extra_model_outputs |= self._state_out(pieces)
         timings = [piece.message.timings for piece in pieces if piece.message.timings]
         step_seconds = None
         if began is not None and last.seconds > began:
@@ -279,8 +321,6 @@ class EpisodeBuilder:
     def _state_out(self, pieces: Sequence[Piece]) -> dict[str, InfiniteLookbackBuffer]:
         """STATE_OUT of each step. What was before the first one is the row that a learner looks back to: where it cuts
         the chunk into sequences, each begins with the state that the policy had there."""
-        if not self.memory:
-            return {}
         rows = [
             _joined([*(each[:-1] for each in columns[:-1]), columns[-1]])
             for columns in zip(*(piece.state for piece in pieces), strict=True)
@@ -413,4 +453,79 @@ def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
 def _buffer(values: Any, lookback: int = 0, space: gym.Space[Any] | None = None) -> InfiniteLookbackBuffer:
     buffer = InfiniteLookbackBuffer(data=values, space=space)
     buffer.lookback = lookback  # its constructor takes the number of a dict's keys for its length
+    return buffer
+
+
+def _observations(pieces: Sequence[Piece]) -> Any:
+    """Of a chunk. Each piece's last observation is the next one's first."""
+    newest = pieces[-1]
+    if len(pieces) == 1:
+        return newest.observations
+    each = [
+        tree.map_structure(lambda a, i=i, p=p: a[p.back if i else 0 : -1], p.observations)
+        for i, p in enumerate(pieces[:-1])
+    ]
+    last = tree.map_structure(lambda a: a[newest.back :], newest.observations)
+    return tree.map_structure(lambda *a: np.concatenate(a), *each, last)
+
+
+class _Blank:
+    """An episode of these spaces that RLlib's constructor made, and its copies with other data: a third of the
+    constructor's time. Their columns must have the rows that it would ask for."""
+
+    def __init__(self, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
+        self.observation_space = observation_space
+        empty = np.zeros(0, np.float32)
+        blank = SingleAgentEpisode(
+            id_="blank",
+            observation_space=observation_space,
+            action_space=action_space,
+            observations=_buffer(empty, 0, observation_space),
+            actions=_buffer(empty),
+            rewards=_buffer(empty),
+            infos=InfiniteLookbackBuffer(data=[], lookback=0),
+            len_lookback_buffer=0,
+        )
+        mine = {"observations", "actions", "rewards", "infos", "extra_model_outputs", "_custom_data"}
+        self._others = [(name, getattr(blank, name)) for name in SingleAgentEpisode.__slots__ if name not in mine]
+        self._observations = vars(blank.observations)
+        self._actions = vars(blank.actions)
+        self._column = vars(blank.rewards)
+        self._infos = vars(blank.infos)
+
+    def copy(
+        self,
+        id_: str,
+        t_started: int,
+        steps: int,
+        end: str,
+        *,
+        observations: Any,
+        back: int,
+        actions: NDArray[Any],
+        rewards: NDArray[np.float32],
+        outputs: Mapping[str, NDArray[Any]],
+    ) -> SingleAgentEpisode:
+        """An episode of `steps` steps. `observations`: `back` rows that came before, and steps + 1; `outputs`: its
+        extra model outputs, like the others one row a step."""
+        episode = SingleAgentEpisode.__new__(SingleAgentEpisode)
+        for name, value in self._others:
+            setattr(episode, name, value)
+        episode.id_ = id_
+        episode.t_started, episode.t = t_started, t_started + steps
+        episode.is_terminated, episode.is_truncated = end == "terminated", end == "truncated"
+        episode.observations = _like(self._observations, observations, back)
+        episode.actions = _like(self._actions, actions)
+        episode.rewards = _like(self._column, rewards)
+        episode.infos = _like(self._infos, [{}] * (steps + 1))
+        column = self._column
+        episode.extra_model_outputs = {name: _like(column, values) for name, values in outputs.items()}
+        episode._custom_data = {}
+        return episode
+
+
+def _like(attributes: Mapping[str, Any], data: Any, lookback: int = 0) -> InfiniteLookbackBuffer:
+    """A buffer with these attributes, but for its data."""
+    buffer = InfiniteLookbackBuffer.__new__(InfiniteLookbackBuffer)
+    vars(buffer).update(attributes, data=data, lookback=lookback)
     return buffer

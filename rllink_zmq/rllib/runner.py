@@ -77,6 +77,13 @@ TIMERS: dict[str, tuple[str, ...]] = {
 """Where RLlib's own runner reports what a simulator has timed."""
 
 
+LAST_LAGS = 100
+"""Fragments whose lag is told, the newest."""
+
+TIMED = 16
+"""Values that one call of `sample()` logs for a timer, at most."""
+
+
 class Held(NamedTuple):
     """The newest weights that a runner has (parameter name -> array), and the state of the connectors with them."""
 
@@ -384,14 +391,11 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
     ) -> list[SingleAgentEpisode]:
         """RLlib's episodes, of these many steps; their metrics, and those of the fragments that they begin with."""
         samples = [chunk.episode for chunk in chunks]
-        for chunk in chunks:
-            if chunk.finished is not None:
-                self._finished.append(chunk.finished)
-            if chunk.step_seconds is not None:
-                self.metrics.log_value(ENV_STEP_TIMER, chunk.step_seconds, reduce="ema")
-            for timings in chunk.timings:
-                for timed in timings.keys() & TIMERS.keys():
-                    self.metrics.log_value(TIMERS[timed], timings[timed], reduce="ema")
+        self._finished += [chunk.finished for chunk in chunks if chunk.finished is not None]
+        self._log_times(ENV_STEP_TIMER, [c.step_seconds for c in chunks if c.step_seconds is not None])
+        told = [timings for chunk in chunks for timings in chunk.timings]
+        for timed, timer in TIMERS.items():
+            self._log_times(timer, [timings[timed] for timings in told if timed in timings])
         if samples:
             length = sum(map(len, samples))
             for key in ("env_to_module_sum_episodes_length_in", "env_to_module_sum_episodes_length_out"):
@@ -402,17 +406,24 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self.metrics.log_value((RLLINK, "simulators_connected"), link.pool.simulators, window=1)
         return samples
 
-    def _log(self, steps: int, episodes: int, lags: Collection[int]) -> None:
+    def _log_times(self, timer: str | tuple[str, ...], seconds: Sequence[float]) -> None:
+        """Many of one `sample()` as a few means of neighbours: each value costs as much as a step's worth of data."""
+        groups = min(len(seconds), TIMED)
+        for i in range(groups):
+            some = seconds[i * len(seconds) // groups : (i + 1) * len(seconds) // groups]
+            self.metrics.log_value(timer, sum(some) / len(some), reduce="ema")
+
+    def _log(self, steps: int, episodes: int, lags: Sequence[int]) -> None:
         # Also when nothing came: RLlib reads these keys after every call.
         SingleAgentEnvRunner._increase_sampled_metrics(self, steps, episodes)
         self.num_env_steps_sampled_lifetime += steps
         if steps:
             self._log_env_steps(self._metrics_num_env_steps_sampled, steps)
         self.metrics.log_value((RLLINK, "fragments"), len(lags), reduce="lifetime_sum")
-        for lag in lags:
-            self.metrics.log_value((RLLINK, "lag_mean"), max(0, lag), window=100)
+        for lag in lags[-LAST_LAGS:]:
+            self.metrics.log_value((RLLINK, "lag_mean"), max(0, lag), window=LAST_LAGS)
         if lags:
-            self.metrics.log_value((RLLINK, "lag_max"), max(0, *lags), reduce="max", window=100)
+            self.metrics.log_value((RLLINK, "lag_max"), max(0, *lags), reduce="max", window=LAST_LAGS)
 
     def sample_get_state_and_metrics(self) -> tuple[ray.ObjectRef, StateDict, StateDict]:
         """APPO's and IMPALA's `sample()`: the episodes go by reference, to the learners and not through the driver."""
@@ -436,7 +447,9 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
 
     def get_metrics(self) -> ResultDict:
         """What `SingleAgentEnvRunner` reports, and `rllink`: simulators connected, fragments, lag, drops by reason."""
-        for length, total, seconds in self._finished:
+        # All of these are over a window of the last episodes: with hundreds of simulators most would fall out of it.
+        window = max(1, math.ceil(self.config.metrics_num_episodes_for_smoothing / (self.config.num_env_runners or 1)))
+        for length, total, seconds in self._finished[-window:]:
             SingleAgentEnvRunner._log_episode_metrics(self, length, total, seconds)
         self._finished.clear()
         return self.metrics.reduce()
