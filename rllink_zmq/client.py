@@ -21,9 +21,11 @@ from rllink_zmq.client_episode import explores
 from rllink_zmq.client_flow import WAIT_SLICE, Flow
 from rllink_zmq.client_policy import PolicyReader
 from rllink_zmq.client_remote import PendingActions, request
+from rllink_zmq.client_vector import Vector
 from rllink_zmq.compression import Compression, check_compression
 from rllink_zmq.errors import EpisodeError, SettingsError, SpaceError
 from rllink_zmq.fragments import FragmentBuilder, layout_of_spaces
+from rllink_zmq.fragments_block import BlockBuilder
 from rllink_zmq.session import SimulatorSession, State
 from rllink_zmq.spaces import spaces_to_wire
 from rllink_zmq.transport import Connection, parse_address, poll
@@ -176,6 +178,7 @@ class Client:
         `explore`: for False alone: draw its actions or (False) take the most likely ones, whatever the trainer says;
         such an episode counts nowhere. Raises EpisodeError, RefusedError."""
         flow = self.flow
+        self._check_no_vector()
         if training_enabled is not False and explore is not None:
             raise EpisodeError("explore is for episodes that are not trained on: training_enabled=False")
         flow.look_if_due()
@@ -198,6 +201,25 @@ class Client:
         if not training_enabled and explore is None:
             flow.evaluate(builder)
         return Episode(flow, builder, undecided=asked is None)
+
+    def vector(self, worlds: int) -> Vector:
+        """The vector form, for a simulator that steps so many worlds at once: columns in, columns out, all trained on.
+        The client must have been connected for as many `episodes`, and has no others meanwhile. Raises EpisodeError."""
+        flow = self.flow
+        self._check_no_vector()
+        if not 1 <= worlds <= flow.session.episodes:
+            raise EpisodeError(
+                f"expected 1 to {flow.session.episodes} worlds, as connect() was told with episodes=, got {worlds}"
+            )
+        if flow.builders:
+            raise EpisodeError(f"{len(flow.builders)} episodes are open: end them first, or use another client")
+        return Vector(flow, worlds)
+
+    def _check_no_vector(self) -> None:
+        if any(isinstance(builder, BlockBuilder) for builder in self.flow.builders.values()):
+            raise EpisodeError(
+                "this client has worlds that are stepped together: abandon() them, or use another client"
+            )
 
     def get_actions(self, episodes: Sequence[Episode], observations: Sequence[Any]) -> Any:
         """`Episode.get_action` for several episodes of this client, in one forward pass.

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from rllink_zmq.arrays import to_buffers
 from rllink_zmq.audit import Log
 from rllink_zmq.client_policy import SWITCH_INTERVAL, PolicyReader
-from rllink_zmq.client_remote import Pairs, RemotePolicy
+from rllink_zmq.client_remote import Builder, Pairs, RemotePolicy
 from rllink_zmq.compression import compress
 from rllink_zmq.errors import ConnectionTimeout, EpisodeError, PolicyError
-from rllink_zmq.fragments import Cut, End, FragmentBuilder, Kind, Layout, Origin, layout_of_spaces
+from rllink_zmq.fragments import Cut, End, Kind, Layout, Origin, layout_of_spaces
 from rllink_zmq.messages import DELIVERED, EVALUATED, FRAGMENT, Column
 from rllink_zmq.session import SimulatorSession, State
 from rllink_zmq.spaces import from_wire
@@ -75,7 +75,7 @@ class Flow:
         self.session = session
         self.reader = reader
         self.audit = audit
-        self.builders: dict[str, FragmentBuilder] = {}
+        self.builders: dict[str, Builder] = {}
         self.drops = False
         self.compresses = False
         self.credit = 0
@@ -126,14 +126,12 @@ class Flow:
                 "log_action: the policy looks at the steps before (it is recurrent, or stacks frames), and one that it "
                 "did not take itself would leave a hole. Let it act (get_action) for whole episodes"
             )
-        needed = sum(builder.sent and not builder.dropping for builder, _ in pairs)
+        needed = sum(builder.width for builder, _ in pairs if builder.sent and not builder.dropping)
         looked = self.look_if_due()
         while True:
             origin = self.origin(kind)
             for builder, observation in pairs:
-                if builder.steps and (
-                    builder.steps >= builder.limit or builder.origin is not origin or builder.kind != kind
-                ):
+                if builder.steps and (builder.full or builder.origin is not origin or builder.kind != kind):
                     builder.observe(observation)
                     self.cut(builder, "no")
             if origin is not None and self.drops:
@@ -166,14 +164,15 @@ class Flow:
         """Never waits: a fragment that begins without room for all of it is one to be dropped, and one that is being
         built and may not grow is sent as it is."""
         fresh = [builder for builder, _ in pairs if builder.sent and not builder.steps]
-        growing = sum(builder.sent and not builder.dropping and bool(builder.steps) for builder, _ in pairs)
+        growing = sum(b.width for b, _ in pairs if b.sent and not b.dropping and b.steps)
         if growing and not self._room(growing):
             for builder, observation in pairs:
                 if builder.steps and not builder.dropping:
                     builder.observe(observation)
                     self.cut(builder, "no")
                     fresh.append(builder)
-        whole = len(fresh) * max(1, self.session.fragment_steps)
+        layout, length, most = self.layout_of("acted"), max(1, self.session.fragment_steps), self.session.fragment_bytes
+        whole = sum(b.width * (b.clipped(length, layout, "acted", most) if layout else length) for b in fresh)
         room = bool(self.session.window) and (self._room(whole) or (not self.session.unsettled and self.credit > 0))
         for builder in fresh:
             builder.dropping = not room
@@ -220,7 +219,7 @@ class Flow:
             self._reads_policy = True  # its manifest says it
         return self._layout or self.reader.layout
 
-    def length(self, layout: Layout, kind: Kind, builder: FragmentBuilder) -> int:
+    def length(self, layout: Layout, kind: Kind, builder: Builder) -> int:
         if not builder.sent and builder.evaluation is None:
             return UNSENT_STEPS
         fragment_bytes = self.session.fragment_bytes
@@ -231,7 +230,7 @@ class Flow:
                 f"{fragment_bytes}: start the broker with a larger --fragment-bytes"
             )
         if builder.sent:
-            return min(self.session.fragment_steps, most)
+            return builder.clipped(min(self.session.fragment_steps, most), layout, kind, fragment_bytes)
         # The first step goes alone: with it the episode takes its place in the evaluation.
         return min(max(self.session.fragment_steps, EVALUATION_STEPS), most) if builder.t0 else 1
 
@@ -291,15 +290,16 @@ class Flow:
             return
         held = sum(builder.nbytes for builder in self.builders.values() if builder.sent and not builder.dropping)
         if (session.window - held) // self._step_bytes + 1 < needed:
+            episodes = sum(builder.width for builder in self.builders.values())
             raise EpisodeError(
-                f"{len(self.builders)} episodes need {held + needed * self._step_bytes} bytes for a step each, this "
+                f"{episodes} episodes need {held + needed * self._step_bytes} bytes for a step each, this "
                 f"client's window has {session.window}: use more clients with fewer episodes, or start the broker "
                 f"with a larger --fragment-bytes"
             )
 
     # ---- evaluation
 
-    def evaluate(self, builder: FragmentBuilder) -> None:
+    def evaluate(self, builder: Builder) -> None:
         """This episode, which begins now, is to be sent to the evaluation that is going on, if one is."""
         builder.evaluation = self._evaluated()
 
@@ -338,9 +338,10 @@ class Flow:
 
     # ---- sending
 
-    def cut(self, builder: FragmentBuilder, end: End) -> None:
+    def cut(self, builder: Builder, end: End) -> None:
         """Submit all steps of a fragment; the observation after the last has been given to the builder."""
-        self._submit(builder, builder.cut(), end)
+        for cut in builder.cuts(self.session.fragment_bytes):
+            self._submit(builder, cut, end)
 
     def _submit_all(self, pairs: Pairs) -> None:
         for builder, observation in pairs:
@@ -358,7 +359,7 @@ class Flow:
                 self._submit(builder, cut, "no")
         self.connection.flush()
 
-    def _submit(self, builder: FragmentBuilder, cut: Cut, end: End) -> None:
+    def _submit(self, builder: Builder, cut: Cut, end: End) -> None:
         self.credit = 0  # a fragment takes more than its steps: to be measured before the next one
         if builder.evaluation is not None:
             self._submit_evaluated(builder, cut, end)
@@ -375,7 +376,7 @@ class Flow:
             self._sent_at = now
             self.connection.flush()
 
-    def _submit_evaluated(self, builder: FragmentBuilder, cut: Cut, end: End) -> None:
+    def _submit_evaluated(self, builder: Builder, cut: Cut, end: End) -> None:
         columns, body = to_buffers(cut.arrays)
         session = self.session
         if self.drops and session.unsettled_bytes + sum(map(len, body)) > session.window + session.fragment_bytes:
@@ -388,7 +389,7 @@ class Flow:
 
     def _send(
         self,
-        builder: FragmentBuilder,
+        builder: Builder,
         cut: Cut,
         end: End,
         columns: tuple[Column, ...],
@@ -410,15 +411,16 @@ class Flow:
             columns=columns,
             body=body if packed is None else [packed],
             now=now,
-            seconds=now - builder.began,
+            seconds=0.0 if cut.segments else now - builder.began,
             timings=builder.timings,
             evaluation=evaluation,
             compression="" if packed is None else "zstd",
+            segments=cut.segments,
         )
         builder.timings = {}
         return number, now
 
-    def abandon(self, builder: FragmentBuilder) -> None:
+    def abandon(self, builder: Builder) -> None:
         """Forget a fragment. The totals of what is never sent travel with the fragments that are."""
         if builder.sent and builder.steps:
             self._count_dropped("backpressure" if builder.dropping else "abandoned", builder.steps)

@@ -20,6 +20,7 @@ from rllink_zmq import __version__
 from rllink_zmq.arrays import Array, from_body, to_buffers
 from rllink_zmq.errors import EpisodeError, PolicyError, ProtocolError
 from rllink_zmq.fragments import FragmentBuilder, Layout, Origin, Row, StateRow
+from rllink_zmq.fragments_block import BlockBuilder
 from rllink_zmq.messages import ACTION, LOOKBACK, OBS_BEFORE, STARTS, STATE_IN, STATE_OUT, STEPS_BEFORE, Message
 from rllink_zmq.session import ReaderSession, State
 from rllink_zmq.transport import Connection
@@ -37,8 +38,21 @@ AGAIN, AGAIN_MOST = 0.02, 1.0
 ASK_SPACES = 1.0
 """Seconds between two greetings of one that was given no spaces, and has been told none yet."""
 
-Pairs: TypeAlias = Sequence[tuple[FragmentBuilder, Any]]
-"""Episodes, and the observation each has now."""
+Builder: TypeAlias = FragmentBuilder | BlockBuilder
+Pairs: TypeAlias = Sequence[tuple[Builder, Any]]
+"""Episodes, and the observation each has now; or worlds that are stepped together, and theirs."""
+
+
+class Chosen(NamedTuple):
+    """What an answer holds for each of its rows, and the layout of fragments that are made of it. `before`, `after`:
+    the memory."""
+
+    actions: NDArray[Any]
+    logps: NDArray[Any]
+    dist_inputs: NDArray[Any]
+    before: dict[str, NDArray[Any]]
+    after: dict[str, NDArray[Any]]
+    layout: Layout
 
 
 class Answer(NamedTuple):
@@ -132,13 +146,13 @@ class PendingActions:
     def __init__(self, flow: Flow, remote: RemotePolicy, pairs: Pairs) -> None:
         self._flow = flow
         self._remote = remote
+        self._pairs = pairs
+        self._beside: dict[str, NDArray[Any]] = {}
         # What was sent is what the fragments get: the caller's arrays may be others by the time of the answer.
-        self._rows = np.stack([builder.observe(observation) for builder, observation in pairs])
-        self._builders = [builder for builder, _ in pairs]
-        for builder in self._builders:
+        self._rows = self._observed(pairs)
+        for builder, _ in pairs:
             builder.asked = True
-        self._beside = _memory(self._builders, remote.layout) | _before(self._builders, remote.layout, self._rows)
-        self._counted = sum(builder.sent for builder in self._builders)
+        self._counted = sum(builder.width for builder, _ in pairs if builder.sent)
         self._answer: Answer | None = None
         self._pause = AGAIN
         self._again_at = math.inf
@@ -147,8 +161,16 @@ class PendingActions:
         flow.reserved += self._counted
         flow.credit -= self._counted
 
+    def _observed(self, pairs: Pairs) -> NDArray[Any]:
+        """The request's observations, one a row."""
+        self._builders = [builder for builder, _ in pairs if isinstance(builder, FragmentBuilder)]
+        rows = np.stack([builder.observe(observation) for builder, observation in pairs])
+        layout = self._remote.layout
+        self._beside = _memory(self._builders, layout) | _before(self._builders, layout, rows)
+        return rows
+
     def _send(self) -> int:
-        first = self._builders[0]
+        first = self._pairs[0][0]
         return self._remote.ask({"obs": self._rows, **self._beside}, explore=first.explore, evaluation=not first.sent)
 
     @property
@@ -197,15 +219,15 @@ class PendingActions:
 
     def _take(self) -> None:
         self.taken = True
-        for builder in self._builders:
+        for builder, _ in self._pairs:
             builder.asked = False
         self._flow.reserved -= self._counted
 
-    def _adopt(self, answer: Answer) -> Array:
-        """The steps whose actions have come are the episodes'."""
+    def _told(self, answer: Answer) -> Chosen:
+        """What an answer says. Raises PolicyError if a learner could not use it."""
         flow, remote, arrays, rows = self._flow, self._remote, answer.arrays, len(self._rows)
         try:
-            actions, logps = arrays["actions"], arrays["action_logp"].reshape(rows).tolist()
+            actions, logps = arrays["actions"], arrays["action_logp"].reshape(rows)
             dist_inputs = arrays["action_dist_inputs"].reshape(rows, -1)
         except (KeyError, ValueError) as e:
             raise PolicyError(f"the action service answers without actions that a learner can use: {e}") from None
@@ -219,6 +241,13 @@ class PendingActions:
         told = layout._replace(dist_inputs=dist_inputs.shape[1], state=state, lookback=lookback)
         if told != layout:
             layout = remote.layout = told._replace(starts=())
+        return Chosen(actions, logps, dist_inputs, before, after, layout)
+
+    def _adopt(self, answer: Answer) -> Array:
+        """The steps whose actions have come are the episodes'."""
+        flow, chosen = self._flow, self._told(answer)
+        before, after, layout = chosen.before, chosen.after, chosen.layout
+        actions, logps, dist_inputs = chosen.actions, chosen.logps.tolist(), chosen.dist_inputs
         for i, builder in enumerate(self._builders):
             builder.observe(self._rows[i])
             if not builder.steps or builder.origin is not answer.origin or builder.layout is not layout:
@@ -232,7 +261,9 @@ class PendingActions:
             if builder.fresh and before:
                 builder.remember([before[STATE_IN + name][i] for name in after])
             builder.act(actions[i], logps[i], dist_inputs[i], [array[i] for array in after.values()])
-        return arrays.get("env_actions", actions).copy()  # the caller's own: the message's bytes can't be written
+        return answer.arrays.get(
+            "env_actions", actions
+        ).copy()  # the caller's own: the message's bytes can't be written
 
 
 def _memory(builders: Sequence[FragmentBuilder], layout: Layout | None) -> dict[str, NDArray[Any]]:
@@ -265,7 +296,9 @@ def _before(builders: Sequence[FragmentBuilder], layout: Layout | None, rows: ND
     return {OBS_BEFORE: earlier, STEPS_BEFORE: counts}
 
 
-def request(flow: Flow, remote: RemotePolicy, pairs: Pairs) -> PendingActions:
+def request(
+    flow: Flow, remote: RemotePolicy, pairs: Pairs, pending: type[PendingActions] = PendingActions
+) -> PendingActions:
     """Ask the service for an action for each of these episodes. Waits while there is no room for the steps, or for one
     more request. Raises RefusedError, and what `Flow.prepare` does."""
 
@@ -279,7 +312,7 @@ def request(flow: Flow, remote: RemotePolicy, pairs: Pairs) -> PendingActions:
     flow.prepare(pairs, "acted", wait=True)
     if not room():
         flow.wait(room, remote.why, at=remote.connection)
-    return PendingActions(flow, remote, pairs)
+    return pending(flow, remote, pairs)
 
 
 class PendingAction:

@@ -18,7 +18,7 @@ from rllink_zmq.client import Client, Episode
 from rllink_zmq.client_flow import WAIT_SLICE, Waiting
 from rllink_zmq.client_policy import PolicyReader
 from rllink_zmq.client_remote import PendingAction, PendingActions
-from rllink_zmq.errors import SettingsError
+from rllink_zmq.errors import SettingsError, VectorError
 from rllink_zmq.fragments import Origin
 from rllink_zmq.transport import poll
 
@@ -51,10 +51,10 @@ class Tally:
         self.returns: deque[float] = deque(maxlen=LAST_RETURNS)
         self._started = time.monotonic()
 
-    def ended(self, episode: Episode) -> None:
-        """An episode has ended by itself."""
-        self.episodes += 1
-        self.returns.append(episode.episode_return)
+    def ended(self, *returns: float) -> None:
+        """Episodes have ended by themselves, with these returns."""
+        self.episodes += len(returns)
+        self.returns.extend(returns)
 
     def summary(self) -> Summary:
         """As of now."""
@@ -246,7 +246,7 @@ class _Seat:
             self._steps_left -= 1
             if terminated or truncated:
                 episode.finish(observation, truncated=not terminated)
-                tally.ended(episode)
+                tally.ended(episode.episode_return)
                 self._episodes_left -= 1
                 self._episode = None
                 break
@@ -338,44 +338,147 @@ def drive_vector(
     steps: int | None = None,
     seed: int | None = None,
     stop: Stop | None = None,
+    tally: Tally | None = None,
     training_enabled: bool = True,
 ) -> Summary:
     """Run a vector of environments, with one forward pass of the policy for all. `episodes` and `steps` are totals.
+    `tally`: counts that a caller wants to watch. What can't be done in columns (`Client.vector`: a policy with a memory
+    or stacked frames, observations of several parts, evaluation) is done with an episode for each environment.
     All of its episodes are trained on, or with `training_enabled=False` none: they are for evaluations, as in `drive`,
     and where they are left the environments are all reset.
 
     Every `autoreset_mode` of Gymnasium is understood. The client must have been connected for as many `episodes` as
     there are environments. Raises SettingsError otherwise, and what `Client.get_actions` does.
     """
-    vector = _Vector(client, envs, seed, training_enabled)
-    tally = Tally()
+    mode = _mode(client, envs)
+    count = tally or Tally()
+    flat = not isinstance(envs.single_observation_space, gym.spaces.Dict | gym.spaces.Tuple)
+    vector: _Columns | _Vector
+    if flat and training_enabled:
+        vector = _Columns(client, envs, mode, seed)
+    else:
+        vector = _Vector(client, envs, mode, seed, training_enabled)
     try:
-        while (episodes is None or tally.episodes < episodes) and (steps is None or tally.steps < steps):
-            if not vector.wait(stop):
-                break
-            vector.step(tally)
+        while (episodes is None or count.episodes < episodes) and (steps is None or count.steps < steps):
+            try:
+                if not vector.wait(stop):
+                    break
+                vector.step(count)
+            except VectorError:
+                if isinstance(vector, _Vector):
+                    raise
+                vector.leave()
+                vector = _Vector(client, envs, mode, seed, training_enabled)
         vector.cut_off()
     finally:
         vector.leave()
-    return tally.summary()
+    return count.summary()
+
+
+def _mode(client: Client, envs: gym.vector.VectorEnv[Any, Any, Any]) -> AutoresetMode:
+    """When environments reset themselves. Raises SettingsError if that isn't known, or they are too many."""
+    mode = envs.metadata.get("autoreset_mode")
+    if not isinstance(mode, AutoresetMode):
+        raise SettingsError(
+            f"expected a vector environment whose metadata['autoreset_mode'] is one of Gymnasium's, got {mode!r}"
+        )
+    if client.flow.session.episodes < envs.num_envs:
+        raise SettingsError(
+            f"{envs.num_envs} environments need as many episodes at once, the client was connected for "
+            f"{client.flow.session.episodes}: connect(..., episodes={envs.num_envs})"
+        )
+    return mode
+
+
+class _Columns:
+    """Environments that are stepped by the client's vector form. `_resting`: those that reset themselves with the next
+    step (`NEXT_STEP`)."""
+
+    def __init__(
+        self, client: Client, envs: gym.vector.VectorEnv[Any, Any, Any], mode: AutoresetMode, seed: int | None
+    ) -> None:
+        self._flow = client.flow
+        self._envs = envs
+        self._mode = mode
+        self._observations = envs.reset(seed=seed)[0]
+        self._resting = np.zeros(envs.num_envs, bool)
+        self._vector = client.vector(envs.num_envs)
+        self._asked: PendingActions | None = None
+
+    def wait(self, stop: Stop | None) -> bool:
+        """Until there is room for a step of all. False when `stop()` said so."""
+        waiting: Waiting | None = None
+        flow = self._flow
+        while True:
+            if stop is not None and stop():
+                return False
+            if self._ready():
+                return True
+            now = time.monotonic()
+            waiting = waiting or Waiting(now)
+            waiting.say(self._why, now)
+            poll(flow.connections, None, WAIT_SLICE)
+
+    def _ready(self) -> bool:
+        """Whether `step` will not wait; with the service: its answer is there."""
+        vector = self._vector
+        if self._asked is None:
+            if not vector.can_act(self._observations, self._resting):
+                return False
+            if self._flow.remote is None:
+                return True
+            self._asked = vector.get_actions_async(self._observations, self._resting)
+        return self._asked.done()
+
+    def _why(self) -> str:
+        flow = self._flow
+        return flow.remote.why() if flow.remote is not None and self._asked is not None else flow.why("acted")
+
+    def step(self, tally: Tally) -> None:
+        """One step of all environments."""
+        asked, self._asked = self._asked, None
+        vector, resting = self._vector, self._resting
+        actions = vector.get_actions(self._observations, resting) if asked is None else asked.results()
+        observations, rewards, terminated, truncated, infos = self._envs.step(actions)
+        last = observations
+        ended = (terminated | truncated) & ~resting
+        tally.steps += len(resting) - int(np.count_nonzero(resting))
+        if ended.any():
+            if self._mode is AutoresetMode.SAME_STEP:
+                last = np.array(observations)
+                for i in np.flatnonzero(ended):
+                    last[i] = infos["final_obs"][i]
+            tally.ended(*vector.log_step(rewards, terminated, truncated, last).tolist())
+            if self._mode is AutoresetMode.DISABLED:
+                observations = self._envs.reset(options={"reset_mask": ended})[0]
+        else:
+            vector.log_step(rewards, terminated, truncated, last)
+        if self._mode is AutoresetMode.NEXT_STEP:
+            self._resting = ended
+        self._observations = observations
+
+    def cut_off(self) -> None:
+        """End all episodes where they are."""
+        if self._asked is not None:
+            self._asked.forget()
+        self._vector.end(self._observations)
+
+    def leave(self) -> None:
+        self._vector.abandon()
 
 
 class _Vector:
-    """`_episodes[i]` is None while environment i waits for its reset to be stepped over (`NEXT_STEP`)."""
+    """An episode for each environment. `_episodes[i]` is None while environment i waits for its reset to be stepped
+    over (`NEXT_STEP`)."""
 
     def __init__(
-        self, client: Client, envs: gym.vector.VectorEnv[Any, Any, Any], seed: int | None, training_enabled: bool
+        self,
+        client: Client,
+        envs: gym.vector.VectorEnv[Any, Any, Any],
+        mode: AutoresetMode,
+        seed: int | None,
+        training_enabled: bool,
     ) -> None:
-        mode = envs.metadata.get("autoreset_mode")
-        if not isinstance(mode, AutoresetMode):
-            raise SettingsError(
-                f"expected a vector environment whose metadata['autoreset_mode'] is one of Gymnasium's, got {mode!r}"
-            )
-        if client.flow.session.episodes < envs.num_envs:
-            raise SettingsError(
-                f"{envs.num_envs} environments need as many episodes at once, the client was connected for "
-                f"{client.flow.session.episodes}: connect(..., episodes={envs.num_envs})"
-            )
         self._client = client
         self._envs = envs
         self._training_enabled = training_enabled
@@ -469,7 +572,7 @@ class _Vector:
             if terminated[i] or truncated[i]:
                 last = _at(infos["final_obs"], i) if self._mode is AutoresetMode.SAME_STEP else observations[i]
                 episode.finish(last, truncated=not terminated[i])
-                tally.ended(episode)
+                tally.ended(episode.episode_return)
                 ended[i] = True
         if self._mode is AutoresetMode.DISABLED and ended.any():
             observations = self._each(self._envs.reset(options={"reset_mask": ended})[0])

@@ -8,6 +8,7 @@
     ├── ConnectionTimeout    a wait with a deadline ended (also a `TimeoutError`)
     ├── PolicyError          a policy that can't be exported, loaded, fed or that has no weights yet
     ├── EpisodeError         a call out of order, or data that doesn't fit the spaces (also a `ValueError`)
+    │   └── VectorError      a policy that the vector form of a client can't serve
     ├── SpaceError           a Gymnasium space that this package can't carry (also a `ValueError`)
     └── SettingsError        a setting out of its range, an address that can't be used (also a `ValueError`)
 
@@ -47,6 +48,10 @@ class PolicyError(RllinkError):
 
 class EpisodeError(RllinkError, ValueError):
     """A call out of order, or an observation, action or reward that doesn't fit."""
+
+
+class VectorError(EpisodeError):
+    """A policy that the vector form of a client can't serve; an episode for each world can."""
 
 
 class SpaceError(RllinkError, ValueError):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from rllink_zmq.arrays import Array
 from rllink_zmq.errors import EpisodeError, SpaceError
-from rllink_zmq.messages import OBS_BEFORE, STATE_IN
+from rllink_zmq.messages import OBS_BEFORE, STATE_IN, Segment
 from rllink_zmq.packing import Packing, dtype_of, packing_of
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -120,13 +120,15 @@ class Origin(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """A finished fragment: steps `t0` .. `t0 + steps - 1`. `arrays` in their order on the wire; `obs` first."""
+    """A finished fragment: steps `t0` .. `t0 + steps - 1`, or those of its `segments`. `arrays` in their order on the
+    wire; `obs` first."""
 
     origin: Origin
     t0: int
     steps: int
     return_so_far: float
     arrays: dict[str, Array]
+    segments: tuple[Segment, ...] = ()
 
 
 class FragmentBuilder:
@@ -139,8 +141,10 @@ class FragmentBuilder:
     is; `evaluation`: it goes to an evaluation, if the episode begins with these weights or newer ones. `state`: the
     policy's memory before the next step, in the layout's order; `fresh`: no step has been taken with it. `asked`: an
     action has been asked for, and its observation is the newest one. For whoever keeps the time: `began`: when the
-    first step was taken; `timings`: of this fragment, as in FRAGMENT.
+    first step was taken; `timings`: of this fragment, as in FRAGMENT. `width`: steps that are taken at once.
     """
+
+    width = 1
 
     def __init__(self, episode: str, *, sent: bool = True, explore: bool | None = None) -> None:
         self.episode = episode
@@ -326,6 +330,15 @@ class FragmentBuilder:
     # ---- cutting
 
     @property
+    def full(self) -> bool:
+        """Whether the fragment takes no further step."""
+        return self.steps >= self.limit
+
+    def clipped(self, steps: int, layout: Layout, kind: Kind, fragment_bytes: int) -> int:
+        """What `limit` may be, where an episode's piece may have `steps` steps."""
+        return steps
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the fragment being built."""
         layout = self._layout
@@ -334,6 +347,10 @@ class FragmentBuilder:
     def cut(self) -> Cut:
         """The fragment of all its steps (one or more); the observation after the last was given to `observe`."""
         return self._cut(self.steps, self.episode_return)
+
+    def cuts(self, fragment_bytes: int) -> list[Cut]:
+        """What `cut` makes, which never has more bytes."""
+        return [self.cut()]
 
     def cut_before_last(self) -> Cut | None:
         """The fragment of all steps but the last, whose observation is known already: the last one begins the next

@@ -245,8 +245,9 @@ class Policy:
         self.version: Any = None
         """What `apply` was given last; None before."""
         self._threads = threads
-        self._transforms = False
-        self._session = self._open(batch=1)
+        self.transforms = False
+        """Whether the environment wants other actions than RLlib trains on."""
+        self._session = self.open_session(batch=1)
         self._batch_session: Any = None
         self._check_signature()
         manifest = self.manifest
@@ -279,10 +280,10 @@ class Policy:
         self._noise_row = self._noise_in[0, ...]
         self._action_view = self._action_out.reshape(manifest.action.shape)
         self._env_action_view = (
-            self._env_action_out.reshape(manifest.env_action.shape) if self._transforms else self._action_view
+            self._env_action_out.reshape(manifest.env_action.shape) if self.transforms else self._action_view
         )
         self._dist_inputs_view = self._dist_inputs_out[0]
-        self._scalar = manifest.action.shape == () and not self._transforms
+        self._scalar = manifest.action.shape == () and not self.transforms
         self._bound: IOBinding | None = None
         self._weights: dict[str, OrtValue] | None = None
         self._arrays: dict[str, NDArray[Any]] = {}
@@ -321,7 +322,7 @@ class Policy:
             self._weights = {
                 name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in self._arrays.items()
             }
-            self._bound = self._bind(self._weights)
+            self._bound = self._bind_one()
         offset = 0
         for weight, array in zip(self.manifest.weights, self._arrays.values(), strict=True):
             sent = np.frombuffer(view, np.dtype(weight.dtype).newbyteorder("<"), math.prod(weight.shape), offset)
@@ -352,11 +353,11 @@ class Policy:
         rows = len(observations) if np.ndim(observations) else 0
         fed = self._rows(observations, "observations", rows, manifest.observation.shape, manifest.observation.dtype)
         if noise is None:
-            noise = self._draw(rows)
+            noise = self.draw(np.empty((rows, *manifest.noise_shape), np.float32))
             noise[~np.broadcast_to(np.asarray(explore, bool), (rows,))] = 0.0
         if self._batch_session is None:
             # Batch 1 has a session of its own, whose shapes are all known. Many a process never needs this one.
-            self._batch_session = self._open(batch=None)
+            self._batch_session = self.open_session(batch=None)
         inputs = {
             **{name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in self._given(fed)},
             "noise": onnxruntime.OrtValue.ortvalue_from_numpy(
@@ -370,13 +371,13 @@ class Policy:
             inputs[f"state_in/{part.name}"] = onnxruntime.OrtValue.ortvalue_from_numpy(
                 self._rows(array, f"the state '{part.name}'", rows, part.shape, part.dtype)
             )
-        names = ["actions", "action_logp", "action_dist_inputs"] + ["env_actions"] * self._transforms
+        names = ["actions", "action_logp", "action_dist_inputs"] + ["env_actions"] * self.transforms
         names += [f"state_out/{part.name}" for part in manifest.state]
         outputs = [value.numpy() for value in self._batch_session.run_with_ort_values(names, inputs)]
         actions = outputs[0].reshape(rows, *manifest.action.shape)
-        env_actions = outputs[3].reshape(rows, *manifest.env_action.shape) if self._transforms else actions.copy()
+        env_actions = outputs[3].reshape(rows, *manifest.env_action.shape) if self.transforms else actions.copy()
         return Actions(
-            env_actions, actions, outputs[1].reshape(rows), outputs[2], tuple(outputs[3 + self._transforms :])
+            env_actions, actions, outputs[1].reshape(rows), outputs[2], tuple(outputs[3 + self.transforms :])
         )
 
     def act_one(
@@ -443,10 +444,9 @@ class Policy:
             self._random.standard_normal(dtype=np.float32, out=self._noise)
         self._noise_used = 0
 
-    def _draw(self, rows: int) -> NDArray[np.float32]:
-        """The next `rows` rows of the one stream of noise."""
-        drawn = np.empty((rows, *self.manifest.noise_shape), np.float32)
-        filled = 0
+    def draw(self, drawn: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Fill `drawn` with the next rows of the one stream of noise."""
+        rows, filled = len(drawn), 0
         while filled < rows:
             if self._noise_used == self._noise_rows:
                 self._refill()
@@ -472,7 +472,8 @@ class Policy:
             options.add_free_dimension_override_by_name("batch", batch)
         return options
 
-    def _open(self, batch: int | None) -> Any:
+    def open_session(self, batch: int | None) -> Any:
+        """ONNX Runtime's, for batches of this size alone; None = of any."""
         import onnxruntime
 
         try:
@@ -500,8 +501,8 @@ class Policy:
             "action_dist_inputs": ("tensor(float)", [1, manifest.action_dist_inputs]),
         }
         found = {node.name: (node.type, node.shape) for node in self._session.get_outputs()}
-        self._transforms = "env_actions" in found
-        if self._transforms:
+        self.transforms = "env_actions" in found
+        if self.transforms:
             outputs["env_actions"] = (_ONNX_TYPES[manifest.env_action.dtype], [1, manifest.env_action.size])
         elif manifest.env_action != manifest.action:
             raise PolicyError("the policy's graph has no output env_actions, and its manifest says it differs")
@@ -512,29 +513,39 @@ class Policy:
             if said != is_:
                 raise PolicyError(f"the policy's graph has {is_}, its manifest says {said}")
 
-    def _bind(self, weights: dict[str, OrtValue]) -> IOBinding:
-        """A binding of batch 1: our arrays and these weights."""
+    def bind(self, session: Any, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]) -> IOBinding:
+        """A binding of these arrays and the weights. Raises PolicyError before the first `apply`."""
         import onnxruntime
 
+        if self._weights is None:
+            raise PolicyError(_NO_WEIGHTS)
         as_value = onnxruntime.OrtValue.ortvalue_from_numpy
-        binding = self._session.io_binding()
-        if self._parts_in:
-            for i, array in enumerate(self._parts_in):
-                binding.bind_ortvalue_input(f"observations/{i}", as_value(array))
-        else:
-            binding.bind_ortvalue_input("observations", as_value(self._observation_in))
-        binding.bind_ortvalue_input("noise", as_value(self._noise_in))
-        for name, value in weights.items():
+        binding: IOBinding = session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, as_value(array))
+        for name, value in self._weights.items():
             binding.bind_ortvalue_input(name, value)
-        binding.bind_ortvalue_output("actions", as_value(self._action_out))
-        binding.bind_ortvalue_output("action_logp", as_value(self._logp_out))
-        binding.bind_ortvalue_output("action_dist_inputs", as_value(self._dist_inputs_out))
-        if self._transforms:
-            binding.bind_ortvalue_output("env_actions", as_value(self._env_action_out))
-        for part, given, made in zip(self.manifest.state, self._states_in, self._states_out, strict=True):
-            binding.bind_ortvalue_input(f"state_in/{part.name}", as_value(given))
-            binding.bind_ortvalue_output(f"state_out/{part.name}", as_value(made))
+        for name, array in outputs.items():
+            binding.bind_ortvalue_output(name, as_value(array))
         return binding
+
+    def _bind_one(self) -> IOBinding:
+        """A binding of batch 1: our arrays and the weights."""
+        inputs = {f"observations/{i}": array for i, array in enumerate(self._parts_in)} or {
+            "observations": self._observation_in
+        }
+        inputs["noise"] = self._noise_in
+        outputs: dict[str, NDArray[Any]] = {
+            "actions": self._action_out,
+            "action_logp": self._logp_out,
+            "action_dist_inputs": self._dist_inputs_out,
+        }
+        if self.transforms:
+            outputs["env_actions"] = self._env_action_out
+        for part, given, made in zip(self.manifest.state, self._states_in, self._states_out, strict=True):
+            inputs[f"state_in/{part.name}"] = given
+            outputs[f"state_out/{part.name}"] = made
+        return self.bind(self._session, inputs, outputs)
 
     def _given(self, rows: NDArray[Any]) -> list[tuple[str, NDArray[Any]]]:
         """Observations by the names of the graph's inputs."""

@@ -36,6 +36,7 @@ from rllink_zmq.messages import (
     Hello,
     Message,
     ReaderHello,
+    Segment,
     SimulatorHello,
     Spaces,
 )
@@ -331,6 +332,7 @@ class SimulatorSession(Endpoint):
         timings: dict[str, float] | None = None,
         evaluation: bool = False,
         compression: str = "",
+        segments: tuple[Segment, ...] = (),
     ) -> int:
         """Send a fragment, keep it until it is settled, and return its number."""
         base = self.base  # of the time before: nothing unsettled makes this very fragment the first one
@@ -339,6 +341,7 @@ class SimulatorSession(Endpoint):
             self.session, self.number, base, episode, t0, steps, end, run, version, return_so_far, columns,  # type: ignore[arg-type]
             seconds=seconds, timings=timings or {}, dropped=self.dropped, evaluation=evaluation,
             compression=compression,
+            segments=segments,
         )  # fmt: skip
         size = sum(map(len, body))
         self.unsettled[self.number] = Unsettled(message, body, size)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
+import msgspec
 import numpy as np
 from test_policy import BODY, discrete_blob
 
@@ -38,8 +39,24 @@ def until(condition: Callable[[], bool], what: str = "condition", patience: floa
         time.sleep(0.002)
 
 
+def pieces(header: FRAGMENT, arrays: dict[str, Any]) -> Iterator[tuple[FRAGMENT, dict[str, Any]]]:
+    """A fragment as it is, or one of several episodes as if each of its segments had come alone."""
+    row = step = 0
+    for part in header.segments:
+        rows = {"obs": slice(row, row + part.steps + 1)}
+        steps = slice(step, step + part.steps)
+        alone = msgspec.structs.replace(
+            header, episode=part.episode, t0=part.t0, steps=part.steps, end=part.end,
+            return_so_far=part.return_so_far, seconds=part.seconds,
+        )  # fmt: skip
+        yield alone, {name: values[rows.get(name, steps)] for name, values in arrays.items()}
+        row, step = row + part.steps + 1, step + part.steps
+    if not header.segments:
+        yield header, arrays
+
+
 class Training:
-    """`taken`: (header, arrays) of every fragment, in order. `paused`: nothing is taken meanwhile."""
+    """`taken`: (header, arrays) of every piece of an episode, in order. `paused`: nothing is taken meanwhile."""
 
     def __init__(
         self,
@@ -91,7 +108,8 @@ class Training:
             while not self._todo.empty():
                 self._todo.get()()
             if runner.taken is not None:
-                self.taken += [(lease.message, arrays_of(lease.message, lease.body)) for lease in runner.taken]
+                for lease in runner.taken:
+                    self.taken += pieces(lease.message, arrays_of(lease.message, lease.body))
                 runner.taken = None
                 runner.give_back(time.monotonic())
             if not self.paused:
