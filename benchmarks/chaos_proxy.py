@@ -48,6 +48,8 @@ class Proxy:
     def __init__(self, target: int) -> None:
         self.target = target
         self.flow = Flow.PASS
+        self.carried = 0
+        """Bytes, in both directions together."""
         self.pairs: set[Pair] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=f"proxy-{target}", daemon=True)
@@ -130,8 +132,8 @@ class Proxy:
             behind, onward = await asyncio.open_connection("127.0.0.1", self.target)
             pair.writers.append(onward)
             pumps = [
-                asyncio.ensure_future(_pump(reader, onward, pair)),
-                asyncio.ensure_future(_pump(behind, writer, pair)),
+                asyncio.ensure_future(self._pump(reader, onward, pair)),
+                asyncio.ensure_future(self._pump(behind, writer, pair)),
             ]
             self._tasks.update(pumps)
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -145,13 +147,13 @@ class Proxy:
             self.pairs.discard(pair)
             pair.close()
 
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pair: Pair) -> None:
-    """One direction, until either end closes."""
-    with suppress(OSError):
-        while data := await reader.read(CHUNK):
-            while pair.flow is Flow.STALL:
-                await asyncio.sleep(LOOK_EVERY)
-            if pair.flow is Flow.PASS:
-                writer.write(data)
-                await writer.drain()
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pair: Pair) -> None:
+        """One direction, until either end closes."""
+        with suppress(OSError):
+            while data := await reader.read(CHUNK):
+                self.carried += len(data)
+                while pair.flow is Flow.STALL:
+                    await asyncio.sleep(LOOK_EVERY)
+                if pair.flow is Flow.PASS:
+                    writer.write(data)
+                    await writer.drain()

@@ -24,7 +24,7 @@ import zmq
 
 RESULTS = Path(__file__).parent / "results"
 
-PACKAGES = ("rllink-zmq", "pyzmq", "msgspec", "numpy", "onnxruntime", "gymnasium", "ray", "torch")
+PACKAGES = ("rllink-zmq", "pyzmq", "msgspec", "numpy", "onnxruntime", "gymnasium", "ray", "torch", "backports.zstd")
 """Whose versions are written down with the figures."""
 
 

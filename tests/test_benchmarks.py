@@ -19,6 +19,14 @@ TARGET_KEYS = {"what", "figure", "sense", "limit", "spread", "met"}
 FIGURES = {
     "actions": {"one", "many", "images", "tail"},
     "broker": {"small", "large", "core"},
+    "bytes": {
+        "Boxing",
+        "Boxing, stacked",
+        "Breakout",
+        "Breakout, stacked",
+        "CartPole",
+        "HalfCheetah",
+    },
     "idle": {"percent_of_a_core", "heartbeats_percent"},
     "many": {"seconds_until_all_delivered", "broker_rss", "dropped_steps", "steps_per_s"},
     "recurrent": {"local", "remote", "RLlib", "no memory"},
@@ -26,7 +34,17 @@ FIGURES = {
     "simulator": {"untrained", "balancing"},
     "weights": {"bytes", "subscribers", "ours", "bare"},
 }
-TARGETS = {"actions": 6, "broker": 3, "idle": 1, "many": 3, "recurrent": 2, "remote": 2, "simulator": 3, "weights": 1}
+TARGETS = {
+    "actions": 6,
+    "broker": 3,
+    "bytes": 4,
+    "idle": 1,
+    "many": 3,
+    "recurrent": 2,
+    "remote": 2,
+    "simulator": 3,
+    "weights": 1,
+}
 
 
 def run(name: str, results: Path) -> dict[str, Any]:
@@ -46,6 +64,7 @@ def run(name: str, results: Path) -> dict[str, Any]:
     [
         pytest.param("actions", marks=[pytest.mark.ray, pytest.mark.long]),
         "broker",
+        "bytes",
         "idle",
         pytest.param("many", marks=pytest.mark.ray),
         pytest.param("recurrent", marks=[pytest.mark.ray, pytest.mark.long]),
