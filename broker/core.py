@@ -209,6 +209,8 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
 
     def _check(self, message: FRAGMENT, event: Received) -> None:
         """What the frames can't show by themselves. The wire has checked columns against bytes."""
+        if message.modules:
+            return
         if message.columns[0].name != "obs":
             raise ProtocolError(f"the first column must be 'obs', it is '{message.columns[0].name}'")
 
@@ -418,7 +420,9 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
             settled, sim.acks = sim.acks, []
             while True:
                 some, settled = settled[:ACK_OUTCOMES], settled[ACK_OUTCOMES:]
-                ack = ACK(some, sim.window, limit, length, run, version, policy, evaluation, evaluates)
+                ack = ACK(
+                    some, sim.window, limit, length, run, version, policy, evaluation, evaluates, self.module_versions
+                )
                 actions.append(Send(Side.FRONT, sim.route, ack))
                 if not settled:
                     break

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from rllink_zmq.errors import ProtocolError
-from rllink_zmq.messages import Message
+from rllink_zmq.messages import STATE, Message
 from rllink_zmq.wire import Buffer
 
 
@@ -74,7 +74,7 @@ class Forward(Struct, frozen=True, gc=False):
 
 
 class Publish(Struct, frozen=True, gc=False):
-    message: Message
+    message: STATE
     body: Sequence[Buffer] = ()
 
 

@@ -34,7 +34,7 @@ from .fragments import Fragment
 from .fragments import State as Life
 from .fragments import Verb as Move
 from .peers import Observer, Peer, Reader, Runner, Service, Simulator, State, Trainer, Verb
-from .spaces import mismatch, step_bytes
+from .spaces import check_agents, mismatch, step_bytes
 
 P = TypeVar("P", bound=Peer)
 
@@ -106,7 +106,7 @@ class Handshake(Duties):
             self.epoch, peer.greeting, self.settings.fragment_bytes, window, limit, length, self.run,
             self.published_version, self.policy_ready, self.weights_address, spaces, text,
             self.settings.act_requests if isinstance(peer, Reader) else 0,
-            self.evaluation_version if isinstance(peer, Simulator) else -1, peer in self.sharers,
+            self.evaluation_version if isinstance(peer, Simulator) else -1, peer in self.sharers, self.module_versions,
         ))  # fmt: skip
 
     # ---- simulators
@@ -225,7 +225,7 @@ class Handshake(Duties):
         # What it was leased on the old connection is not waited for: TAKE would be refused.
         self._requeue(runner.leased, Move.UNLEASE)
         self._enter(runner, hello, event.route, now)
-        runner.run, runner.evaluates, runner.offer, self._pool = role.run, role.evaluation, None, None
+        runner.run, runner.evaluates, runner.offers, self._pool = role.run, role.evaluation, {}, None
         self._source_lost(runner, now)  # what was asked on the old connection is not waited for
         self._give(runner, role.returned, role.dropped, now)
         for k in sorted((k for k in runner.takes if k > role.committed), reverse=True):
@@ -286,6 +286,10 @@ class Handshake(Duties):
             self._send(old, self.pong(old, now))  # if it is gone this shows it, and the next try is accepted
             return no("trainer_present", f"this broker already serves the trainer '{old.name}' (run {old.hello.run}): "
                       f"stop it, or start a broker of its own for each training", fatal=False)  # fmt: skip
+        try:
+            check_agents(role.spaces)
+        except ProtocolError as e:
+            return no("spaces", str(e), fatal=True)
         if role.run < self.run:
             return no(
                 "old_run", f"run {role.run} is older than {self.run}, the last one this broker served", fatal=True

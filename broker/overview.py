@@ -59,7 +59,11 @@ class Overview(BrokerState):
                 "lag_limit": trainer.hello.lag_limit,
                 "steps_ahead": trainer.hello.steps_ahead,
             },
-            "weights": {"run_id": self.run, "version": self.published_version, "bytes": len(self.weights)},
+            "weights": {
+                "run_id": self.run,
+                "version": self.published_version,
+                "bytes": sum(len(m.data) for m in self.modules.values()),
+            },
             "policy": self.policy_ready,
             "ledger": self.ledger.as_json(),
             "dropped_at_simulators": {k: {"fragments": v[0], "steps": v[1]} for k, v in sorted(at_simulators.items())},

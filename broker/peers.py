@@ -149,7 +149,7 @@ class Runner(Peer):
     `duty`: what the trainer wants of it. `evaluates`: it is of the pool that evaluates, and gets nothing else."""
 
     __slots__ = ("assigned_steps", "duty", "evaluates", "evaluation", "leased", "leased_bytes", "leased_steps",
-                 "offer", "returned", "run", "takes")  # fmt: skip
+                 "offers", "returned", "run", "takes")  # fmt: skip
 
     def __init__(self, session: bytes, now: float) -> None:
         super().__init__(session, now)
@@ -161,7 +161,7 @@ class Runner(Peer):
         self.leased_bytes = 0
         self.assigned_steps = 0
         self.takes: dict[int, list[Fragment]] = {}
-        self.offer: tuple[int, int] | None = None
+        self.offers: dict[str, tuple[int, int]] = {}
         self.evaluates = False
         self.evaluation: Evaluation | None = None
 

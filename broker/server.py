@@ -35,7 +35,7 @@ from .settings import Settings
 log = logging.getLogger("rllink_zmq.broker")
 
 TOPIC = b"default_policy"
-"""What PUB messages begin with: the id of the module whose weights follow."""
+"""What PUB messages begin with: the id of the module whose weights follow. This is the only one's."""
 
 BATCH = 128
 """Messages read from one ROUTER before the other one is looked at."""
@@ -293,7 +293,8 @@ class Server:
 
     def _publish(self, action: Publish) -> None:
         if self._publisher is not None:
-            self._publisher.send_multipart([TOPIC, *pack(action.message, action.body)], zmq.NOBLOCK)
+            topic = action.message.module.encode() or TOPIC
+            self._publisher.send_multipart([topic, *pack(action.message, action.body)], zmq.NOBLOCK)
 
     # ---- questions of the admin
 

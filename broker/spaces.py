@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import (
@@ -20,9 +21,54 @@ from rllink_zmq.messages import (
 from rllink_zmq.wire import column_bytes
 
 
+def check_agents(spaces: Spaces) -> None:
+    """Raises `ProtocolError` where the agents of several and their spaces are not each other's."""
+    if spaces.agents:
+        _of_agents(spaces)
+
+
 def mismatch(theirs: Spaces, ours: Spaces) -> str:
     """How a simulator's spaces differ from the trainer's, in words; '' when they fit. Bounds of observations and the
-    bounds of a Box that are only rounded differently don't matter."""
+    bounds of a Box that are only rounded differently don't matter. Of several agents it may have fewer."""
+    if theirs.agents or ours.agents:
+        return _agents_mismatch(theirs, ours)
+    return _one_mismatch(theirs, ours)
+
+
+def _agents_mismatch(theirs: Spaces, ours: Spaces) -> str:
+    if not (theirs.agents and ours.agents):
+        one = "the trainer's environment has one agent, this simulator's has several: "
+        many = "the trainer's environment has several agents, this simulator's has one, or is not told which: "
+        return f"{many if ours.agents else one}{_agents(theirs.agents or ours.agents)}"
+    known, own = _of_agents(ours), _of_agents(theirs)
+    for agent, spaces in own.items():
+        if agent not in known:
+            return f"the trainer knows no agent {agent!r}, but {_agents(ours.agents)}"
+        text = _one_mismatch(spaces, known[agent])
+        if text:
+            return f"of agent {agent!r} {text}"
+    return ""
+
+
+def _agents(agents: Sequence[int | str]) -> str:
+    shown = ", ".join(repr(agent) for agent in agents[:8])
+    return shown + (f" and {len(agents) - 8} more" if len(agents) > 8 else "")
+
+
+def _of_agents(spaces: Spaces) -> dict[int | str, Spaces]:
+    """Each agent's own. Raises `ProtocolError` where agents and spaces are not each other's."""
+    observation, action = spaces.observation, spaces.action
+    names = [str(agent) for agent in spaces.agents]
+    if not (isinstance(observation, DictSpace) and isinstance(action, DictSpace)):
+        raise ProtocolError("spaces of several agents are Dicts")
+    for inside in (observation.spaces, action.spaces):
+        if [key for key, _ in inside] != names:
+            raise ProtocolError(f"the agents are {_agents(names)}, and the spaces are of others")
+    pairs = zip(spaces.agents, observation.spaces, action.spaces, strict=True)
+    return {agent: Spaces(of_agent[1], its_action[1]) for agent, of_agent, its_action in pairs}
+
+
+def _one_mismatch(theirs: Spaces, ours: Spaces) -> str:
     for what, their, our, bounds in (
         ("observation", theirs.observation, ours.observation, False),
         ("action", theirs.action, ours.action, True),
@@ -95,7 +141,10 @@ def _bound(values: tuple[float, ...]) -> str:
 
 
 def step_bytes(spaces: Spaces) -> int:
-    """Bytes that one step of these spaces takes at least: two observations and an action. Raises `ProtocolError`."""
+    """Bytes that one step of these spaces takes at least: two observations and an action. Of several agents each may
+    act alone. Raises `ProtocolError`."""
+    if spaces.agents:
+        return max(step_bytes(one) for one in _of_agents(spaces).values())
     return 2 * _bytes(spaces.observation, 0) + _bytes(spaces.action, 0)
 
 

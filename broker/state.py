@@ -13,6 +13,7 @@ from rllink_zmq.wire import Buffer
 from . import peers
 from .events import Action, Log, Send, Side
 from .fragments import Fragment, Ledger, Verb
+from .modules import Module
 from .peers import Peer, Reader, Request, Runner, Service, Simulator, Trainer
 from .settings import Settings
 
@@ -54,10 +55,10 @@ class BrokerState:
         # evaluations: which version they want episodes of (-1 = none does), and which simulators are to serve them
         self.evaluation_version = -1
         self.sharers: dict[Simulator, None] = {}
-        # the artifacts: what simulators can get
+        # the artifacts: what simulators can get. Of several modules `published_version` is the newest of all
+        self.modules: dict[str, Module] = {}  # by id, once a runner has offered weights of it; "" is the only one's
         self.published_version = -1
-        self.weights = b""
-        self.weights_crc = 0
+        self.module_versions: dict[str, int] = {}
         self.policy_ready = ""
         self.policy_blob = b""
         # single actions: who asks, who answers, and what waits for somebody who does
@@ -71,6 +72,11 @@ class BrokerState:
         self._ack_due: float | None = None
         self._told: dict[str, float] = {}
         self._actions: list[Action] = []
+
+    @property
+    def weights(self) -> bytes:
+        """All that is published."""
+        return b"".join(module.data for module in self.modules.values())
 
     # ---- speaking
 
@@ -103,7 +109,7 @@ class BrokerState:
             ][:MAX_RUNNERS]
         return PONG(
             self.epoch, self.run, self.published_version, self.policy_ready, self.taken_steps, self.round_steps,
-            wanted, self.simulators_live, len(self.pool()), roster, ledger,
+            wanted, self.simulators_live, len(self.pool()), roster, ledger, self.module_versions,
         )  # fmt: skip
 
     # ---- what every room needs

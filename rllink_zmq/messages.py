@@ -20,13 +20,19 @@ MAX_FRAME_BYTES = 512 * 1024
 MAX_HEADER_BYTES = MAX_FRAME_BYTES
 MAX_FRAMES = 4096
 MAX_BODY_BYTES = 1 << 30
-MAX_COLUMNS = 64
+MAX_COLUMNS = 512
 MAX_SEGMENTS = 4096
 """Pieces of episodes in one fragment: their names at their longest fit into a header."""
 MAX_NUMBERS = 65_536
 MAX_ROWS = 65_536
 """Observations of one ACT."""
 MAX_RUNNERS = 1024
+MAX_AGENTS = 255
+"""Of an environment: their spaces are a Dict's."""
+MAX_MODULES = 80
+"""Modules that the agents of an environment may be mapped to: each has six columns in a fragment."""
+MAX_MODULE_ID = 40
+"""Characters of a module's id, which is the beginning of its columns' names."""
 MOST_WANTED = 1000
 """Runners that a pool may be scaled to: those that leave have to fit into the lists, too."""
 MAX_DIMENSIONS = 8
@@ -64,6 +70,11 @@ Finite: TypeAlias = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_i
 Numbers: TypeAlias = Annotated[list[Count], Meta(max_length=MAX_NUMBERS)]
 Address: TypeAlias = Annotated[str, Meta(max_length=256)]
 Digest: TypeAlias = Annotated[str, Meta(max_length=64)]
+AgentId: TypeAlias = Annotated[int, Meta(ge=-(1 << 53), lt=1 << 53)] | Annotated[str, Meta(min_length=1, max_length=64)]
+ModuleId: TypeAlias = Annotated[str, Meta(max_length=MAX_MODULE_ID)]
+"""'' = the only one."""
+Versions: TypeAlias = Annotated[dict[ModuleId, Version], Meta(max_length=MAX_MODULES)]
+"""Of the weights of each of several modules."""
 
 DELIVERED = "delivered"
 EVALUATED = "evaluated"
@@ -131,8 +142,12 @@ Space: TypeAlias = BoxSpace | DiscreteSpace | MultiDiscreteSpace | MultiBinarySp
 
 
 class Spaces(_Part, frozen=True):
+    """Of one agent. Or of several: then both are Dicts, and `agents` are the agents' ids in the order of their keys,
+    which are the ids as text."""
+
     observation: Space
     action: Space
+    agents: Annotated[tuple[AgentId, ...], Meta(max_length=MAX_AGENTS)] = ()
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------
@@ -155,6 +170,20 @@ class Segment(_Part, array_like=True, frozen=True):
     end: End
     return_so_far: Finite
     seconds: Annotated[float, Meta(ge=0, le=sys.float_info.max)]
+
+
+class AgentRows(_Part, array_like=True, frozen=True):
+    """The steps of one agent that a fragment completes, and which module took them. `t0`: the first one's index among
+    the agent's own. `end`: whether the agent ended with the last of them. `first`: the version that took the first of
+    them, if that was before this fragment; -1 = it is as of the others."""
+
+    agent: AgentId
+    module: Annotated[str, Meta(min_length=1, max_length=MAX_MODULE_ID)]
+    t0: Count
+    steps: Count
+    end: End
+    return_so_far: Finite
+    first: Version = -1
 
 
 class Claim(_Part, array_like=True, frozen=True):
@@ -283,7 +312,7 @@ class HELLO(_Message, tag="HELLO", frozen=True):
 class WELCOME(_Message, tag="WELCOME", frozen=True):
     """broker -> any: the answer to HELLO `greeting`. A simulator resends all unsettled fragments in order; a runner
     forgets what it has not taken. `window` and `steps_limit` are absolute; 0 as `steps_limit` = no limit. `requests`:
-    how many ACTs a reader may have open. `evaluation`, `evaluates`: as in ACK."""
+    how many ACTs a reader may have open. `evaluation`, `evaluates`, `modules`: as in ACK."""
 
     epoch: Annotated[bytes, Meta(min_length=8, max_length=8)]
     greeting: Count
@@ -300,6 +329,7 @@ class WELCOME(_Message, tag="WELCOME", frozen=True):
     requests: Count = 0
     evaluation: Version = -1
     evaluates: bool = False
+    modules: Versions = {}
 
 
 class REFUSED(_Message, tag="REFUSED", frozen=True):
@@ -314,7 +344,8 @@ class REFUSED(_Message, tag="REFUSED", frozen=True):
 class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     """simulator -> broker -> runner, header and frames unchanged: env steps `t0` .. `t0 + steps - 1` of an episode.
     `obs` and `state_in/...` have steps + 1 rows, all other columns have steps rows. `return_so_far`: the episode's
-    return before step `t0`.
+    return before step `t0`. `modules`: of an episode of several agents: the version of each module that acts in it;
+    `agents`: the steps of theirs that this fragment completes. Columns are `<module>/...` then.
     `seconds`: since the episode began, at the fragment's end. `timings`: seconds of one reset and of one step's acting,
     measured once in the fragment: `reset`, `observation` (taking it in), `inference`, `action` (handing it out).
     `dropped`: cumulative totals of what the simulator dropped itself: reason -> (fragments, steps).
@@ -333,11 +364,11 @@ class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     run: RunId
     version: Count
     return_so_far: Finite
-    columns: Annotated[tuple[Column, ...], Meta(min_length=1, max_length=MAX_COLUMNS)]
+    columns: Annotated[tuple[Column, ...], Meta(max_length=MAX_COLUMNS)]
     seconds: Annotated[float, Meta(ge=0, le=sys.float_info.max)] = 0.0
     timings: Annotated[dict[Reason, Annotated[float, Meta(ge=0, le=sys.float_info.max)]], Meta(max_length=8)] = {}
-    agent: Annotated[str, Meta(max_length=64)] = ""
-    module: Annotated[str, Meta(max_length=64)] = ""
+    modules: Versions = {}
+    agents: Annotated[tuple[AgentRows, ...], Meta(max_length=MAX_AGENTS)] = ()
     dropped: Annotated[dict[Reason, tuple[Count, Count]], Meta(max_length=16)] = {}
     evaluation: bool = False
     compression: Annotated[str, Meta(max_length=16)] = ""
@@ -383,7 +414,8 @@ class EVALUATE(_Message, tag="EVALUATE", frozen=True):
 class ACK(_Message, tag="ACK", frozen=True):
     """broker -> simulator: outcomes, and the limits as they are now (absolute, like WELCOME's). `evaluation`: an
     evaluation wants episodes, of this version of the weights or a newer one; -1 = none does. `evaluates`: this
-    simulator's next episode is to be one, unless it knows better."""
+    simulator's next episode is to be one, unless it knows better. `modules`: the newest version of each of several
+    modules; `version` is the newest of all then."""
 
     settled: Annotated[list[tuple[Count, Reason]], Meta(max_length=MAX_NUMBERS)]
     window: Count
@@ -394,6 +426,7 @@ class ACK(_Message, tag="ACK", frozen=True):
     policy: Digest = ""
     evaluation: Version = -1
     evaluates: bool = False
+    modules: Versions = {}
 
 
 class PING(_Message, tag="PING", frozen=True):
@@ -416,6 +449,7 @@ class PONG(_Message, tag="PONG", frozen=True):
     runners: Count = 0
     roster: Annotated[list[Present], Meta(max_length=MAX_RUNNERS)] = []
     ledger: Annotated[dict[Name, tuple[Count, Count]], Meta(max_length=64)] = {}
+    modules: Versions = {}
 
 
 class POOL(_Message, tag="POOL", frozen=True):
@@ -431,11 +465,13 @@ class DUTY(_Message, tag="DUTY", frozen=True):
 
 
 class OFFER(_Message, tag="OFFER", frozen=True):
-    """runner -> broker: this runner holds the weights `version` of `run`, `size` bytes."""
+    """runner -> broker: this runner holds the weights `version` of `run`, `size` bytes; of `module`, if there are
+    several."""
 
     run: RunId
     version: Count
     size: Count
+    module: ModuleId = ""
 
 
 class GET_STATE(_Message, tag="GET_STATE", frozen=True):
@@ -445,6 +481,7 @@ class GET_STATE(_Message, tag="GET_STATE", frozen=True):
     run: RunId = ""
     version: Version = -1
     offset: Count = 0
+    module: ModuleId = ""
 
 
 class STATE(_Message, tag="STATE", frozen=True):
@@ -456,6 +493,7 @@ class STATE(_Message, tag="STATE", frozen=True):
     size: Count
     offset: Count = 0
     crc32: Annotated[int, Meta(ge=0, lt=1 << 32)] = 0
+    module: ModuleId = ""
 
 
 class GET_CONFIG(_Message, tag="GET_CONFIG", frozen=True):
@@ -475,7 +513,8 @@ class CONFIG(_Message, tag="CONFIG", frozen=True):
 
 class ACT(_Message, tag="ACT", frozen=True):
     """reader -> broker -> service, header and frames unchanged: an action for each of `rows` observations. `request`
-    rises in a session. `explore`: draw it, else the most likely one; None = as training does, or `evaluation`."""
+    rises in a session. `explore`: draw it, else the most likely one; None = as training does, or `evaluation`.
+    `module`: which of several is to act."""
 
     session: Session
     request: Annotated[int, Meta(ge=1, lt=1 << 53)]
@@ -483,7 +522,7 @@ class ACT(_Message, tag="ACT", frozen=True):
     columns: Annotated[tuple[Column, ...], Meta(min_length=1, max_length=MAX_COLUMNS)]
     explore: bool | None = None
     evaluation: bool = False
-    module: Annotated[str, Meta(max_length=64)] = ""
+    module: ModuleId = ""
 
 
 class ACTION(_Message, tag="ACTION", frozen=True):

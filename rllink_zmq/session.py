@@ -11,7 +11,7 @@ carry out what it queued (`output`), and open a new connection when `reconnect` 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ from rllink_zmq.messages import (
     PROTOCOL_VERSION,
     REFUSED,
     WELCOME,
+    AgentRows,
     Column,
     Hello,
     Message,
@@ -102,6 +103,7 @@ class Endpoint:
         self.epoch = b""
         self.run = ""
         self.version = -1
+        self.modules: Mapping[str, int] = {}
         self.policy = ""
         self.output: list[Outgoing] = []
         self.reconnect = False
@@ -147,13 +149,13 @@ class Endpoint:
                 self._hello_sent = None
                 self.notice = message.text
                 self.epoch = message.epoch
-                self._learn(message.run, message.version, message.policy)
+                self._learn(message)
                 self.welcomed(message, now)
         elif isinstance(message, REFUSED):
             self._refused(message, now)
         elif self.state is State.LIVE:
             if isinstance(message, PONG):
-                self._learn(message.run, message.version, message.policy)
+                self._learn(message)
             self.handle(message, body, now)
 
     def welcomed(self, message: WELCOME, now: float) -> None:
@@ -245,13 +247,16 @@ class Endpoint:
                 self._hello_sent = None
                 self._later(now)
 
-    def _learn(self, run: str, version: int, policy: str) -> None:
+    def _learn(self, told: WELCOME | ACK | PONG) -> None:
         """Where training is: any message may say so, and an older one may come late."""
+        run, version = told.run, told.version
         if run >= self.run:
             newer = run > self.run
+            if newer or version >= self.version:
+                self.modules = told.modules
             self.version = version if newer else max(self.version, version)
             self.run = run
-            self.policy = policy or ("" if newer else self.policy)
+            self.policy = told.policy or ("" if newer else self.policy)
 
 
 class Unsettled(NamedTuple):
@@ -333,6 +338,8 @@ class SimulatorSession(Endpoint):
         evaluation: bool = False,
         compression: str = "",
         segments: tuple[Segment, ...] = (),
+        modules: dict[str, int] | None = None,
+        agents: tuple[AgentRows, ...] = (),
     ) -> int:
         """Send a fragment, keep it until it is settled, and return its number."""
         base = self.base  # of the time before: nothing unsettled makes this very fragment the first one
@@ -342,6 +349,7 @@ class SimulatorSession(Endpoint):
             seconds=seconds, timings=timings or {}, dropped=self.dropped, evaluation=evaluation,
             compression=compression,
             segments=segments,
+            modules=modules or {}, agents=agents,
         )  # fmt: skip
         size = sum(map(len, body))
         self.unsettled[self.number] = Unsettled(message, body, size)
@@ -362,7 +370,7 @@ class SimulatorSession(Endpoint):
 
     def handle(self, message: Message, body: Sequence[Buffer], now: float) -> None:
         if isinstance(message, ACK):
-            self._learn(message.run, message.version, message.policy)
+            self._learn(message)
             self._limits(message)
             for number, outcome in message.settled:
                 kept = self.unsettled.pop(number, None)
@@ -416,10 +424,11 @@ class ReaderSession(Endpoint):
         *,
         explore: bool | None = None,
         evaluation: bool = False,
+        module: str = "",
     ) -> int:
         """Ask for actions for `rows` observations, and return the request's number."""
         self._request += 1
-        message = ACT(self.session, self._request, rows, columns, explore, evaluation)
+        message = ACT(self.session, self._request, rows, columns, explore, evaluation, module)
         self.open_acts[self._request] = Outgoing(message, body)
         if self.state is State.LIVE:
             self._say(message, now, body)

@@ -94,6 +94,14 @@ class Pool(NamedTuple):
     runners: int = 0
 
 
+class Offered(NamedTuple):
+    """Weights that a runner has: `load()` makes their `size` bytes."""
+
+    version: int
+    size: int
+    load: Callable[[], bytes]
+
+
 class RunnerSession(Endpoint):
     """A runner's end, for one run. `duty`: what the trainer wants of it. `deadline`: an answer that reaches RLlib later
     is thrown away unseen. `last_call`: of the last call of `sample()`, a time no later than when RLlib sent it, and
@@ -122,9 +130,8 @@ class RunnerSession(Endpoint):
         self._granted = 0
         self._looked: float | None = None
         self._stall = (float("-inf"), float("-inf"))
-        self._offer: tuple[int, Callable[[], bytes]] | None = None
-        self._offer_size = 0
-        self._weights: tuple[int, bytes, int] | None = None
+        self._offers: dict[str, Offered] = {}
+        self._weights: dict[str, tuple[int, bytes, int]] = {}
 
     def open(self, now: float) -> None:
         self._look(now)  # a process may be stopped before it has looked for the first time
@@ -210,28 +217,30 @@ class RunnerSession(Endpoint):
 
     # ---- weights
 
-    def offer(self, version: int, size: int, load: Callable[[], bytes], now: float) -> None:
-        """This runner has weights `version`. `load()` makes their `size` bytes when the broker asks for them."""
-        self._offer = (version, load)
-        self._offer_size = size
+    def offer(self, version: int, size: int, load: Callable[[], bytes], now: float, module: str = "") -> None:
+        """This runner has weights `version`, of `module` if there are several. `load()` makes their `size` bytes when
+        the broker asks for them."""
+        self._offers[module] = Offered(version, size, load)
         if self.state is State.LIVE:
-            self._say(OFFER(self.my_run, version, size), now)
+            self._say(OFFER(self.my_run, version, size, module), now)
 
     @property
     def offered_version(self) -> int:
         """The newest version this runner has; -1 before the first."""
-        return -1 if self._offer is None else self._offer[0]
+        return max((offered.version for offered in self._offers.values()), default=-1)
 
     def _serve(self, message: GET_STATE, now: float) -> None:
-        if self._offer is None or message.run != self.my_run:
+        module = message.module
+        if module not in self._offers or message.run != self.my_run:
             return
-        version, load = self._offer
-        if self._weights is None or (message.version != self._weights[0] and self._weights[0] != version):
+        version, _, load = self._offers[module]
+        held = self._weights.get(module)
+        if held is None or (message.version != held[0] and held[0] != version):
             data = load()
-            self._weights = (version, data, zlib.crc32(data))
-        held, data, crc = self._weights
-        offset = message.offset if message.version == held else 0
-        self._say(STATE(self.my_run, held, len(data), offset, crc), now, [chunk(data, offset)])
+            held = self._weights[module] = (version, data, zlib.crc32(data))
+        number, data, crc = held
+        offset = message.offset if message.version == number else 0
+        self._say(STATE(self.my_run, number, len(data), offset, crc, module), now, [chunk(data, offset)])
 
     # ---- what comes
 
@@ -244,8 +253,8 @@ class RunnerSession(Endpoint):
         if self.returned != self._told_returned:
             # Given back after the HELLO. A TAKE that says it first would leave out what was dropped.
             self._say_returned(now)
-        if self._offer is not None:
-            self._say(OFFER(self.my_run, self._offer[0], self._offer_size), now)
+        for module, offered in self._offers.items():
+            self._say(OFFER(self.my_run, offered.version, offered.size, module), now)
 
     def handle(self, message: Message, body: Sequence[Buffer], now: float) -> None:
         if isinstance(message, FRAGMENT):

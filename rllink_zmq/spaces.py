@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -11,11 +12,13 @@ import numpy as np
 from rllink_zmq.arrays import ITEM_BYTES
 from rllink_zmq.errors import SpaceError
 from rllink_zmq.messages import (
+    MAX_AGENTS,
     MAX_BOUNDS,
     MAX_DIMENSIONS,
     MAX_NESTING,
     MAX_PARTS,
     MAX_SPACE_BYTES,
+    AgentId,
     BoxSpace,
     DictSpace,
     DiscreteSpace,
@@ -36,12 +39,16 @@ MOST = 1 << 53
 
 def to_wire(space: gym.Space[Any]) -> Space:
     """A Gymnasium space as it travels. Raises `SpaceError` for one that this version can't carry."""
-    made = _to_wire(space, 0)
+    return _limited(_to_wire(space, 0))
+
+
+def _limited(made: Space) -> Space:
     parts, numbers = _count(made)
     if parts > MAX_PARTS or numbers > 2 * MAX_BOUNDS:
         raise SpaceError(
-            f"a {type(space).__name__} of {parts} spaces and {numbers} bounds and counts, all in all; {MAX_PARTS} and "
-            f"{2 * MAX_BOUNDS} travel: give Boxes one low and one high for all entries, or join some of them"
+            f"a {type(made).__name__.removesuffix('Space')} of {parts} spaces and {numbers} bounds and counts, all in "
+            f"all; {MAX_PARTS} and {2 * MAX_BOUNDS} travel: give Boxes one low and one high for all entries, or join "
+            f"some of them"
         )
     return made
 
@@ -153,6 +160,58 @@ def _from_wire(space: Space, depth: int) -> gym.Space[Any]:
 def spaces_to_wire(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Spaces:
     """Both spaces of an environment as they travel. Raises `SpaceError`."""
     return Spaces(to_wire(observation_space), to_wire(action_space))
+
+
+def agents_to_wire(
+    observation_spaces: Mapping[AgentId, gym.Space[Any]], action_spaces: Mapping[AgentId, gym.Space[Any]]
+) -> Spaces:
+    """The spaces of several agents, by their ids, as they travel. Raises `SpaceError`, with the agent's name."""
+    if set(observation_spaces) != set(action_spaces) or not observation_spaces:
+        raise SpaceError(
+            f"expected an observation space and an action space of each agent, got observation spaces of "
+            f"{list(observation_spaces)} and action spaces of {list(action_spaces)}"
+        )
+    if len(observation_spaces) > MAX_AGENTS:
+        raise SpaceError(f"{len(observation_spaces)} agents; at most {MAX_AGENTS} travel")
+    agents = sorted(map(agent_id, observation_spaces), key=str)
+    for agent in agents:
+        if not 1 <= len(str(agent)) <= 64:
+            raise SpaceError(f"an agent's id is an int or text of 1 to 64 characters, not {agent!r}")
+    if len(set(map(str, agents))) < len(agents):
+        raise SpaceError(f"two agents have the same id as text: {agents}")
+    wired = []
+    for spaces in (observation_spaces, action_spaces):
+        inside = []
+        for agent in agents:
+            try:
+                inside.append((str(agent), _to_wire(spaces[agent], 1)))
+            except SpaceError as e:
+                raise SpaceError(f"agent {agent!r}: {e}") from None
+        wired.append(_limited(DictSpace(tuple(inside))))
+    return Spaces(wired[0], wired[1], tuple(agents))
+
+
+def agents_from_wire(spaces: Spaces) -> tuple[dict[AgentId, gym.Space[Any]], dict[AgentId, gym.Space[Any]]]:
+    """Observation spaces and action spaces of several agents, by their ids. Raises `SpaceError`."""
+    observation, action = spaces.observation, spaces.action
+    names = [str(agent) for agent in spaces.agents]
+    if not (isinstance(observation, DictSpace) and isinstance(action, DictSpace)):
+        raise SpaceError("spaces of several agents are Dicts")
+    if not ([key for key, _ in observation.spaces] == [key for key, _ in action.spaces] == names):
+        raise SpaceError(f"the agents are {names[:8]}, and the spaces are of others")
+    return (
+        {agent: _from_wire(inner, 1) for agent, (_, inner) in zip(spaces.agents, observation.spaces, strict=True)},
+        {agent: _from_wire(inner, 1) for agent, (_, inner) in zip(spaces.agents, action.spaces, strict=True)},
+    )
+
+
+def agent_id(agent: Any) -> AgentId:
+    """An id as it travels. Raises `SpaceError` for one that doesn't."""
+    if isinstance(agent, str):
+        return str(agent)
+    if isinstance(agent, int | np.integer) and not isinstance(agent, bool):
+        return int(agent)
+    raise SpaceError(f"an agent's id is an int or text of 1 to 64 characters, not {agent!r}")
 
 
 def _check_integers(kind: str, n: int, start: int) -> None:

@@ -193,13 +193,15 @@ class Connection:
 
 
 class Subscription:
-    """One SUB socket for weights news."""
+    """One SUB socket for weights news. `topics`: the ids of the modules that are wanted; none = all."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, topics: Sequence[str] = ()) -> None:
         self.address = address
+        self.topics = tuple(topics)
         self.socket: zmq.Socket[Any] = zmq.Context.instance().socket(zmq.SUB)
-        set_options(self.socket, rcvhwm=4, sndhwm=1, heartbeats=False)
-        self.socket.subscribe(b"")
+        set_options(self.socket, rcvhwm=4 * max(1, len(topics)), sndhwm=1, heartbeats=False)
+        for topic in topics or ("",):
+            self.socket.subscribe(topic.encode())
         self.socket.connect(address)
 
     def read(self) -> list[tuple[Message, list[Buffer]]]:

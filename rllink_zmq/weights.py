@@ -38,9 +38,11 @@ class Weights(NamedTuple):
 
 class Wanted:
     """Feed it what sessions were told (`told`), what PUB brought (`news`) and answers (`answer`); send what `asks`
-    returns through any one live connection. Results are in `blob` (of the policy `blob_hash`) and `weights`."""
+    returns through any one live connection. Results are in `blob` (of the policy `blob_hash`) and `weights`. `module`:
+    whose weights they are, if there are several."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "") -> None:
+        self.module = module
         self.run = ""
         self.version = -1
         self.policy = ""
@@ -106,7 +108,9 @@ class Wanted:
 
     def news(self, message: Message, body: Sequence[Buffer], now: float) -> None:
         """A message of PUB. Weights come whole or not at all there."""
-        if not isinstance(message, STATE) or message.version < 0 or not self._newer(message.run, message.version):
+        if not isinstance(message, STATE) or message.module != self.module:
+            return
+        if message.version < 0 or not self._newer(message.run, message.version):
             return
         if body:
             self._complete(message, b"".join(body), now)
@@ -117,7 +121,8 @@ class Wanted:
     def answer(self, message: Message, body: Sequence[Buffer], now: float) -> None:
         """An answer to GET_STATE or GET_CONFIG, over any connection. Anything else is ignored."""
         if isinstance(message, STATE):
-            self._on_state(message, body, now)
+            if message.module == self.module:
+                self._on_state(message, body, now)
         elif isinstance(message, CONFIG):
             self._on_config(message, body, now)
 
@@ -184,7 +189,7 @@ class Wanted:
                 # The answer names the newest version, whichever that is, and begins the transfer proper.
                 self._state, self._state_of = Download(1, now), (self.run, -1)
             if self._state is not None:
-                messages += [GET_STATE(*self._state_of, offset) for offset in self._state.wants()]
+                messages += [GET_STATE(*self._state_of, offset, self.module) for offset in self._state.wants()]
         return messages
 
     @property

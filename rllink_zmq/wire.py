@@ -95,6 +95,9 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
 def check_columns(message: FRAGMENT) -> None:
     """Raises `ProtocolError` unless each of a fragment's columns has the rows that it must have."""
     steps, segments = message.steps, message.segments
+    if message.modules or not message.columns:
+        _check_agents(message)
+        return
     pieces = 1
     if segments:
         pieces, told = len(segments), sum([segment.steps for segment in segments])
@@ -119,6 +122,34 @@ def columns_bytes(message: FRAGMENT) -> int:
     for column in message.columns:
         claimed += column_bytes(column)
     return claimed
+
+
+def _check_agents(message: FRAGMENT) -> None:
+    """Of several agents: as many rows of each module as its agents have steps, and one more for each of them in `obs`
+    and `t`."""
+    if not message.modules:
+        raise ProtocolError(f"fragment {message.number} has no columns")
+    if message.segments:
+        raise ProtocolError("a fragment of several agents is of one episode, and has no segments")
+    steps: dict[str, int] = {}
+    agents: dict[str, int] = {}
+    for rows in message.agents:
+        if rows.module not in message.modules:
+            raise ProtocolError(f"agent {rows.agent!r} of a fragment is module '{rows.module}', which is not in it")
+        steps[rows.module] = steps.get(rows.module, 0) + rows.steps
+        agents[rows.module] = agents.get(rows.module, 0) + 1
+    if len({rows.agent for rows in message.agents}) < len(message.agents):
+        raise ProtocolError("an agent of a fragment is there twice")
+    for column in message.columns:
+        module, _, name = column.name.rpartition("/")
+        if module not in agents:
+            raise ProtocolError(f"column '{column.name}' is of none of the fragment's agents' modules: {list(agents)}")
+        expected = steps[module] + (agents[module] if name in ("obs", "t") else 0)
+        if not column.shape or column.shape[0] != expected:
+            raise ProtocolError(
+                f"column '{column.name}' of {agents[module]} agents with {steps[module]} steps must have {expected} "
+                f"rows, its shape is {list(column.shape)}"
+            )
 
 
 def _check_rows(message: ACT | ACTION, size: int) -> None:

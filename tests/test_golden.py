@@ -42,10 +42,12 @@ from rllink_zmq.messages import (
     TAKE,
     TAKEN,
     WELCOME,
+    AgentRows,
     Assigned,
     BoxSpace,
     Claim,
     Column,
+    DictSpace,
     DiscreteSpace,
     Dropped,
     Handed,
@@ -102,6 +104,23 @@ TWO_IMAGES = {
 TWO_IMAGES["obs"][1, 2, 3] = TWO_IMAGES["obs"][2, 2, 4] = 255
 ZSTD_FRAME = bytes.fromhex("28b52ffd20e0e50000900000ff00ff000100803f000040bf000000bf04500200748892a301")
 """The columns of TWO_IMAGES, 224 bytes. Another version of zstd may write other bytes for the same."""
+DUEL = Spaces(
+    DictSpace((("left", DiscreteSpace(3)), ("right", DiscreteSpace(3)))),
+    DictSpace((("left", DiscreteSpace(2)), ("right", DiscreteSpace(2)))),
+    ("left", "right"),
+)
+IN_TURN = {
+    "old/obs": np.array([2, 1], "<i8"),
+    "old/actions": np.array([1], "<i8"),
+    "old/rewards": np.array([0.5], "<f4"),
+    "old/action_logp": np.array([-0.5], "<f4"),
+    "old/t": np.array([-1, 1], "<i4"),
+    "new/obs": np.array([0, 2], "<i8"),
+    "new/actions": np.array([0], "<i8"),
+    "new/rewards": np.array([-0.5], "<f4"),
+    "new/action_logp": np.array([-0.75], "<f4"),
+    "new/t": np.array([0, 2], "<i4"),
+}
 WEIGHTS = struct.pack("<4f", 0.0, 1.0, -1.0, 0.5)
 BLOB = b"a policy is opaque to the broker"
 
@@ -131,6 +150,12 @@ EXAMPLES = (
         "simulator -> broker",
         "The third greeting: fragments 1 to 8 (1,600 env steps) are settled, 4 episodes at once, the policy is here.",
         HELLO(1, SIM, 3, SimulatorHello(9, 1600, 4, CUBES, POLICY)),
+    ),
+    Example(
+        "HELLO of a simulator of several agents",
+        "simulator -> broker",
+        "Two agents with spaces of their own.",
+        HELLO(1, SIM, 1, SimulatorHello(spaces=DUEL)),
     ),
     Example(
         "HELLO of a runner",
@@ -239,6 +264,18 @@ EXAMPLES = (
         ),
     ),
     Example(
+        "FRAGMENT of several agents",
+        "simulator -> broker -> runner",
+        "Env steps 3 and 4 of an episode of two agents that act in turn. 'left' acts by the module 'old', which is not "
+        "trained and stays at version 0: its step 1 began before the fragment, with an observation of env step 2, and "
+        "is complete with that of env step 4. 'right' is 'new': its step 1 goes from env step 3 to 5, by version 7.",
+        *_fragment(
+            IN_TURN, number=14, base=10, episode="7", t0=3, steps=2, end="no", run=RUN, version=7, return_so_far=1.0,
+            modules={"old": 0, "new": 7},
+            agents=(AgentRows("left", "old", 1, 1, "no", 0.5), AgentRows("right", "new", 1, 1, "no", 0.5)),
+        ),
+    ),
+    Example(
         "FRAGMENT of an evaluation",
         "simulator -> broker -> evaluation runner",
         "The end of an episode that nobody trains on: its return is 11.0, its length 12.",
@@ -294,6 +331,12 @@ EXAMPLES = (
         "It wants episodes of version 8 or newer, and this simulator's next one is to be such.",
         ACK([(13, "evaluated"), (14, "unwanted")], 2 << 20, 1400, 200, RUN, 8, POLICY, 8, True),
     ),
+    Example(
+        "ACK of several modules",
+        "broker -> simulator",
+        "Version 8 of one, and the first one of another.",
+        ACK([], 2 << 20, 1400, 200, RUN, 8, POLICY, modules={"old": 0, "new": 8}),
+    ),
     Example("PING", "any -> broker", "Nothing else was sent for a while.", PING()),
     Example(
         "PONG",
@@ -312,6 +355,12 @@ EXAMPLES = (
     Example("POOL", "trainer -> broker", "This runner is to leave.", POOL([Assigned(RUNNER, "leave")])),
     Example("DUTY", "broker -> runner", "Leave, when the learner has what you took.", DUTY("leave")),
     Example("OFFER", "runner -> broker", "This runner has version 8, 16 bytes.", OFFER(RUN, 8, len(WEIGHTS))),
+    Example(
+        "OFFER of a module",
+        "runner -> broker",
+        "The same, of one of several modules.",
+        OFFER(RUN, 8, len(WEIGHTS), "new"),
+    ),
     Example(
         "GET_STATE", "broker -> runner", "Send version 8 from byte 524,288 on.", GET_STATE(RUN, 8, 524_288)
     ),

@@ -41,6 +41,7 @@ PARTS: dict[str, type] = {
     "Tuple": messages.TupleSpace,
     "Column": messages.Column,
     "Segment": messages.Segment,
+    "AgentRows": messages.AgentRows,
     "Claim": messages.Claim,
     "Handed": messages.Handed,
     "Assigned": messages.Assigned,

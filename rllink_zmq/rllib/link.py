@@ -70,12 +70,12 @@ class RunnerLink:
         """What the broker last said of the whole pool."""
         return self.session.pool
 
-    def offer(self, version: int, size: int, load: Callable[[], bytes]) -> None:
+    def offer(self, version: int, size: int, load: Callable[[], bytes], module: str = "") -> None:
         """These weights are here: whoever wants them may ask. A new state also shows that RLlib has the last answer."""
 
         def do(now: float) -> None:
             self._give_back(now)
-            self.session.offer(version, size, load, now)
+            self.session.offer(version, size, load, now, module)
 
         self._thread.call(do)
 
