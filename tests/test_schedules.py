@@ -30,7 +30,7 @@ from core_bench import (
 )
 
 from broker import peers
-from broker.artifacts import KEPT, TRANSFER_IDLE
+from broker.modules import KEPT, TRANSFER_IDLE
 from rllink_zmq.messages import (
     ACK,
     DUTY,
