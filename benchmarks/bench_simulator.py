@@ -44,7 +44,7 @@ def ours(connection: Connection, backend: str) -> None:
         from learning import LearnerSide
 
         side = LearnerSide(backend, BATCH)
-        _serve(connection, side.runners[0], side.versions, offered=True)
+        serve(connection, side.runners[0], side.versions, offered=True)
         side.stop()
 
 
@@ -57,10 +57,10 @@ def peer(connection: Connection, port: int) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - it prints, and until the process ends
         config = ppo(BATCH).environment(env_config={"port": port})
         runner = EnvRunnerServerForExternalInference(config=config, worker_index=0)
-        _serve(connection, runner, Versions([runner]), offered=False)
+        serve(connection, runner, Versions([runner]), offered=False)
 
 
-def _serve(connection: Connection, runner: Any, versions: Versions, *, offered: bool) -> None:
+def serve(connection: Connection, runner: Any, versions: Versions, *, offered: bool) -> None:
     """`calls` batches of PPO without its learner: env steps, episodes, and steps/s after the first batch, which may
     have been sampled before it was asked for."""
     connection.send("ready")

@@ -139,10 +139,11 @@ class Vector:
 
     def end(self, observations: Any) -> NDArray[np.float64]:
         """All worlds stop here: their episodes are truncated, with `observations` as what the last actions led to.
-        Returns the returns of these episodes. Those whose last steps are on their way already stay without an end."""
+        Returns the returns of these episodes. Those whose last steps are on their way already stay without an end, and
+        actions that were asked for are given up."""
+        self._forget()
         self._check("end")
         block, flow = self._block, self._flow
-        self._forget()
         returns = block.cut_short(observations)
         if block.steps:
             flow.cut(block, "no")

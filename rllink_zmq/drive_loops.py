@@ -1,10 +1,12 @@
-"""Loops for Gymnasium environments: one (`drive`), a vector (`drive_vector`), many clients a thread (`drive_many`).
+"""Loops for Gymnasium environments: one (`drive`), a vector (`drive_vector`), many clients a thread (`drive_many`,
+`drive_vectors`).
 
 None of them blocks on a client: one that has to wait doesn't stop the others, and `stop` is looked at meanwhile.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -350,29 +352,118 @@ def drive_vector(
     Every `autoreset_mode` of Gymnasium is understood. The client must have been connected for as many `episodes` as
     there are environments. Raises SettingsError otherwise, and what `Client.get_actions` does.
     """
-    mode = _mode(client, envs)
+    return drive_vectors(
+        [(client, envs)], episodes=episodes, steps=steps, seed=seed, stop=stop, tally=tally,
+        training_enabled=training_enabled,
+    )  # fmt: skip
+
+
+def drive_vectors(
+    seats: Iterable[tuple[Client, gym.vector.VectorEnv[Any, Any, Any]]],
+    *,
+    episodes: int | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    stop: Stop | None = None,
+    tally: Tally | None = None,
+    training_enabled: bool = True,
+) -> Summary:
+    """`drive_vector` for several clients with a vector each, in turn, in this thread. `episodes` and `steps` are for
+    each of them; the i-th vector's first reset has `seed` + i times its length."""
     count = tally or Tally()
-    flat = not isinstance(envs.single_observation_space, gym.spaces.Dict | gym.spaces.Tuple)
-    vector: _Columns | _Vector
-    if flat and training_enabled:
-        vector = _Columns(client, envs, mode, seed)
-    else:
-        vector = _Vector(client, envs, mode, seed, training_enabled)
+    lanes: list[_Lane] = []
+    waiting: Waiting | None = None
     try:
-        while (episodes is None or count.episodes < episodes) and (steps is None or count.steps < steps):
-            try:
-                if not vector.wait(stop):
-                    break
-                vector.step(count)
-            except VectorError:
-                if isinstance(vector, _Vector):
-                    raise
-                vector.leave()
-                vector = _Vector(client, envs, mode, seed, training_enabled)
-        vector.cut_off()
+        for client, envs in seats:
+            first = None if seed is None else seed + sum(lane.width for lane in lanes)
+            lanes.append(_Lane(client, envs, first, training_enabled, episodes, steps))
+        active = [lane for lane in lanes if not lane.done]
+        while active and not (stop is not None and stop()):
+            moved = [lane for lane in active if lane.turn(count)]
+            active = [lane for lane in active if not lane.done]
+            if moved or not active:
+                waiting = None
+                continue
+            now = time.monotonic()
+            busy = [lane for lane in active if not lane.idle]
+            waiting = (waiting or Waiting(now)) if busy else None
+            if waiting is not None:
+                waiting.say(busy[0].why, now)
+            poll([c for lane in active for c in lane.flow.connections], None, WAIT_SLICE)
+        for lane in lanes:
+            lane.cut_off()
     finally:
-        vector.leave()
+        for lane in lanes:
+            lane.leave()
     return count.summary()
+
+
+class _Lane:
+    """One client and its vector of environments, done in columns if the policy allows it. `idle`: it waits for the next
+    evaluation, and for nothing else."""
+
+    def __init__(
+        self,
+        client: Client,
+        envs: gym.vector.VectorEnv[Any, Any, Any],
+        seed: int | None,
+        training_enabled: bool,
+        episodes: int | None,
+        steps: int | None,
+    ) -> None:
+        self.flow = client.flow
+        self.width = envs.num_envs
+        self._client = client
+        self._envs = envs
+        self._mode = _mode(client, envs)
+        self._seed = seed
+        self._training_enabled = training_enabled
+        self._episodes_left = math.inf if episodes is None else episodes
+        self._steps_left = math.inf if steps is None else steps
+        flat = not isinstance(envs.single_observation_space, gym.spaces.Dict | gym.spaces.Tuple)
+        self._vector: _Columns | _Vector = (
+            _Columns(client, envs, self._mode, seed) if flat and training_enabled else self._of_episodes()
+        )
+
+    def _of_episodes(self) -> _Vector:
+        return _Vector(self._client, self._envs, self._mode, self._seed, self._training_enabled)
+
+    @property
+    def done(self) -> bool:
+        return self._episodes_left <= 0 or self._steps_left <= 0
+
+    @property
+    def idle(self) -> bool:
+        return self._vector.idle
+
+    def why(self) -> str:
+        """What it waits for."""
+        return self._vector.why()
+
+    def turn(self, tally: Tally) -> bool:
+        """One step of all environments, unless it would have to wait."""
+        episodes, steps = tally.episodes, tally.steps
+        try:
+            if not self._vector.ready():
+                return False
+            self._vector.step(tally)
+        except VectorError:
+            self._vector.leave()
+            self._vector = self._of_episodes()
+            return True
+        self._episodes_left -= tally.episodes - episodes
+        self._steps_left -= tally.steps - steps
+        if self.done:
+            self.cut_off()
+            self.flow.look()  # nobody calls it any more: what is queued leaves now
+        return True
+
+    def cut_off(self) -> None:
+        """End all episodes where they are."""
+        self._vector.cut_off()
+
+    def leave(self) -> None:
+        self._vector.leave()
 
 
 def _mode(client: Client, envs: gym.vector.VectorEnv[Any, Any, Any]) -> AutoresetMode:
@@ -405,21 +496,9 @@ class _Columns:
         self._vector = client.vector(envs.num_envs)
         self._asked: PendingActions | None = None
 
-    def wait(self, stop: Stop | None) -> bool:
-        """Until there is room for a step of all. False when `stop()` said so."""
-        waiting: Waiting | None = None
-        flow = self._flow
-        while True:
-            if stop is not None and stop():
-                return False
-            if self._ready():
-                return True
-            now = time.monotonic()
-            waiting = waiting or Waiting(now)
-            waiting.say(self._why, now)
-            poll(flow.connections, None, WAIT_SLICE)
+    idle = False
 
-    def _ready(self) -> bool:
+    def ready(self) -> bool:
         """Whether `step` will not wait; with the service: its answer is there."""
         vector = self._vector
         if self._asked is None:
@@ -430,7 +509,8 @@ class _Columns:
             self._asked = vector.get_actions_async(self._observations, self._resting)
         return self._asked.done()
 
-    def _why(self) -> str:
+    def why(self) -> str:
+        """What it waits for."""
         flow = self._flow
         return flow.remote.why() if flow.remote is not None and self._asked is not None else flow.why("acted")
 
@@ -459,9 +539,10 @@ class _Columns:
 
     def cut_off(self) -> None:
         """End all episodes where they are."""
-        if self._asked is not None:
-            self._asked.forget()
-        self._vector.end(self._observations)
+        self._asked = None
+        if self._vector.open:
+            self._vector.end(self._observations)
+            self._vector.abandon()
 
     def leave(self) -> None:
         self._vector.abandon()
@@ -489,6 +570,7 @@ class _Vector:
         self._episodes: list[Episode | None] = [self._start() for _ in range(envs.num_envs)]
         self._asked: PendingActions | None = None
         self._idle = Idle(client)
+        self.idle = False
         if not training_enabled:
             self._idle.begins()
 
@@ -505,21 +587,10 @@ class _Vector:
         acting = [(i, episode) for i, episode in enumerate(self._episodes) if episode is not None]
         return [i for i, _ in acting], [episode for _, episode in acting]
 
-    def wait(self, stop: Stop | None) -> bool:
-        """Until there is room for a step of all. False when `stop()` said so."""
-        waiting = Waiting(time.monotonic())
-        flow = self._client.flow
-        while True:
-            if stop is not None and stop():
-                return False
-            if not self._training_enabled and self._rests():
-                waiting = Waiting(time.monotonic())
-            else:
-                at, episodes = self._acting()
-                if self._ready(at, episodes):
-                    return True
-                waiting.say(self._why, time.monotonic())
-            poll(flow.connections, None, WAIT_SLICE)
+    def ready(self) -> bool:
+        """Whether there is room for a step of all, and something to do."""
+        self.idle = not self._training_enabled and self._rests()
+        return not self.idle and self._ready(*self._acting())
 
     def _rests(self) -> bool:
         """Whether there is nothing to do until the next evaluation. When that comes all begin anew."""
@@ -538,7 +609,8 @@ class _Vector:
         self._idle.begins()
         return False
 
-    def _why(self) -> str:
+    def why(self) -> str:
+        """What it waits for."""
         flow = self._client.flow
         return flow.remote.why() if flow.remote is not None and self._asked is not None else flow.why("acted")
 
@@ -588,9 +660,11 @@ class _Vector:
         """End all episodes where they are."""
         if self._asked is not None:
             self._asked.forget()
+            self._asked = None
         for i, episode in enumerate(self._episodes):
-            if episode is not None and episode.steps and self._training_enabled:
+            if episode is not None and episode.open and episode.steps and self._training_enabled:
                 episode.end_episode(self._observations[i], truncated=True)
+        self.leave()
 
     def leave(self) -> None:
         for episode in self._episodes:

@@ -32,6 +32,7 @@ FIGURES = {
     "recurrent": {"local", "remote", "RLlib", "no memory"},
     "remote": {"local", "remote"},
     "simulator": {"untrained", "balancing"},
+    "vector": {"untrained", "balancing", "build"},
     "weights": {"bytes", "subscribers", "ours", "bare"},
 }
 TARGETS = {
@@ -43,6 +44,7 @@ TARGETS = {
     "recurrent": 2,
     "remote": 2,
     "simulator": 3,
+    "vector": 5,
     "weights": 1,
 }
 
@@ -70,11 +72,12 @@ def run(name: str, results: Path) -> dict[str, Any]:
         pytest.param("recurrent", marks=[pytest.mark.ray, pytest.mark.long]),
         pytest.param("remote", marks=[pytest.mark.ray, pytest.mark.long]),
         pytest.param("simulator", marks=[pytest.mark.ray, pytest.mark.long]),
+        pytest.param("vector", marks=[pytest.mark.ray, pytest.mark.long]),
         pytest.param("weights", marks=pytest.mark.ray),
     ],
 )
 def test_a_benchmark_writes_its_figures(name: str, tmp_path: Path) -> None:
-    if name == "simulator" and importlib.util.find_spec("msgpack_numpy") is None:
+    if name in ("simulator", "vector") and importlib.util.find_spec("msgpack_numpy") is None:
         pytest.skip("RLlib's client needs msgpack-numpy")
     found = run(name, tmp_path)
     assert found.keys() == KEYS

@@ -213,13 +213,15 @@ class Noting:
     """Stands for a client, and keeps the observations that its episodes are given."""
 
     def __init__(self):
-        self.flow = SimpleNamespace(session=SimpleNamespace(episodes=2), remote=None, connections=[])
+        session = SimpleNamespace(episodes=2)
+        self.flow = SimpleNamespace(session=session, remote=None, connections=[], look=lambda: None)
         self.seen = []
 
     def start_episode(self, **options):
         seen = []
         self.seen.append(seen)
         note = SimpleNamespace(log_returns=lambda reward: None, abandon=lambda: None, steps=1, episode_return=0.0)
+        note.open = True
         note.finish = note.end_episode = lambda observation, truncated: seen.append((observation, "end"))
         note.seen = seen
         return note

@@ -184,6 +184,7 @@ Examples:
   rllink-zmq simulate --env CartPole-v1
   rllink-zmq simulate --env CartPole-v1 --num 200 --processes 2
   rllink-zmq simulate --env my_package:MySim-v0 --broker tcp://10.0.0.5:5555
+  rllink-zmq simulate --env CartPole-v1 --vector 64
   rllink-zmq simulate --env CartPole-v1 --inference remote
   rllink-zmq simulate --env CartPole-v1 --evaluate --episodes 20
   rllink-zmq simulate --env CartPole-v1 --episodes 100 --seed 1 --json
@@ -194,6 +195,10 @@ training to begin, and say what they wait for."""
 @click.option("--env", required=True, metavar="ID", help="A Gymnasium id; 'module:Name-v0' imports the module first.")
 @click.option("--broker", default="tcp://127.0.0.1:5555", show_default=True, help="The broker's frontend address.")
 @click.option("--num", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Simulators.")
+@click.option(
+    "--vector", type=click.IntRange(1, 100_000), metavar="N",
+    help="Each simulator is a vector of N environments, which act together over one connection.",
+)  # fmt: skip
 @click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="Spread over so many.")
 @click.option(
     "--on-backpressure", type=click.Choice(["pause", "drop"]), default="pause", show_default=True,
@@ -222,6 +227,7 @@ def command(
     env: str,
     broker: str,
     num: int,
+    vector: int | None,
     processes: int,
     on_backpressure: Backpressure,
     inference: Inference,
@@ -245,7 +251,20 @@ def command(
     for i in range(processes):
         count = num // processes + (i < num % processes)
         plans.append(
-            Plan(env, broker, first, count, episodes, seed, audit, on_backpressure, inference, evaluate, compressed)
+            Plan(
+                env,
+                broker,
+                first,
+                count,
+                episodes,
+                seed,
+                audit,
+                on_backpressure,
+                inference,
+                evaluate,
+                compressed,
+                vector or 0,
+            )
         )
         first += count
     started = time.monotonic()

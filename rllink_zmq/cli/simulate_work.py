@@ -18,7 +18,7 @@ import gymnasium as gym
 
 from rllink_zmq.client import Backpressure, Client, Inference, connect, settle
 from rllink_zmq.compression import Compression
-from rllink_zmq.drive_loops import Tally, drive_many
+from rllink_zmq.drive_loops import Tally, drive_many, drive_vectors
 from rllink_zmq.errors import RllinkError, SettingsError
 
 from . import output
@@ -30,7 +30,8 @@ SETTLE, SETTLE_INTERRUPTED = 5.0, 1.0
 
 
 class Plan(NamedTuple):
-    """Simulators `first` .. `first + number - 1`, with `episodes` each (None: without end)."""
+    """Simulators `first` .. `first + number - 1`, with `episodes` each (None: without end). `vector`: how many
+    environments each of them is, stepped together; 0 = a single one."""
 
     env: str
     broker: str
@@ -43,6 +44,7 @@ class Plan(NamedTuple):
     inference: Inference = "local"
     evaluate: bool = False
     compression: Compression | None = None
+    vector: int = 0
 
 
 class Report(NamedTuple):
@@ -81,6 +83,16 @@ def make_env(name: str, *, checked: bool) -> gym.Env[Any, Any]:
         raise SettingsError(f"--env {name} can't be made here: {e}") from e
 
 
+def make_vector(name: str, number: int) -> gym.vector.VectorEnv[Any, Any, Any]:
+    """`gymnasium.make_vec`: the environment's own vector form where it has one, else one after the other. Raises
+    SettingsError in one sentence if it can't."""
+    try:
+        own = gym.spec(name.rpartition(":")[2]).vector_entry_point is not None
+        return gym.make_vec(name, num_envs=number, vectorization_mode="vector_entry_point" if own else "sync")
+    except (gym.error.Error, ImportError) as e:
+        raise SettingsError(f"--env {name} --vector {number} can't be made here: {e}") from e
+
+
 class Work:
     """Connect, run, close. `watch` is called with a report now and then."""
 
@@ -90,6 +102,7 @@ class Work:
         self._tally = Tally()
         self._clients: list[Client] = []
         self._envs: list[gym.Env[Any, Any]] = []
+        self._vectors: list[gym.vector.VectorEnv[Any, Any, Any]] = []
         self._report_at = 0.0
 
     def report(self, *, done: bool = False) -> Report:
@@ -113,13 +126,20 @@ class Work:
         plan = self._plan
         host = socket.gethostname()
         for i in range(plan.first, plan.first + plan.number):
-            env = make_env(plan.env, checked=not self._envs)
-            self._envs.append(env)
+            if plan.vector:
+                vector = make_vector(plan.env, plan.vector)
+                self._vectors.append(vector)
+                spaces = vector.single_observation_space, vector.single_action_space
+            else:
+                env = make_env(plan.env, checked=not self._envs)
+                self._envs.append(env)
+                spaces = env.observation_space, env.action_space
             self._clients.append(
                 connect(
                     plan.broker,
-                    observation_space=env.observation_space,
-                    action_space=env.action_space,
+                    observation_space=spaces[0],
+                    action_space=spaces[1],
+                    episodes=plan.vector or 1,
                     name=f"{host}/{os.getpid()}/{i}",
                     seed=None if plan.seed is None else plan.seed + plan.first,
                     on_backpressure=plan.on_backpressure,
@@ -141,12 +161,17 @@ class Work:
             return stop()
 
         plan = self._plan
-        seed = None if plan.seed is None else plan.seed + plan.first
-        seats = zip(self._clients, self._envs, strict=True)
-        drive_many(
-            seats, episodes=plan.episodes, seed=seed, stop=stopped, tally=self._tally,
-            training_enabled=False if plan.evaluate else None,
-        )  # fmt: skip
+        seed = None if plan.seed is None else plan.seed + plan.first * (plan.vector or 1)
+        if plan.vector:
+            drive_vectors(
+                zip(self._clients, self._vectors, strict=True), episodes=plan.episodes, seed=seed, stop=stopped,
+                tally=self._tally, training_enabled=not plan.evaluate,
+            )  # fmt: skip
+        else:
+            drive_many(
+                zip(self._clients, self._envs, strict=True), episodes=plan.episodes, seed=seed, stop=stopped,
+                tally=self._tally, training_enabled=False if plan.evaluate else None,
+            )  # fmt: skip
         return plan.episodes is not None and self._tally.episodes >= plan.episodes * plan.number
 
     def close(self, timeout: float) -> None:
@@ -156,6 +181,8 @@ class Work:
             client.close(0.0)
         while self._envs:
             self._envs.pop().close()  # type: ignore[no-untyped-call]
+        while self._vectors:
+            self._vectors.pop().close()
 
 
 def add(total: dict[str, tuple[int, int]], more: dict[str, tuple[int, int]]) -> None:
