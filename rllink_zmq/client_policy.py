@@ -14,6 +14,7 @@ from rllink_zmq import __version__
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.fragments import Layout, Origin, Row, StateRow
 from rllink_zmq.packing import packing_of
+from rllink_zmq.packing_actions import action_packing
 from rllink_zmq.policy import Policy, PolicyManifest, policy_hash
 from rllink_zmq.session import ReaderSession, SimulatorSession, State
 from rllink_zmq.spaces import from_wire
@@ -44,6 +45,7 @@ def layout_of_policy(manifest: PolicyManifest) -> Layout:
         None if manifest.packed is None else packing_of(from_wire(manifest.packed)),
         tuple(StateRow(state.name, Row(state.shape, np.dtype(state.dtype))) for state in manifest.state),
         tuple(state.start for state in manifest.state),
+        actions=None if manifest.packed_action is None else action_packing(from_wire(manifest.packed_action)),
     )
 
 

@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rllink_zmq import __version__
-from rllink_zmq.arrays import Array, from_body, to_buffers
+from rllink_zmq.arrays import from_body, to_buffers
 from rllink_zmq.errors import EpisodeError, PolicyError, ProtocolError
 from rllink_zmq.fragments import FragmentBuilder, Layout, Origin, Row, StateRow
 from rllink_zmq.fragments_block import BlockBuilder
 from rllink_zmq.messages import ACTION, LOOKBACK, OBS_BEFORE, STARTS, STATE_IN, STATE_OUT, STEPS_BEFORE, Message
+from rllink_zmq.packing import Packing
 from rllink_zmq.session import ReaderSession, State
 from rllink_zmq.transport import Connection
 from rllink_zmq.wire import Buffer
@@ -194,10 +195,10 @@ class PendingActions:
             self._flow.look_if_due()
         return self._answer is not None
 
-    def results(self, timeout: float | None = None) -> Array:
-        """What `env.step` wants, a row for each episode. Waits, and says why in the log every 5 s. Raises EpisodeError
-        for a request that the service refuses, and the second time; PolicyError when it can't act; ConnectionTimeout
-        after `timeout` seconds, and then it may be called again."""
+    def results(self, timeout: float | None = None) -> Any:
+        """What `env.step` wants, a row for each episode: an array, or dicts and tuples of them. Waits, and says why in
+        the log every 5 s. Raises EpisodeError for a request that the service refuses, and the second time; PolicyError
+        when it can't act; ConnectionTimeout after `timeout` seconds, and then it may be called again."""
         if self.taken:
             raise EpisodeError("this action has been taken already, or was given up: ask for the next one")
         if not self.done():
@@ -243,7 +244,7 @@ class PendingActions:
             layout = remote.layout = told._replace(starts=())
         return Chosen(actions, logps, dist_inputs, before, after, layout)
 
-    def _adopt(self, answer: Answer) -> Array:
+    def _adopt(self, answer: Answer) -> Any:
         """The steps whose actions have come are the episodes'."""
         flow, chosen = self._flow, self._told(answer)
         before, after, layout = chosen.before, chosen.after, chosen.layout
@@ -261,9 +262,22 @@ class PendingActions:
             if builder.fresh and before:
                 builder.remember([before[STATE_IN + name][i] for name in after])
             builder.act(actions[i], logps[i], dist_inputs[i], [array[i] for array in after.values()])
-        return answer.arrays.get(
-            "env_actions", actions
-        ).copy()  # the caller's own: the message's bytes can't be written
+        if layout.env_actions is not None:
+            return layout.env_actions.unpack(_packed(answer.arrays, layout.env_actions, len(self._rows)))
+        # A copy is the caller's own: the message's bytes can't be written.
+        return answer.arrays.get("env_actions", actions).copy()
+
+
+def _packed(arrays: dict[str, NDArray[Any]], packing: Packing, rows: int) -> NDArray[np.uint8]:
+    """The answer's `env_actions`, of several parts. Raises PolicyError where they are none of this space."""
+    found = arrays.get("env_actions")
+    if found is None or found.dtype != np.uint8 or found.shape != (rows, packing.nbytes):
+        said = "none" if found is None else f"{found.dtype}{list(found.shape[1:])}"
+        raise PolicyError(
+            f"the action service answers with env_actions of {said}, expected uint8[{packing.nbytes}]: start the "
+            f"simulator with the trainer's environment"
+        )
+    return found
 
 
 def _memory(builders: Sequence[FragmentBuilder], layout: Layout | None) -> dict[str, NDArray[Any]]:
@@ -337,5 +351,14 @@ class PendingAction:
     def result(self, timeout: float | None = None) -> Any:
         """The action, as `env.step` wants it. Once. Waits and raises as `Episode.get_action` does; raises
         ConnectionTimeout after `timeout` seconds, and then it may be called again."""
-        row = self._pending.results(timeout)[0]
-        return int(row) if row.ndim == 0 and row.dtype.kind in "iu" else row
+        return _first(self._pending.results(timeout))
+
+
+def _first(actions: Any) -> Any:
+    """The first row of dicts and tuples of arrays, or of an array."""
+    if isinstance(actions, dict):
+        return {key: _first(inner) for key, inner in actions.items()}
+    if isinstance(actions, tuple):
+        return tuple(_first(inner) for inner in actions)
+    row = actions[0]
+    return int(row) if row.ndim == 0 and row.dtype.kind in "iu" else row

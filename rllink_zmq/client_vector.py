@@ -28,7 +28,7 @@ class Vector:
 
     For each step: `get_actions`, step the simulation, `log_step`. A world whose episode has ended begins the next one
     with the observation that is given next, or rests until it has one. Policies with a memory, stacked frames and
-    observations of several parts are refused: an episode for each world serves those.
+    observations or actions of several parts are refused: an episode for each world serves those.
     """
 
     def __init__(self, flow: Flow, width: int) -> None:
@@ -56,14 +56,14 @@ class Vector:
         """
         flow, block = self._flow, self._block
         if flow.remote is not None:
-            return self.get_actions_async(observations, resting).results()
+            return np.asarray(self.get_actions_async(observations, resting).results())
         self._check("get_actions")
         block.rest(resting)
         while True:
             if not self.ready:
                 flow.prepare([(block, observations)], "acted", wait=True)
                 if flow.asks:
-                    return self.get_actions_async(observations, resting).results()
+                    return np.asarray(self.get_actions_async(observations, resting).results())
             reader = flow.reader
             with reader.lock:
                 policy = reader.policy

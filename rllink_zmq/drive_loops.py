@@ -420,7 +420,8 @@ class _Lane:
         self._training_enabled = training_enabled
         self._episodes_left = math.inf if episodes is None else episodes
         self._steps_left = math.inf if steps is None else steps
-        flat = not isinstance(envs.single_observation_space, gym.spaces.Dict | gym.spaces.Tuple)
+        spaces = envs.single_observation_space, envs.single_action_space
+        flat = not any(isinstance(space, gym.spaces.Dict | gym.spaces.Tuple) for space in spaces)
         self._vector: _Columns | _Vector = (
             _Columns(client, envs, self._mode, seed) if flat and training_enabled else self._of_episodes()
         )
@@ -566,7 +567,7 @@ class _Vector:
         self._mode = mode
         self._observations = self._each(envs.reset(seed=seed)[0])
         space = envs.single_action_space
-        self._actions = np.zeros((envs.num_envs, *(space.shape or ())), space.dtype)
+        self._actions = _blank_actions(space, envs.num_envs)
         self._episodes: list[Episode | None] = [self._start() for _ in range(envs.num_envs)]
         self._asked: PendingActions | None = None
         self._idle = Idle(client)
@@ -632,9 +633,9 @@ class _Vector:
         at, episodes = self._acting()
         if episodes and self._asked is not None:
             asked, self._asked = self._asked, None
-            self._actions[at] = asked.results()
+            _put(self._actions, at, asked.results())
         elif episodes:
-            self._actions[at] = self._client.get_actions(episodes, [self._observations[i] for i in at])
+            _put(self._actions, at, self._client.get_actions(episodes, [self._observations[i] for i in at]))
         batch, rewards, terminated, truncated, infos = self._envs.step(self._actions)
         observations = self._each(batch)
         tally.steps += len(at)
@@ -670,6 +671,24 @@ class _Vector:
         for episode in self._episodes:
             if episode is not None:
                 episode.abandon()
+
+
+def _blank_actions(space: gym.Space[Any], count: int) -> Any:
+    """Room for the actions of `count` environments: dicts and tuples of arrays, as Gymnasium's vectors take them."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: _blank_actions(inner, count) for key, inner in space.spaces.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        return tuple(_blank_actions(inner, count) for inner in space.spaces)
+    return np.zeros((count, *(space.shape or ())), space.dtype)
+
+
+def _put(actions: Any, at: Sequence[int], some: Any) -> None:
+    """Write the actions of some environments."""
+    if isinstance(actions, dict | tuple):
+        for key in actions if isinstance(actions, dict) else range(len(actions)):
+            _put(actions[key], at, some[key])
+    else:
+        actions[at] = some
 
 
 def _at(observations: Any, i: int) -> Any:

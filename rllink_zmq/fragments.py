@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rllink_zmq.arrays import Array
-from rllink_zmq.errors import EpisodeError, SpaceError
+from rllink_zmq.errors import EpisodeError
 from rllink_zmq.messages import OBS_BEFORE, STATE_IN, Segment
 from rllink_zmq.packing import Packing, dtype_of, packing_of
+from rllink_zmq.packing_actions import action_dtype, action_packing, choices_of, env_packing
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FIRST_ROWS = 16
@@ -65,7 +66,8 @@ class Layout(NamedTuple):
     """The columns of an episode. `choices`: how many values a Discrete action has, or each of a MultiDiscrete's.
     `dist_inputs`: numbers of a row of `action_dist_inputs`. `packing`: of observations that are packed. `state`: the
     memory of a recurrent policy; `starts`: what it begins an episode with, if that is known.
-    `lookback`: earlier observations that the policy looks at."""
+    `lookback`: earlier observations that the policy looks at. `actions`: how actions of several parts are packed, and
+    `env_actions` as the environment wants them; `choices` says nothing of them."""
 
     obs: Row
     action: Row
@@ -75,6 +77,8 @@ class Layout(NamedTuple):
     state: tuple[StateRow, ...] = ()
     starts: tuple[Array, ...] = ()
     lookback: int = 0
+    actions: Packing | None = None
+    env_actions: Packing | None = None
 
     @property
     def last_bytes(self) -> int:
@@ -97,15 +101,14 @@ def layout_of_spaces(observation_space: gym.Space[Any], action_space: gym.Space[
     """The layout of actions that a simulator chose itself. Raises `SpaceError` for spaces that don't travel."""
     packing = packing_of(observation_space)
     observed = Row((packing.nbytes,), np.dtype(np.uint8)) if packing else _row(observation_space)
-    if isinstance(action_space, gym.spaces.Discrete):
-        choices: tuple[int, ...] = (int(action_space.n),)
-    elif isinstance(action_space, gym.spaces.MultiDiscrete):
-        choices = tuple(action_space.nvec.tolist())
-    elif isinstance(action_space, gym.spaces.Box):
-        choices = ()
+    actions = action_packing(action_space)
+    if actions is not None:
+        acted = Row((actions.nbytes,), np.dtype(np.uint8))
     else:
-        raise SpaceError(f"actions of {type(action_space).__name__}; Discrete, MultiDiscrete and Box travel")
-    return Layout(observed, _row(action_space), choices, 0, packing)
+        acted = Row(tuple(action_space.shape or ()), action_dtype(action_space))
+    return Layout(
+        observed, acted, choices_of(action_space), 0, packing, actions=actions, env_actions=env_packing(action_space)
+    )
 
 
 def _row(space: gym.Space[Any]) -> Row:
@@ -254,12 +257,11 @@ class FragmentBuilder:
         that doesn't fit the space and a log-probability that isn't a finite number."""
         layout, steps = self._layout, self.steps
         assert layout is not None
-        action = self._cast(action, "action", layout.action.shape, layout.action.dtype)
-        for entry, choices in zip(action.reshape(-1).tolist(), layout.choices, strict=False):
-            if not 0 <= entry < choices:
-                raise EpisodeError(f"{self._where}: expected an action of 0 to {choices - 1}, got {entry}")
-        if action.dtype.kind == "f" and not np.isfinite(action).all():
-            self._not_finite("action", action)
+        if layout.actions is None:
+            action = self._cast(action, "action", layout.action.shape, layout.action.dtype)
+            self._check_action("action", action, layout.choices)
+        else:
+            action = self._pack_action(layout.actions, action)
         logp = self._number(logp, "action_logp")
         if steps == self._rows:
             self._grow()
@@ -451,6 +453,29 @@ class FragmentBuilder:
                 f"{self._where}: an observation has no {e.args[0]}: give it as the environment's observation_space "
                 f"describes it"
             ) from None
+
+    def _pack_action(self, packing: Packing, action: Any) -> Array:
+        """An action of several parts as its row of bytes. Raises `EpisodeError`, with the part's name."""
+        choices = {part.name: choices_of(part.space) for part in packing.parts}
+
+        def cast(value: Any, what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+            array = self._cast(value, what, shape, dtype)
+            self._check_action(what, array, choices[what])
+            return array
+
+        try:
+            return packing.pack(action, cast)
+        except KeyError as e:
+            raise EpisodeError(
+                f"{self._where}: an action has no {e.args[0]}: give it as the environment's action_space describes it"
+            ) from None
+
+    def _check_action(self, what: str, action: Array, choices: Sequence[int]) -> None:
+        for entry, count in zip(action.reshape(-1).tolist(), choices, strict=False):
+            if not 0 <= entry < count:
+                raise EpisodeError(f"{self._where}: expected an {what} of 0 to {count - 1}, got {entry}")
+        if action.dtype.kind == "f" and not np.isfinite(action).all():
+            self._not_finite(what, action)
 
     def _cast(self, value: Any, what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """`value` in `dtype`. Raises `EpisodeError` for another shape or values that `dtype` can't hold."""

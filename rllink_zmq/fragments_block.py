@@ -318,6 +318,8 @@ def refuse(layout: Layout) -> None:
     """Raises `VectorError` for a policy that columns of worlds can't serve."""
     if layout.packing is not None:
         why = "its observations are Dicts or Tuples"
+    elif layout.actions is not None:
+        why = "its actions are Dicts or Tuples"
     elif layout.state:
         why = "the policy is recurrent"
     elif layout.lookback:

@@ -1,7 +1,8 @@
-"""Observations of several parts (Dict, Tuple) as one row of bytes: a fragment has one column of them in any case.
+"""Observations and actions of several parts (Dict, Tuple) as one row of bytes: a fragment has one column of each in any
+case.
 
 The parts stand back to back in the space's order (a Dict's by name), each in C order, little endian: as
-`docs/protocol.md` says under "Packed observations".
+`docs/protocol.md` says under "Packed observations" and "Packed actions".
 """
 
 from __future__ import annotations
@@ -24,19 +25,16 @@ Cast = Callable[[Any, str, tuple[int, ...], np.dtype[Any]], Array]
 
 
 class Part(NamedTuple):
-    """One array of an observation: where it stands in the structure (`keys`), its space, its bytes (`at` .. `end`)."""
+    """One array of an observation: where it stands in the structure (`keys`), its space, its bytes (`at` .. `end`).
+    `name`: for messages: `obs['camera'][0]`."""
 
+    name: str
     keys: tuple[str | int, ...]
     space: gym.Space[Any]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     at: int
     end: int
-
-    @property
-    def name(self) -> str:
-        """For messages: `obs['camera'][0]`."""
-        return "obs" + "".join(f"[{key!r}]" for key in self.keys)
 
 
 def dtype_of(space: gym.Space[Any]) -> np.dtype[Any]:
@@ -51,11 +49,19 @@ def dtype_of(space: gym.Space[Any]) -> np.dtype[Any]:
 
 
 class Packing:
-    """How observations of `space`, a Dict or Tuple, are packed. `parts`: in the order of their bytes; `nbytes`: of a
-    row. Raises `SpaceError` for parts that don't travel."""
+    """How values of `space`, a Dict or Tuple, are packed. `parts`: in the order of their bytes; `nbytes`: of a
+    row. `name`: what they are, for messages; `dtype`: of a part's values. Raises `SpaceError` for parts that don't
+    travel."""
 
-    def __init__(self, space: gym.spaces.Dict | gym.spaces.Tuple) -> None:
+    def __init__(
+        self,
+        space: gym.spaces.Dict | gym.spaces.Tuple,
+        name: str = "obs",
+        dtype: Callable[[gym.Space[Any]], np.dtype[Any]] = dtype_of,
+    ) -> None:
         self.space = space
+        self._name = name
+        self._dtype = dtype
         self.parts: list[Part] = []
         self.nbytes = 0
         self._add(space, ())
@@ -65,17 +71,22 @@ class Packing:
             if isinstance(inner, gym.spaces.Dict | gym.spaces.Tuple):
                 self._add(inner, (*keys, key))
                 continue
-            dtype, shape = dtype_of(inner), tuple(inner.shape or ())
+            path = (*keys, key)
+            name = self._name + "".join(f"[{k!r}]" for k in path)
+            try:
+                dtype, shape = self._dtype(inner), tuple(inner.shape or ())
+            except SpaceError as error:
+                raise SpaceError(f"{name}: {error}") from None
             end = self.nbytes + dtype.itemsize * math.prod(shape)
-            self.parts.append(Part((*keys, key), inner, shape, dtype, self.nbytes, end))
+            self.parts.append(Part(name, path, inner, shape, dtype, self.nbytes, end))
             self.nbytes = end
 
-    def pack(self, observation: Any, cast: Cast) -> NDArray[np.uint8]:
-        """(nbytes,) of one observation. Raises what `cast` does, which is given each part's name, and `KeyError`,
+    def pack(self, given: Any, cast: Cast) -> NDArray[np.uint8]:
+        """(nbytes,) of one value. Raises what `cast` does, which is given each part's name, and `KeyError`,
         with the part's name, where one is missing."""
         row = np.empty(self.nbytes, np.uint8)
         for part in self.parts:
-            value = observation
+            value = given
             for key in part.keys:
                 try:
                     value = value[key]
@@ -84,6 +95,17 @@ class Packing:
             array = np.ascontiguousarray(cast(value, part.name, part.shape, part.dtype))
             row[part.at : part.end] = array.reshape(-1).view(np.uint8)
         return row
+
+    def join(self, structure: Any, rows: int) -> NDArray[np.uint8]:
+        """The inverse of `unpack`: a structure of arrays of (n, ...) -> (n, nbytes). They are cast."""
+        packed = np.empty((rows, self.nbytes), np.uint8)
+        for part in self.parts:
+            value = structure
+            for key in part.keys:
+                value = value[key]
+            array = np.ascontiguousarray(value, part.dtype).reshape(rows, -1)
+            packed[:, part.at : part.end] = array.view(np.uint8)
+        return packed
 
     def arrays(self, rows: NDArray[np.uint8]) -> list[NDArray[Any]]:
         """(n, nbytes) -> an array of (n, *shape) for each part, copied."""

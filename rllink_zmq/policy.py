@@ -17,7 +17,9 @@ input, in this order      shape                       what
 ========================  ==========================  ==========================================================
 
 A packed observation (of a Dict or Tuple; see `rllink_zmq.packing`) is not one input but one for each of its parts, in
-their order: ``observations/0``, ``observations/1`` and so on, (B, *shape) each.
+their order: ``observations/0``, ``observations/1`` and so on, (B, *shape) each. So are packed actions, among the
+outputs: ``actions/0``, and ``env_actions/0`` where the environment wants something else than that; rows of as many
+entries as the part has.
 
 ======================  ==========  ==================================================================================
 output                  shape       what
@@ -36,7 +38,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -45,7 +47,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from rllink_zmq.errors import PolicyError
-from rllink_zmq.messages import Space
+from rllink_zmq.messages import DictSpace, Space, TupleSpace
 
 if TYPE_CHECKING:
     from onnxruntime import IOBinding, OrtValue, SessionOptions
@@ -68,6 +70,8 @@ DType: TypeAlias = Literal[
 ]
 Shape: TypeAlias = Annotated[tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], ...], Meta(max_length=8)]
 Noise: TypeAlias = Literal["gumbel", "normal"]
+NoiseRun: TypeAlias = tuple[Noise, Annotated[int, Meta(ge=1, lt=1 << 24)]]
+"""So many numbers of a row of noise, one after the other."""
 
 
 class Tensor(Struct, frozen=True, array_like=True):
@@ -98,6 +102,12 @@ def split_rows(rows: NDArray[np.uint8], parts: Sequence[Tensor]) -> list[NDArray
         arrays.append(array)
         at += part.nbytes
     return arrays
+
+
+def join_rows(parts: Sequence[NDArray[Any]], rows: int) -> NDArray[np.uint8]:
+    """(B, ...) of each part -> (B, bytes of all parts)."""
+    flat = [np.ascontiguousarray(part).reshape(rows, -1).view(np.uint8) for part in parts]
+    return np.concatenate(flat, axis=1)
 
 
 class Weight(Struct, frozen=True, array_like=True):
@@ -142,6 +152,9 @@ class PolicyManifest(Struct, frozen=True):
     `env_action` what `env.step` wants. `action_dist_inputs`: how many for one action. `opset`: ONNX's.
     `evaluation_explores`: whether episodes that are not trained on draw their actions, or take the most likely ones.
     `packed`: the observations' space where they are packed, each row of `observation` being the bytes of `parts`.
+    `packed_action`: the actions' space where they are packed, each row of `action` being the bytes of `action_parts`,
+    and each of `env_action` those of `env_action_parts`. `noise_runs`: what a row of noise is made of, where its
+    numbers are not all `noise`.
     `remote_only`: why this policy can't run but where the learner's modules are; there is no graph then. `connectors`:
     bytes at the end of a version's, which are the state of such a policy's connectors. `state`: the memory of a
     recurrent policy. `lookback`: how many observations before the newest such connectors look at."""
@@ -163,6 +176,10 @@ class PolicyManifest(Struct, frozen=True):
     connectors: Annotated[int, Meta(ge=0, lt=1 << 30)] = 0
     state: Annotated[tuple[State, ...], Meta(max_length=MAX_STATES)] = ()
     lookback: Annotated[int, Meta(ge=0, le=1024)] = 0
+    packed_action: Space | None = None
+    action_parts: Annotated[tuple[Tensor, ...], Meta(max_length=256)] = ()
+    env_action_parts: Annotated[tuple[Tensor, ...], Meta(max_length=256)] = ()
+    noise_runs: Annotated[tuple[NoiseRun, ...], Meta(max_length=256)] = ()
 
     @property
     def weights_bytes(self) -> int:
@@ -174,9 +191,9 @@ class Actions(NamedTuple):
     """What a policy answers for B observations (`Policy.act`) or for one (`Policy.act_one`, which see)."""
 
     env_actions: Any
-    """(B, *env_action.shape): for `env.step`, never for RLlib."""
+    """(B, *env_action.shape): for `env.step`, never for RLlib. Of several parts: dicts and tuples of such arrays."""
     actions: Any
-    """(B, *action.shape): for RLlib, never for `env.step`."""
+    """(B, *action.shape): for RLlib, never for `env.step`. Of several parts: rows of their bytes."""
     action_logp: Any
     """(B,) float32."""
     action_dist_inputs: NDArray[np.float32]
@@ -206,10 +223,16 @@ def unpack_policy(blob: Buffer) -> tuple[PolicyManifest, bytes]:
         raise PolicyError(f"not an exported policy, or one of another version of this package: {error}") from error
     if manifest.weights_bytes > MAX_WEIGHTS_BYTES:
         raise PolicyError(f"weights of {manifest.weights_bytes} bytes are over the limit of {MAX_WEIGHTS_BYTES}")
-    if manifest.packed is not None or manifest.parts:
-        row = Tensor("uint8", (sum(part.nbytes for part in manifest.parts),))
-        if manifest.packed is None or manifest.observation != row:
-            raise PolicyError(f"the parts of an observation take {row.nbytes} bytes, a row is {manifest.observation}")
+    for what, space, row, parts in (
+        ("an observation", manifest.packed, manifest.observation, manifest.parts),
+        ("an action", manifest.packed_action, manifest.action, manifest.action_parts),
+        ("an environment's action", manifest.packed_action, manifest.env_action, manifest.env_action_parts),
+    ):
+        taken = Tensor("uint8", (sum(part.nbytes for part in parts),))
+        if (space is not None or parts) and (space is None or row != taken or count_leaves(space) != len(parts)):
+            raise PolicyError(f"the {len(parts)} parts of {what} take {taken.nbytes} bytes, a row is {row}")
+    if manifest.noise_runs and (sum(count for _, count in manifest.noise_runs),) != manifest.noise_shape:
+        raise PolicyError(f"a row of noise is {manifest.noise_shape}, and made of {manifest.noise_runs}")
     noise = Tensor("float32", manifest.noise_shape)
     states = [Tensor(state.dtype, state.shape) for state in manifest.state]
     rows = (manifest.observation, manifest.action, manifest.env_action, noise, *states)
@@ -223,6 +246,22 @@ def unpack_policy(blob: Buffer) -> tuple[PolicyManifest, bytes]:
 def policy_hash(blob: Buffer) -> str:
     """Identity of an architecture, 32 hex digits: the same for every export of it, whatever its weights."""
     return hashlib.blake2b(blob, digest_size=16).hexdigest()
+
+
+def count_leaves(space: Space) -> int:
+    """How many arrays a value of this space is made of."""
+    if isinstance(space, DictSpace):
+        return sum(count_leaves(inner) for _, inner in space.spaces)
+    return sum(map(count_leaves, space.spaces)) if isinstance(space, TupleSpace) else 1
+
+
+def structured(space: Space, leaves: Iterator[Any]) -> Any:
+    """Dicts and tuples of `leaves`, as `space` has them."""
+    if isinstance(space, DictSpace):
+        return {key: structured(inner, leaves) for key, inner in space.spaces}
+    if isinstance(space, TupleSpace):
+        return tuple([structured(inner, leaves) for inner in space.spaces])
+    return next(leaves)
 
 
 class Policy:
@@ -247,6 +286,7 @@ class Policy:
         self._threads = threads
         self.transforms = False
         """Whether the environment wants other actions than RLlib trains on."""
+        self._transformed: set[int] = set()
         self._session = self.open_session(batch=1)
         self._batch_session: Any = None
         self._check_signature()
@@ -261,6 +301,11 @@ class Policy:
         self._noise_in = np.zeros((1, *manifest.noise_shape), np.float32)
         self._action_out = np.zeros((1, manifest.action.size), manifest.action.dtype)
         self._env_action_out = np.zeros((1, manifest.env_action.size), manifest.env_action.dtype)
+        self._action_parts = _Parts(manifest.action_parts, self._action_out)
+        self._env_parts = [
+            np.zeros((1, part.size), part.dtype) if i in self._transformed else self._action_parts.arrays[i]
+            for i, part in enumerate(manifest.env_action_parts)
+        ]
         self._logp_out = np.zeros((1, 1), np.float32)
         self._dist_inputs_out = np.zeros((1, manifest.action_dist_inputs), np.float32)
         self._starts = tuple(state.start for state in manifest.state)
@@ -284,6 +329,7 @@ class Policy:
         )
         self._dist_inputs_view = self._dist_inputs_out[0]
         self._scalar = manifest.action.shape == () and not self.transforms
+        self._packed_action = manifest.packed_action
         self._bound: IOBinding | None = None
         self._weights: dict[str, OrtValue] | None = None
         self._arrays: dict[str, NDArray[Any]] = {}
@@ -371,14 +417,28 @@ class Policy:
             inputs[f"state_in/{part.name}"] = onnxruntime.OrtValue.ortvalue_from_numpy(
                 self._rows(array, f"the state '{part.name}'", rows, part.shape, part.dtype)
             )
-        names = ["actions", "action_logp", "action_dist_inputs"] + ["env_actions"] * self.transforms
-        names += [f"state_out/{part.name}" for part in manifest.state]
-        outputs = [value.numpy() for value in self._batch_session.run_with_ort_values(names, inputs)]
-        actions = outputs[0].reshape(rows, *manifest.action.shape)
-        env_actions = outputs[3].reshape(rows, *manifest.env_action.shape) if self.transforms else actions.copy()
-        return Actions(
-            env_actions, actions, outputs[1].reshape(rows), outputs[2], tuple(outputs[3 + self.transforms :])
-        )
+        names = ["action_logp", "action_dist_inputs", *(f"state_out/{part.name}" for part in manifest.state)]
+        told = len(names)
+        names += self._action_outputs
+        values = self._batch_session.run_with_ort_values(names, inputs)
+        outputs = [value.numpy() for value in values]
+        env_actions, actions = self._acted(dict(zip(names[told:], outputs[told:], strict=True)), rows)
+        return Actions(env_actions, actions, outputs[0].reshape(rows), outputs[1], tuple(outputs[2:told]))
+
+    def _acted(self, outputs: dict[str, NDArray[Any]], rows: int) -> tuple[Any, NDArray[Any]]:
+        """What the environments want, and what RLlib does."""
+        manifest, space = self.manifest, self._packed_action
+        if space is None:
+            actions = outputs["actions"].reshape(rows, *manifest.action.shape)
+            if not self.transforms:
+                return actions.copy(), actions
+            return outputs["env_actions"].reshape(rows, *manifest.env_action.shape), actions
+        parts = [outputs[f"actions/{i}"] for i in range(len(manifest.action_parts))]
+        for_env = [
+            outputs.get(f"env_actions/{i}", part).reshape(rows, *shaped.shape)
+            for i, (part, shaped) in enumerate(zip(parts, manifest.env_action_parts, strict=True))
+        ]
+        return structured(space, iter(for_env)), join_rows(parts, rows)
 
     def act_one(
         self, observation: NDArray[Any], explore: bool = True, state: Sequence[NDArray[Any]] | None = None
@@ -410,7 +470,10 @@ class Policy:
         if self._state_rows:
             self._take_state(self._starts if state is None else state)
         self._session.run_with_iobinding(bound)
-        if self._scalar:
+        if self._packed_action is not None:
+            self._action_parts.join()
+            env_action, action = self._env_structure(self._packed_action), self._action_view
+        elif self._scalar:
             env_action = action = self._action_out.item()
         else:
             env_action, action = self._env_action_view.copy(), self._action_view
@@ -418,6 +481,15 @@ class Policy:
         return tuple.__new__(
             Actions, (env_action, action, self._logp_out.item(), self._dist_inputs_view, self._state_views)
         )
+
+    def _env_structure(self, space: Space) -> Any:
+        """One action of several parts, as `env.step` wants it: ints for Discrete, new arrays else."""
+        parts = self.manifest.env_action_parts
+        leaves = (
+            array[0].copy().reshape(part.shape) if part.shape else array.item()
+            for array, part in zip(self._env_parts, parts, strict=True)
+        )
+        return structured(space, leaves)
 
     # ---- memory
 
@@ -437,11 +509,14 @@ class Policy:
     # ---- noise ------------------------------------------------------------------------------------------------
 
     def _refill(self) -> None:
-        shape = self._noise.shape
-        if self.manifest.noise == "gumbel":
-            self._noise[...] = self._random.gumbel(size=shape)
-        else:
-            self._random.standard_normal(dtype=np.float32, out=self._noise)
+        first = 0
+        for noise, count in self.manifest.noise_runs or ((self.manifest.noise, 0),):
+            some = self._noise[:, first : first + count] if count else self._noise
+            first += count
+            if noise == "gumbel":
+                some[...] = self._random.gumbel(size=some.shape)
+            else:
+                some[...] = self._random.standard_normal(some.shape, np.float32)
         self._noise_used = 0
 
     def draw(self, drawn: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -496,16 +571,25 @@ class Policy:
             inputs[f"weights/{weight.name}"] = (_ONNX_TYPES[weight.dtype], list(weight.shape))
         outputs = {f"state_out/{name}": array for name, array in states.items()}
         outputs |= {
-            "actions": (_ONNX_TYPES[manifest.action.dtype], [1, manifest.action.size]),
             "action_logp": ("tensor(float)", [1, 1]),
             "action_dist_inputs": ("tensor(float)", [1, manifest.action_dist_inputs]),
         }
         found = {node.name: (node.type, node.shape) for node in self._session.get_outputs()}
-        self.transforms = "env_actions" in found
-        if self.transforms:
-            outputs["env_actions"] = (_ONNX_TYPES[manifest.env_action.dtype], [1, manifest.env_action.size])
-        elif manifest.env_action != manifest.action:
-            raise PolicyError("the policy's graph has no output env_actions, and its manifest says it differs")
+        acted: list[tuple[str, Tensor, Tensor]] = [("", manifest.action, manifest.env_action)]
+        if manifest.packed_action is not None:
+            pairs = zip(manifest.action_parts, manifest.env_action_parts, strict=True)
+            acted = [(f"/{i}", action, env_action) for i, (action, env_action) in enumerate(pairs)]
+        for i, (suffix, action, env_action) in enumerate(acted):
+            outputs[f"actions{suffix}"] = (_ONNX_TYPES[action.dtype], [1, action.size])
+            if f"env_actions{suffix}" in found:
+                self._transformed.add(i)
+                outputs[f"env_actions{suffix}"] = (_ONNX_TYPES[env_action.dtype], [1, env_action.size])
+            elif env_action != action:
+                raise PolicyError(
+                    f"the policy's graph has no output env_actions{suffix}, and its manifest says it differs"
+                )
+        self.transforms = bool(self._transformed)
+        self._action_outputs = [name for name in outputs if name.startswith(("actions", "env_actions"))]
         for said, is_ in (
             (inputs, {node.name: (node.type, node.shape) for node in self._session.get_inputs()}),
             (outputs, found),
@@ -536,12 +620,17 @@ class Policy:
         }
         inputs["noise"] = self._noise_in
         outputs: dict[str, NDArray[Any]] = {
-            "actions": self._action_out,
             "action_logp": self._logp_out,
             "action_dist_inputs": self._dist_inputs_out,
         }
-        if self.transforms:
-            outputs["env_actions"] = self._env_action_out
+        if self._packed_action is None:
+            outputs["actions"] = self._action_out
+            if self.transforms:
+                outputs["env_actions"] = self._env_action_out
+        for i, array in enumerate(self._action_parts.arrays):
+            outputs[f"actions/{i}"] = array
+            if i in self._transformed:
+                outputs[f"env_actions/{i}"] = self._env_parts[i]
         for part, given, made in zip(self.manifest.state, self._states_in, self._states_out, strict=True):
             inputs[f"state_in/{part.name}"] = given
             outputs[f"state_out/{part.name}"] = made
@@ -564,6 +653,24 @@ class Policy:
             return np.ascontiguousarray(array.astype(dtype, casting="same_kind", copy=False)).reshape(rows, *shape)
         except TypeError as error:
             raise PolicyError(f"{what} of dtype {array.dtype} can't be given as {dtype}") from error
+
+
+class _Parts:
+    """Arrays for the parts of one row of bytes, which `join` copies into it."""
+
+    def __init__(self, parts: Sequence[Tensor], row: NDArray[np.uint8]) -> None:
+        self.arrays: list[NDArray[Any]] = []
+        self._cuts: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
+        at = 0
+        for part in parts:
+            array = np.zeros((1, part.size), part.dtype)
+            self.arrays.append(array)
+            self._cuts.append((row[0, at : at + part.nbytes], array.reshape(-1).view(np.uint8)))
+            at += part.nbytes
+
+    def join(self) -> None:
+        for to, part in self._cuts:
+            to[...] = part
 
 
 def _aligned(weight: Weight) -> NDArray[Any]:

@@ -17,8 +17,10 @@ class BatchPolicy:
 
     def __init__(self, policy: Policy, rows: int) -> None:
         manifest = policy.manifest
-        if manifest.state or manifest.parts:
-            raise PolicyError("a batch that is bound once is for plain observations and policies without a memory")
+        if manifest.state or manifest.parts or manifest.action_parts:
+            raise PolicyError(
+                "a batch that is bound once is for policies without a memory, of plain observations and actions"
+            )
         self.policy = policy
         self.rows = rows
         observation, action, env_action = manifest.observation, manifest.action, manifest.env_action

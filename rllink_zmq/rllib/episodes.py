@@ -32,7 +32,8 @@ from rllink_zmq.audit import Log
 from rllink_zmq.compression import arrays_of
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT, OBS_BEFORE, STATE_IN
-from rllink_zmq.packing import packing_of
+from rllink_zmq.packing import Packing, packing_of
+from rllink_zmq.packing_actions import action_packing
 from rllink_zmq.rllib.audit import COLUMN, names
 from rllink_zmq.rllib.pipelines import FragmentConnectors
 from rllink_zmq.rllib.recurrent import Memory
@@ -71,7 +72,7 @@ class Refusal(NamedTuple):
 
 class Piece(NamedTuple):
     """One fragment, or one segment of it as if it had come alone; checked. Arrays: `observations` (a structure of
-    arrays of `back` rows that came before, and steps + 1 of its own), the rest one row a step."""
+    arrays of `back` rows that came before, and steps + 1 of its own), the rest one row a step, as it travels."""
 
     message: FRAGMENT
     observations: Any
@@ -144,6 +145,7 @@ class EpisodeBuilder:
         self.observation_space = observation_space
         self.action_space = action_space
         self._packing = packing_of(observation_space)
+        self._actions = action_packing(action_space)
         self.module = module
         self.memory = Memory(module)
         self.longest = longest
@@ -217,7 +219,7 @@ class EpisodeBuilder:
                 )
         actions = arrays["actions"]
         self._check_observations("obs", arrays["obs"])
-        self._check("actions", actions, self.action_space)
+        self._check_actions(actions)
         rewards = arrays["rewards"].astype(np.float32, copy=False)
         logp = arrays["action_logp"].astype(np.float32, copy=False)
         for name, values in (("rewards", rewards), ("action_logp", logp)):
@@ -303,7 +305,7 @@ class EpisodeBuilder:
             last.end,
             observations=_observations(pieces),
             back=pieces[0].back,
-            actions=_joined([p.actions for p in pieces]),
+            actions=self._structured(_joined([p.actions for p in pieces])),
             rewards=rewards,
             outputs=outputs,
         )
@@ -317,6 +319,10 @@ class EpisodeBuilder:
             return Built(episode, None, step_seconds, timings)
         total = first.return_so_far + float(rewards.sum(dtype=np.float64))
         return Built(episode, Finished(last.t0 + last.steps, total, last.seconds), step_seconds, timings)
+
+    def _structured(self, actions: NDArray[Any]) -> Any:
+        """Actions as the action space has them: dicts and tuples of arrays where it is of several parts."""
+        return actions if self._actions is None else self._actions.unpack(actions.view(np.uint8))
 
     def _state_out(self, pieces: Sequence[Piece]) -> dict[str, InfiniteLookbackBuffer]:
         """STATE_OUT of each step. What was before the first one is the row that a learner looks back to: where it cuts
@@ -354,17 +360,25 @@ class EpisodeBuilder:
             raise ProtocolError("'action_dist_inputs' must be finite floats")
 
     def _check_observations(self, name: str, rows: NDArray[Any]) -> None:
-        packing = self._packing
-        if packing is None:
+        if self._packing is None:
             self._check(name, rows, self.observation_space)
-            return
+        else:
+            self._check_packed(name, rows, self._packing)
+
+    def _check_actions(self, rows: NDArray[Any]) -> None:
+        if self._actions is None:
+            self._check("actions", rows, self.action_space, actions=True)
+        else:
+            self._check_packed("actions", rows, self._actions, actions=True)
+
+    def _check_packed(self, name: str, rows: NDArray[Any], packing: Packing, actions: bool = False) -> None:
         if rows.dtype != np.uint8 or rows.shape[1:] != (packing.nbytes,):
             raise ProtocolError(
-                f"'{name}' has rows of {rows.dtype}{list(rows.shape[1:])}, observations of this space are packed as "
-                f"uint8[{packing.nbytes}]"
+                f"'{name}' has rows of {rows.dtype}{list(rows.shape[1:])}, {'actions' if actions else 'observations'} "
+                f"of this space are packed as uint8[{packing.nbytes}]"
             )
-        for part, values in zip(packing.parts, packing.arrays(rows), strict=True):
-            self._check(part.name, values, part.space)
+        for part, values in zip(packing.parts, packing.arrays(rows.view(np.uint8)), strict=True):
+            self._check(part.name, values, part.space, actions)
 
     def _check_state(self, arrays: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         columns = []
@@ -385,7 +399,7 @@ class EpisodeBuilder:
             columns.append(column)
         return columns
 
-    def _check(self, name: str, values: NDArray[Any], space: gym.Space[Any]) -> None:
+    def _check(self, name: str, values: NDArray[Any], space: gym.Space[Any], actions: bool = False) -> None:
         shape = space.shape or ()
         if values.shape[1:] != shape:
             raise ProtocolError(f"'{name}' has rows of shape {list(values.shape[1:])}, the space has {list(shape)}")
@@ -393,11 +407,11 @@ class EpisodeBuilder:
             raise ProtocolError(f"'{name}' holds NaN or infinity")
         if isinstance(space, gym.spaces.Discrete):
             # RLlib's policies count actions from 0, whatever the space's start.
-            low = 0 if name == "actions" else int(space.start)
+            low = 0 if actions else int(space.start)
             if values.dtype.kind not in "iu" or values.min() < low or values.max() >= low + int(space.n):
                 raise ProtocolError(f"'{name}' must be integers from {low} to {low + int(space.n) - 1}")
         elif isinstance(space, gym.spaces.MultiDiscrete):
-            lows = np.zeros_like(space.start) if name == "actions" else space.start
+            lows = np.zeros_like(space.start) if actions else space.start
             within = values.dtype.kind in "iu" and ((values >= lows) & (values < lows + space.nvec)).all()
             if not within:
                 raise ProtocolError(f"'{name}' must be integers from {lows.tolist()}, of {space.nvec.tolist()} values")
@@ -502,7 +516,7 @@ class _Blank:
         *,
         observations: Any,
         back: int,
-        actions: NDArray[Any],
+        actions: Any,
         rewards: NDArray[np.float32],
         outputs: Mapping[str, NDArray[Any]],
     ) -> SingleAgentEpisode:

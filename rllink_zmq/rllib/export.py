@@ -29,7 +29,8 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.packing import Packing
 from rllink_zmq.policy import Policy, PolicyManifest, Weight, pack_policy, unpack_policy
-from rllink_zmq.rllib.export_actions import REMOTE, ForEnv, Head, head_of
+from rllink_zmq.rllib.export_acting import Acting
+from rllink_zmq.rllib.export_actions import REMOTE
 from rllink_zmq.rllib.export_canonical import canonical
 from rllink_zmq.rllib.export_observations import Example, Observed
 from rllink_zmq.rllib.recurrent import Memory, one_step
@@ -71,32 +72,29 @@ def export_policy(
     except PolicyError as error:
         raise PolicyError(f"{name} has {error}") from error
     example = Example(name, observation_space)
-    head = head_of(name, module.get_exploration_action_dist_cls(), action_space)
-    for_env = ForEnv(action_space, normalize_actions, clip_actions)
-    graph = _Graph(module, head, for_env, memory, example.packing)
+    acting = Acting(name, module.get_exploration_action_dist_cls(), action_space, normalize_actions, clip_actions)
+    graph = _Graph(module, acting, memory, example.packing)
     training = module.training
     module.eval()  # as forward_exploration does for the time of the call
     try:
-        width = _count_dist_inputs(name, graph, example, head)
-        model, weights = _trace(name, graph, example, head)
+        _check_dist_inputs(name, graph, example)
+        model, weights = _trace(name, graph, example)
         manifest = PolicyManifest(
             format=1,
             module=name,
             observation=example.tensor,
-            noise=head.noise,
-            noise_shape=(head.width,),
-            action=head.action,
-            env_action=for_env.tensor(head.action),
-            action_dist_inputs=width,
+            noise_shape=(acting.width,),
+            action_dist_inputs=acting.dist_inputs,
             opset=OPSET,
             weights=weights,
             evaluation_explores=evaluation_explores,
             packed=to_wire(observation_space) if example.packing else None,
             parts=example.parts,
             state=states,
+            **acting.described(),
         )
         blob = pack_policy(manifest, canonical(model, manifest))
-        _verify(blob, graph, example, head, for_env)
+        _verify(blob, graph, example)
     finally:
         module.train(training)
     return blob
@@ -162,15 +160,12 @@ def connectors_state(manifest: PolicyManifest, body: bytes) -> bytes:
 class _Graph(torch.nn.Module):
     """What is traced."""
 
-    def __init__(
-        self, module: TorchRLModule, head: Head, for_env: ForEnv, memory: Memory, packing: Packing | None
-    ) -> None:
+    def __init__(self, module: TorchRLModule, acting: Acting, memory: Memory, packing: Packing | None) -> None:
         super().__init__()
         self.memory = memory
         self._packing = packing
         self.module = module
-        self._head = head
-        self._for_env = for_env
+        self.acting = acting
 
     def infer(self, observations: Observed, *state: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Dist inputs (B, k), and the state after the step. Raises PolicyError if the module answers with anything
@@ -189,10 +184,7 @@ class _Graph(torch.nn.Module):
 
     def forward(self, observations: Observed, noise: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         dist_inputs, after = self.infer(observations, *state)
-        actions, logp = self._head.draw(dist_inputs, noise)
-        if self._for_env.transforms:
-            return actions, logp, dist_inputs, self._for_env(actions), *after
-        return actions, logp, dist_inputs, *after
+        return *self.acting(dist_inputs, noise), *after
 
     def starts(self, rows: int) -> list[torch.Tensor]:
         """The state of `rows` episodes that begin."""
@@ -202,8 +194,8 @@ class _Graph(torch.nn.Module):
 # ---- from module to graph -----------------------------------------------------------------------------------------
 
 
-def _count_dist_inputs(name: str, graph: _Graph, example: Example, head: Head) -> int:
-    """How many dist inputs the module makes of an observation. Raises PolicyError if it can't run or they don't fit."""
+def _check_dist_inputs(name: str, graph: _Graph, example: Example) -> None:
+    """Raises PolicyError if the module can't run, or its dist inputs are not those of its distribution."""
     try:
         with torch.no_grad():
             dist_inputs, _ = graph.infer(example.given(example.rows(2)), *graph.starts(2))
@@ -215,20 +207,19 @@ def _count_dist_inputs(name: str, graph: _Graph, example: Example, head: Head) -
             f"{list(example.tensor.shape)}: {_first_line(error)}. If the dtype is why (RLlib's default modules want "
             f"float32), change the environment's observations, RLlib's own runner gives the same; else {REMOTE}"
         ) from error
-    if dist_inputs.shape != (2, head.dist_inputs) or dist_inputs.dtype != torch.float32:
+    acting = graph.acting
+    if dist_inputs.shape != (2, acting.dist_inputs) or dist_inputs.dtype != torch.float32:
         raise PolicyError(
             f"{name} makes dist inputs of {dist_inputs.dtype}{list(dist_inputs.shape[1:])} for one observation, "
-            f"{getattr(head.distribution, '__name__', head.distribution)} wants torch.float32[{head.dist_inputs}]"
+            f"{getattr(acting.distribution, '__name__', acting.distribution)} wants torch.float32[{acting.dist_inputs}]"
         )
-    return head.dist_inputs
 
 
-def _trace(name: str, graph: _Graph, example: Example, head: Head) -> tuple[Any, tuple[Weight, ...]]:
+def _trace(name: str, graph: _Graph, example: Example) -> tuple[Any, tuple[Weight, ...]]:
     """The ONNX model, with the module's state as inputs after the other two, and what of the state it uses.
     Raises PolicyError if torch can't trace the module."""
-    outputs = ["actions", "action_logp", "action_dist_inputs"] + ["env_actions"] * graph._for_env.transforms
-    outputs += [f"state_out/{part}" for part in graph.memory.names]
-    arguments = (example.given(example.rows(2)), torch.zeros(2, head.width), *graph.starts(2))
+    outputs = graph.acting.outputs + [f"state_out/{part}" for part in graph.memory.names]
+    arguments = (example.given(example.rows(2)), torch.zeros(2, graph.acting.width), *graph.starts(2))
     given = [f"observations/{i}" for i in range(len(example.parts))] or ["observations"]
     given += ["noise", *(f"state_in/{part}" for part in graph.memory.names)]
     try:
@@ -304,10 +295,10 @@ def _quiet() -> Iterator[None]:
 # ---- the proof ----------------------------------------------------------------------------------------------------
 
 
-def _verify(blob: bytes, graph: _Graph, example: Example, head: Head, for_env: ForEnv) -> None:
+def _verify(blob: bytes, graph: _Graph, example: Example) -> None:
     """Acts with the blob and other weights than the module's, and compares with the module, RLlib's distribution and
     RLlib's env actions. Raises PolicyError if they differ: what was traced was not all the module does."""
-    name = type(graph.module).__name__
+    name, acting = type(graph.module).__name__, graph.acting
     generator = torch.Generator().manual_seed(0)
     # Others than the module's, or a weight that tracing turned into a constant would pass. Near them, or a deep network
     # would overflow; upwards, so that variances stay positive.
@@ -328,9 +319,7 @@ def _verify(blob: bytes, graph: _Graph, example: Example, head: Head, for_env: F
         given = (example.given(observations), *memory)
         expected, after = torch.func.functional_call(_Infer(graph), replaced, given)
         starts = torch.func.functional_call(_Start(graph), replaced, ())
-        logp = head.distribution.from_logits(torch.from_numpy(acted.action_dist_inputs)).logp(
-            torch.from_numpy(acted.actions)
-        )
+        logp = acting.logp(torch.from_numpy(acted.action_dist_inputs), acted.actions)
     if not all(np.array_equal(start, of_all) for start, of_all in zip(starts, graph.memory.start, strict=True)):
         raise PolicyError(
             f"{name}.get_initial_state changes with the weights, and a simulator is told it once: let it be constant, "
@@ -339,7 +328,12 @@ def _verify(blob: bytes, graph: _Graph, example: Example, head: Head, for_env: F
     for what, ours, theirs in (
         ("action_dist_inputs", acted.action_dist_inputs, expected.numpy()),
         ("action_logp", acted.action_logp, logp.numpy()),
-        ("env_actions", acted.env_actions, for_env.reference(acted.actions)),
+        *(
+            (f"env_actions{part}", ours, theirs)
+            for part, ours, theirs in zip(
+                acting.names, acting.each(acted.env_actions), acting.env_reference(acted.actions), strict=True
+            )
+        ),
         *(
             (f"the state '{part}'", ours, theirs.numpy())
             for part, ours, theirs in zip(graph.memory.names, acted.state, after, strict=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rllink_zmq.policy import PolicyManifest
+from rllink_zmq.policy import PolicyManifest, Tensor
 
 
 def canonical(model: Any, manifest: PolicyManifest) -> bytes:
@@ -19,11 +19,15 @@ def canonical(model: Any, manifest: PolicyManifest) -> bytes:
         keep[value.name] = f"weights/{weight.name}"
     _rename(graph, keep, iter(range(1 << 31)))
     graph.name = "policy"
+
+    def acted(name: str, whole: Tensor, parts: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+        return {f"{name}/{i}": (part.size,) for i, part in enumerate(parts)} or {name: (whole.size,)}
+
     shapes: dict[str, tuple[int, ...]] = {
-        "actions": (manifest.action.size,),
+        **acted("actions", manifest.action, manifest.action_parts),
+        **acted("env_actions", manifest.env_action, manifest.env_action_parts),
         "action_logp": (1,),
         "action_dist_inputs": (manifest.action_dist_inputs,),
-        "env_actions": (manifest.env_action.size,),
         **{f"state_out/{part.name}": part.shape for part in manifest.state},
     }
     for value in (*graph.input[:given], *graph.output):

@@ -29,6 +29,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from rllink_zmq.errors import PolicyError, ProtocolError
 from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.packing import Packing, packing_of
+from rllink_zmq.packing_actions import action_packing, env_packing
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.rllib.states import from_bytes, to_bytes
 
@@ -74,6 +75,7 @@ class Pipelines:
         self.observation_space: gym.Space[Any] = config.observation_space
         self.action_space: gym.Space[Any] = config.action_space
         self._packing: Packing | None = packing_of(self.observation_space)
+        self._actions, self._env_actions = action_packing(self.action_space), env_packing(self.action_space)
         spaces = dict.fromkeys((INPUT_ENV_SPACES, INPUT_ENV_SINGLE_SPACES), (self.observation_space, self.action_space))
         self.to_module = config.build_env_to_module_connector(env=None, spaces=spaces, device=device)
         self.to_env = config.build_module_to_env_connector(env=None, spaces=spaces)
@@ -145,11 +147,13 @@ class Pipelines:
                 f"APPO or IMPALA needs {Columns.ACTIONS} and {Columns.ACTION_DIST_INPUTS}"
             )
         count = len(episodes)
-        columns = {name: _stacked(answer[name], count) for name in _OUTPUTS if name in answer}
+        columns = {name: _stacked(answer[name], count) for name in _OUTPUTS[1:] if name in answer}
+        columns[Columns.ACTIONS] = _packed(answer[Columns.ACTIONS], count, self._actions)
         if Columns.ACTION_LOGP not in columns:
             columns[Columns.ACTION_LOGP] = np.zeros(count, np.float32)
-        if Columns.ACTIONS_FOR_ENV in answer:
-            columns["env_actions"] = _stacked(answer[Columns.ACTIONS_FOR_ENV], count)
+        if Columns.ACTIONS_FOR_ENV in answer or self._env_actions is not None:
+            for_env = answer.get(Columns.ACTIONS_FOR_ENV, answer[Columns.ACTIONS])
+            columns["env_actions"] = _packed(for_env, count, self._env_actions)
         return columns, after
 
     # ---- fragments
@@ -401,6 +405,15 @@ def _rows(observations: Any, first: int, last: int) -> list[Any]:
 def _moderate(value: Any) -> Any:
     array = np.asarray(value)
     return np.clip(array, -10.0, 10.0).astype(array.dtype) if array.dtype.kind == "f" else value
+
+
+def _packed(values: Any, count: int, packing: Packing | None) -> NDArray[Any]:
+    """Actions as they travel, of `count` rows: a list of one for each, or a batch of them."""
+    if packing is None:
+        return _stacked(values, count)
+    if isinstance(values, list):
+        values = tree.map_structure(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *values)
+    return packing.join(values, count)
 
 
 def _stacked(values: Any, count: int) -> NDArray[Any]:

@@ -63,7 +63,7 @@ def _remote_policy(config: AlgorithmConfig, module: RLModule, why: str) -> bytes
         (key, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for key, tensor in module.state_dict().items()
     ]
-    action = _tensor(layout.action)
+    action, for_env = _tensor(layout.action), layout.env_actions
     try:
         manifest = PolicyManifest(
             format=1,
@@ -72,7 +72,10 @@ def _remote_policy(config: AlgorithmConfig, module: RLModule, why: str) -> bytes
             noise="normal",
             noise_shape=(),
             action=action,
-            env_action=action,
+            env_action=action if for_env is None else Tensor("uint8", (for_env.nbytes,)),
+            packed_action=to_wire(config.action_space) if layout.actions else None,
+            action_parts=layout.actions.tensors if layout.actions else (),
+            env_action_parts=for_env.tensors if for_env else (),
             action_dist_inputs=dist_inputs,
             opset=OPSET,
             weights=msgspec.convert(weights, tuple[Weight, ...]),

@@ -17,6 +17,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+import tree  # dm_tree, which RLlib needs
 from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.rl_module import RLModule
@@ -36,6 +37,7 @@ from rllink_zmq.messages import (
     Column,
 )
 from rllink_zmq.packing import packing_of
+from rllink_zmq.packing_actions import action_packing, env_packing
 from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib.export import connectors_state
 from rllink_zmq.rllib.export_actions import ForEnv
@@ -97,7 +99,10 @@ class ModuleActor:
         self._module: Any = copy.deepcopy(module.unwrapped()).to(self._device)
         self._module.eval()
         self._state = self._module.state_dict()
-        self._for_env = ForEnv(action_space, normalize, clip)
+        self._actions = action_packing(action_space)
+        self._env_actions = env_packing(action_space)
+        spaces = [part.space for part in self._actions.parts] if self._actions else [action_space]
+        self._for_env = [ForEnv(space, normalize, clip) for space in spaces]
         self._packing = None if manifest.packed is None else packing_of(from_wire(manifest.packed))
         self.memory = Memory(self._module)
         self.dtype = np.dtype(manifest.observation.dtype)
@@ -179,11 +184,24 @@ class ModuleActor:
                 greedy = module.get_inference_action_dist_cls().from_logits(dist_inputs).to_deterministic()
                 actions = greedy.sample()
             logp = drawn_from.logp(actions)
-            columns = {"actions": actions, "action_logp": logp, "action_dist_inputs": dist_inputs}
-            if self._for_env.transforms:
-                columns["env_actions"] = self._for_env(actions.cpu())
+            columns = {"action_logp": logp, "action_dist_inputs": dist_inputs}
+            columns |= self._acted(actions, len(dist_inputs))
             columns |= {STATE_OUT + name: array for name, array in zip(self.memory.names, after, strict=True)}
-            return {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in columns.items()}
+            return {name: np.ascontiguousarray(torch.as_tensor(array).cpu().numpy()) for name, array in columns.items()}
+
+    def _acted(self, actions: Any, rows: int) -> dict[str, Any]:
+        """The columns of actions that were drawn: an array, or dicts and tuples of them."""
+        if self._actions is None or self._env_actions is None:
+            columns = {"actions": actions}
+            if self._for_env[0].transforms:
+                columns["env_actions"] = self._for_env[0](actions.cpu())
+            return columns
+        packed = self._actions.join(tree.map_structure(lambda tensor: tensor.cpu().numpy(), actions), rows)
+        parts = [
+            for_env(torch.from_numpy(array)).numpy() if for_env.transforms else array
+            for for_env, array in zip(self._for_env, self._actions.arrays(packed), strict=True)
+        ]
+        return {"actions": packed, "env_actions": self._env_actions.join(self._env_actions.structure(parts), rows)}
 
     def _given(self, observations: NDArray[Any]) -> Any:
         """(B, *shape) as the module takes them."""
