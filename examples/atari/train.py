@@ -10,9 +10,9 @@ sys.path.append(str(Path(__file__).parent.parent))
 from pixels import PixelModule
 from recorded import parser, train
 
-if __name__ == "__main__":
-    args = parser(__doc__, minutes=10).parse_args()
-    config = (
+
+def config() -> PPOConfig:
+    return (
         PPOConfig()
         .env_runners(num_env_runners=1)
         .training(
@@ -29,4 +29,7 @@ if __name__ == "__main__":
             )
         )
     )  # fmt: skip
-    train(config, args)
+
+
+if __name__ == "__main__":
+    train(config(), parser(__doc__, minutes=10).parse_args())
