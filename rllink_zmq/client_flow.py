@@ -416,6 +416,8 @@ class Flow:
             evaluation=evaluation,
             compression="" if packed is None else "zstd",
             segments=cut.segments,
+            modules=cut.modules,
+            agents=cut.agents,
         )
         builder.timings = {}
         return number, now

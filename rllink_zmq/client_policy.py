@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import threading
-from typing import ClassVar
+from typing import ClassVar, Self, cast
 
 import numpy as np
 
@@ -81,15 +81,15 @@ class PolicyReader:
         self._loaded = ""
 
     @classmethod
-    def join(cls, address: str, threads: int, seed: int | None) -> PolicyReader:
+    def join(cls, address: str, threads: int, seed: int | None) -> Self:
         """The reader that clients with these arguments share in this process."""
-        key = (os.getpid(), address, threads, seed)
+        key = (cls, os.getpid(), address, threads, seed)
         with cls._all_lock:
             reader = cls._all.get(key)
             if reader is None:
                 reader = cls._all[key] = cls(address, threads, seed)
             reader._users += 1
-            return reader
+            return cast(Self, reader)
 
     def leave(self) -> None:
         """A client is closed. The last one closes the subscription."""
@@ -115,7 +115,7 @@ class PolicyReader:
         with self.lock:
             wanted = self._wanted
             if session.state is State.LIVE:
-                wanted.told(session.run, session.version, session.policy, now)
+                self._tell(session, now)
                 self._subscribe(session.weights_address)
             if now >= self._read_at:
                 self._read_at = now + READ_INTERVAL
@@ -129,6 +129,9 @@ class PolicyReader:
             session.policy_held = self._loaded
 
     # ---- inside
+
+    def _tell(self, session: SimulatorSession, now: float) -> None:
+        self._wanted.told(session.run, session.version, session.policy, now)
 
     def _subscribe(self, told: str) -> None:
         address = beside(self.address, told) if told else ""

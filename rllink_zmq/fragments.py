@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from rllink_zmq.arrays import Array
 from rllink_zmq.errors import EpisodeError
-from rllink_zmq.messages import OBS_BEFORE, STATE_IN, Segment
+from rllink_zmq.messages import OBS_BEFORE, STATE_IN, AgentRows, Segment
 from rllink_zmq.packing import Packing, dtype_of, packing_of
 from rllink_zmq.packing_actions import action_dtype, action_packing, choices_of, env_packing
 
@@ -124,7 +124,7 @@ class Origin(NamedTuple):
 
 class Cut(NamedTuple):
     """A finished fragment: steps `t0` .. `t0 + steps - 1`, or those of its `segments`. `arrays` in their order on the
-    wire; `obs` first."""
+    wire; `obs` first. `modules`, `agents`: of several agents, as in FRAGMENT."""
 
     origin: Origin
     t0: int
@@ -132,6 +132,8 @@ class Cut(NamedTuple):
     return_so_far: float
     arrays: dict[str, Array]
     segments: tuple[Segment, ...] = ()
+    modules: dict[str, int] | None = None
+    agents: tuple[AgentRows, ...] = ()
 
 
 class FragmentBuilder:
@@ -296,6 +298,10 @@ class FragmentBuilder:
     def layout(self) -> Layout | None:
         """Of the fragment being built."""
         return self._layout
+
+    def seen(self, row: int) -> Array:
+        """Observation `row` of the fragment being built."""
+        return cast(Array, self._obs[row])
 
     # ---- memory
 

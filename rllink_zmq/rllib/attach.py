@@ -4,7 +4,7 @@ What it sets, and why; all of it the user's to override, before (values that dif
 after (but `callbacks(...)` and `learners(learner_connector=...)` must come before, since they replace):
 
 =====================================  ==========================================================================
-`env_runner_cls`                       `ZmqEnvRunner`
+`env_runner_cls`                       `ZmqEnvRunner`, or `ZmqMultiAgentEnvRunner`
 `observation_space`, `action_space`    from the config, else of its env, else of the first simulator
 `callbacks_class`                      the user's, and `TrainerCallback`
 `sample_timeout_s`                     10 instead of 60: with no simulator `train()` comes back after this long
@@ -34,11 +34,13 @@ from rllink_zmq.errors import ConnectionTimeout, SettingsError
 from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.rllib.audit import audited
 from rllink_zmq.rllib.evaluation import check_evaluation
+from rllink_zmq.rllib.multi_agent_policies import check_agents, check_multi_agent, dict_of_agents, spaces_of_agents
+from rllink_zmq.rllib.multi_agent_runner import ZmqMultiAgentEnvRunner
 from rllink_zmq.rllib.runner import ZmqEnvRunner
 from rllink_zmq.rllib.settings import KEY, LinkSettings, style_of, trainer_terms
 from rllink_zmq.rllib.trainer import TrainerCallback
 from rllink_zmq.session_runner import ObserverSession
-from rllink_zmq.spaces import from_wire, spaces_to_wire
+from rllink_zmq.spaces import agents_from_wire, from_wire, spaces_to_wire
 from rllink_zmq.transport import Connection, parse_address
 
 logger = logging.getLogger("rllink_zmq")
@@ -95,9 +97,12 @@ def attach(
     config.environment(env_config={KEY: settings.as_dict()})
     trainer_terms(config)
     observation_space, action_space = _spaces(config, broker, spaces_timeout)
-    spaces_to_wire(observation_space, action_space), layout_of_spaces(observation_space, action_space)
+    if config.is_multi_agent:
+        check_agents(observation_space, action_space)
+    else:
+        spaces_to_wire(observation_space, action_space), layout_of_spaces(observation_space, action_space)
     config.environment(observation_space=observation_space, action_space=action_space)
-    config.env_runners(env_runner_cls=ZmqEnvRunner)
+    config.env_runners(env_runner_cls=ZmqMultiAgentEnvRunner if config.is_multi_agent else ZmqEnvRunner)
     config.learners(learner_connector=audited(config._learner_connector, folder))
     callbacks = config.callbacks_class
     mine = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
@@ -122,9 +127,7 @@ def _refuse_unsupported(config: AlgorithmConfig) -> None:
     if not (config.enable_rl_module_and_learner and config.enable_env_runner_and_connector_v2):
         raise SettingsError("rllink-zmq needs RLlib's new API stack: remove config.api_stack(...=False)")
     if config.is_multi_agent:
-        raise SettingsError(
-            "multi-agent configs can't be trained through the broker yet: remove config.multi_agent(...)"
-        )
+        check_multi_agent(config)
     check_evaluation(config)
     if config.batch_mode != "truncate_episodes":
         raise SettingsError(
@@ -157,6 +160,8 @@ def _spaces_of_env(config: AlgorithmConfig) -> tuple[gym.Space[Any], gym.Space[A
             f"are taken from the first simulator"
         ) from e
     try:
+        if config.is_multi_agent:
+            return spaces_of_agents(env)
         return env.observation_space, env.action_space
     finally:
         env.close()
@@ -183,6 +188,8 @@ def first_simulator_spaces(broker: str, timeout: float | None = None) -> tuple[g
                 raise ConnectionTimeout(f"no spaces after {waited:.0f} s: {what}")
             logger.warning("waiting for the first simulator's spaces (%.0f s): %s", waited, what)
         assert session.spaces is not None
+        if session.spaces.agents:
+            return tuple(map(dict_of_agents, agents_from_wire(session.spaces)))  # type: ignore[return-value]
         return from_wire(session.spaces.observation), from_wire(session.spaces.action)
     finally:
         connection.close()

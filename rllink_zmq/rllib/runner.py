@@ -104,6 +104,9 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
     One of RLlib's evaluation (`config.in_evaluation`) joins as such, and gets what simulators send for that.
     """
 
+    kin: Any = SingleAgentEnvRunner
+    """RLlib's own runner, whose ways with states and metrics these are."""
+
     def __init__(self, *, config: AlgorithmConfig, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
         if self.worker_index:
@@ -123,7 +126,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         gpus = self.config.num_gpus_per_env_runner if self.worker_index else 0
         self._device = device = get_device(self.config, gpus)
         self._env_to_module = self.config.build_env_to_module_connector(env=None, spaces=self.spaces, device=device)
-        self.spaces[DEFAULT_MODULE_ID] = (self._env_to_module.observation_space, spaces[1])
+        self.spaces |= self._module_spaces()
         self._module_to_env = self.config.build_module_to_env_connector(env=None, spaces=self.spaces)
         self.module: RLModule | None = None
         self.make_module()
@@ -147,10 +150,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             )
             self._connectors = state_bytes(self._env_to_module)
             connectors = FragmentConnectors(self._pipelines, None if evaluates else self._filters)
-        self._builder = EpisodeBuilder(
-            *spaces, self.module, float("inf") if evaluates else longest_chunk(self.config),
-            None if evaluates else runner_log(self.settings.audit), connectors,
-        )  # fmt: skip
+        self._builder = self._make_builder(connectors)
         self._finished: list[Finished] = []
         self._unusable_reasons: list[str] = []
         self._opened: dict[tuple[bytes, int], list[Piece]] = {}
@@ -159,6 +159,18 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self.on_restored: Any = None
         self.on_stop: Any = None
         self.on_sample: Any = None
+
+    def _module_spaces(self) -> dict[str, tuple[gym.Space[Any], gym.Space[Any]]]:
+        """Of each module: behind the env-to-module connectors."""
+        return {DEFAULT_MODULE_ID: (self._env_to_module.observation_space, self.config.action_space)}
+
+    def _make_builder(self, connectors: FragmentConnectors | None) -> Any:
+        config, evaluates = self.config, self.config.in_evaluation
+        return EpisodeBuilder(
+            config.observation_space, config.action_space, self.module,
+            float("inf") if evaluates else longest_chunk(config),
+            None if evaluates else runner_log(self.settings.audit), connectors,
+        )  # fmt: skip
 
     # ---- joining
 
@@ -182,10 +194,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             self.on_restored = told
         index = f"{self.worker_index or 0}"
         host = socket.gethostname()
-        self._manifest = manifest
-        self._builder.dist_inputs = manifest.action_dist_inputs
-        if self._pipelines is not None:
-            self._pipelines.lookback = manifest.lookback
+        self._take_manifest(manifest)
         evaluates = self.config.in_evaluation
         address, local = self.settings.broker, not self.worker_index
         if evaluates:
@@ -197,6 +206,12 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         if not evaluates:
             self._serve_actions(self._link, manifest)
         return self._link.session.session
+
+    def _take_manifest(self, manifest: PolicyManifest) -> None:
+        self._manifest = manifest
+        self._builder.dist_inputs = manifest.action_dist_inputs
+        if self._pipelines is not None:
+            self._pipelines.lookback = manifest.lookback
 
     def _serve_actions(self, link: RunnerLink, manifest: PolicyManifest) -> None:
         """Answer simulators that ask for single actions, from the first moment on by the weights that are here."""
@@ -390,7 +405,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self, link: RunnerLink, chunks: Sequence[Built], fragments: Sequence[FRAGMENT], steps: int
     ) -> list[SingleAgentEpisode]:
         """RLlib's episodes, of these many steps; their metrics, and those of the fragments that they begin with."""
-        samples = [chunk.episode for chunk in chunks]
+        samples = [chunk.episode for chunk in chunks if chunk.episode is not None]
         self._finished += [chunk.finished for chunk in chunks if chunk.finished is not None]
         self._log_times(ENV_STEP_TIMER, [c.step_seconds for c in chunks if c.step_seconds is not None])
         told = [timings for chunk in chunks for timings in chunk.timings]
@@ -402,7 +417,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
                 self.metrics.log_value(key, length, reduce="ema")
         link.returning()
         lags = [self._weights_seq_no - message.version for message in fragments]
-        self._log(steps, sum(e.is_done for e in samples), lags)
+        self._log(steps, sum(chunk.finished is not None for chunk in chunks), lags)
         self.metrics.log_value((RLLINK, "simulators_connected"), link.pool.simulators, window=1)
         return samples
 
@@ -415,7 +430,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
 
     def _log(self, steps: int, episodes: int, lags: Sequence[int]) -> None:
         # Also when nothing came: RLlib reads these keys after every call.
-        SingleAgentEnvRunner._increase_sampled_metrics(self, steps, episodes)
+        self._increase_metrics(steps, episodes)
         self.num_env_steps_sampled_lifetime += steps
         if steps:
             self._log_env_steps(self._metrics_num_env_steps_sampled, steps)
@@ -424,6 +439,9 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             self.metrics.log_value((RLLINK, "lag_mean"), max(0, lag), window=LAST_LAGS)
         if lags:
             self.metrics.log_value((RLLINK, "lag_max"), max(0, *lags), reduce="max", window=LAST_LAGS)
+
+    def _increase_metrics(self, steps: int, episodes: int) -> None:
+        SingleAgentEnvRunner._increase_sampled_metrics(self, steps, episodes)
 
     def sample_get_state_and_metrics(self) -> tuple[ray.ObjectRef, StateDict, StateDict]:
         """APPO's and IMPALA's `sample()`: the episodes go by reference, to the learners and not through the driver."""
@@ -463,7 +481,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         not_components: str | Collection[str] | None = None,
         **kwargs: Any,
     ) -> StateDict:
-        return SingleAgentEnvRunner.get_state(self, components, not_components=not_components, **kwargs)
+        return self.kin.get_state(self, components, not_components=not_components, **kwargs)
 
     def set_state(self, state: StateDict) -> None:
         """RLlib's states; weights are offered to the broker. Unlike RLlib's own runner this one follows a version
@@ -479,7 +497,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             if isinstance(weights, ray.ObjectRef):
                 weights = ray.get(weights)
             state = {**state, COMPONENT_RL_MODULE: weights}
-        SingleAgentEnvRunner.set_state(self, state)
+        self.kin.set_state(self, state)
         alone = not self.worker_index and not self.num_workers and COMPONENT_RL_MODULE in state
         if self._pipelines is not None and (alone or COMPONENT_ENV_TO_MODULE_CONNECTOR in state):
             # As all runners have it now; until the next one it only learns here what is merged then. Alone it is told
@@ -490,11 +508,14 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
                 self._link.begins()
             if goes_back:
                 self._filters.restart()
-            self.held = Held(self._weights_seq_no, state[COMPONENT_RL_MODULE], self._connectors)
+            self.held = self._hold(state[COMPONENT_RL_MODULE])
             self._filters.own(self.held.version, self.held.connectors)
             self._offer(self.held)
             if restored and self.on_restored is not None:
                 self.on_restored()
+
+    def _hold(self, weights: StateDict) -> Held:
+        return Held(self._weights_seq_no, weights, self._connectors)
 
     def get_ctor_args_and_kwargs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), {"config": self.config}

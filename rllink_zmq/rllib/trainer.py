@@ -21,15 +21,16 @@ from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS, SAMP
 
 from rllink_zmq import __version__
 from rllink_zmq.errors import RllinkError
-from rllink_zmq.messages import Duty, TrainerHello
+from rllink_zmq.messages import Duty, Spaces, TrainerHello
 from rllink_zmq.policy import policy_hash, unpack_policy
+from rllink_zmq.rllib.multi_agent_policies import CrewManifest, agents_of, crew_of
 from rllink_zmq.rllib.policies import policy_of
 from rllink_zmq.rllib.pool import Member, Pool
 from rllink_zmq.rllib.recurrent import send_what_acts
 from rllink_zmq.rllib.settings import KEY, LinkSettings, trainer_terms
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import TrainerSession
-from rllink_zmq.spaces import spaces_to_wire
+from rllink_zmq.spaces import agents_to_wire, spaces_to_wire
 from rllink_zmq.transport import Connection
 from rllink_zmq.transport_thread import ConnectionThread
 
@@ -57,15 +58,9 @@ class Trainer:
         self._owner = algorithm
         self._terms = trainer_terms(config)
         local = self._local = algorithm.env_runner
-        module = local.module if local is not None else config.get_rl_module_spec(
-            env=None, spaces=algorithm.spaces, inference_only=True
-        ).build()  # fmt: skip
-        observation_space, action_space = config.observation_space, config.action_space
-        blob = policy_of(config, module)
-        self.manifest = unpack_policy(blob)[0]
+        self._spaces, blob, self.manifest = _offered(algorithm)
         self.run = new_run_id()
         self.pool = Pool(self, self._group, self.settings.runner_timeout_s or RUNNER_TIMEOUT, self.settings.runners)
-        self._spaces = spaces_to_wire(observation_space, action_space)
         self._policy, self._policy_bytes = policy_hash(blob), len(blob)
         self._algorithm = type(algorithm).__name__
         self.session = TrainerSession(
@@ -287,6 +282,23 @@ class Trainer:
         actors = group._worker_manager.actors() if group is not None else {}
         self.pool.end(Member(actors.get(id_), id_, id_, session) for id_, session in self._evaluators.items())
         self._thread.stop()
+
+
+def _offered(algorithm: Algorithm) -> tuple[Spaces, bytes, Any]:
+    """What this training is of, as the broker is told: its spaces, its policy, and what runners must know of it."""
+    config, local = algorithm.config, algorithm.env_runner
+    several = config.is_multi_agent
+    make = config.get_multi_rl_module_spec if several else config.get_rl_module_spec
+    module = (
+        local.module
+        if local is not None
+        else make(env=None, spaces=algorithm.spaces, inference_only=True).build()
+    )  # fmt: skip
+    if several:
+        blob = crew_of(config, module)
+        return agents_to_wire(*agents_of(config)), blob, CrewManifest.of(blob)
+    blob = policy_of(config, module)
+    return spaces_to_wire(config.observation_space, config.action_space), blob, unpack_policy(blob)[0]
 
 
 def _no_step(now: float) -> float:

@@ -1,0 +1,402 @@
+"""What a simulator of several agents holds: `connect_agents(address)` -> `AgentsClient` -> `AgentsEpisode`.
+
+The ways are those of RLlib's `MultiAgentEnv`: dicts by agent, and who is in a dict takes part. One episode at a time
+for a client; as many clients in a process as one likes, which share policies and weights.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from rllink_zmq import __version__
+from rllink_zmq.audit import Log
+from rllink_zmq.client import Backpressure, Client, Stats
+from rllink_zmq.client_agents_policy import AgentsReader
+from rllink_zmq.client_episode import explores
+from rllink_zmq.client_flow import Flow
+from rllink_zmq.client_remote import Pairs
+from rllink_zmq.errors import EpisodeError, SettingsError
+from rllink_zmq.fragments import Kind, Layout, Origin
+from rllink_zmq.fragments_agents import ALL, AgentsBuilder, AgentsOrigin, Turn
+from rllink_zmq.messages import AgentId
+from rllink_zmq.policy import Policy
+from rllink_zmq.session import SimulatorSession
+from rllink_zmq.spaces import agents_to_wire
+from rllink_zmq.transport import Connection, parse_address
+
+
+def connect_agents(
+    address: str = "tcp://127.0.0.1:5555",
+    *,
+    observation_spaces: Mapping[AgentId, gym.Space[Any]],
+    action_spaces: Mapping[AgentId, gym.Space[Any]],
+    name: str | None = None,
+    threads: int = 1,
+    seed: int | None = None,
+    on_backpressure: Backpressure = "pause",
+    timeout: float | None = 5.0,
+) -> AgentsClient:
+    """`connect` for a simulator of several agents.
+
+    `observation_spaces`, `action_spaces`: of each agent that may ever take part, by its id (an int, or text of 1 to 64
+    characters). They may be fewer than the trainer knows. The other arguments are those of `connect`. Actions are
+    computed here, by the policies of the modules that these agents may be mapped to; no others are fetched.
+    Raises ConnectionTimeout, RefusedError, SettingsError, SpaceError (with the agent's name).
+    """
+    parse_address(address)
+    if on_backpressure not in ("pause", "drop"):
+        raise SettingsError(f"expected on_backpressure 'pause' or 'drop', got {on_backpressure!r}")
+    spaces = agents_to_wire(observation_spaces, action_spaces)
+    session = SimulatorSession(
+        os.urandom(16),
+        name=name if name is not None else f"{socket.gethostname()}/{os.getpid()}",
+        package=__version__,
+        spaces=spaces,
+    )
+    reader = AgentsReader.join(address, threads, seed)
+    reader.admit(spaces.agents)
+    client = AgentsClient(AgentsFlow(Connection(session, address), session, reader), spaces.agents)
+    client.flow.drops = on_backpressure == "drop"
+    try:
+        client.flow.open(timeout)
+    except BaseException:
+        client.close(0)
+        raise
+    return client
+
+
+class AgentsFlow(Flow):
+    """A client's flow of env steps of several agents."""
+
+    reader: AgentsReader
+
+    def __init__(
+        self, connection: Connection, session: SimulatorSession, reader: AgentsReader, audit: Log | None = None
+    ) -> None:
+        super().__init__(connection, session, reader, None, audit)
+
+    def prepare(self, pairs: Pairs, kind: Kind, *, wait: bool) -> Origin | None:
+        origin = super().prepare(pairs, kind, wait=wait)
+        reader = self.reader
+        if origin is not None:
+            for builder, _ in pairs:
+                assert isinstance(builder, AgentsBuilder)
+                if builder.crew is not reader.crew and reader.crew is not None:
+                    fixed = {agent: each.module for agent, each in builder.agents.items()}
+                    builder.recast(reader.cast(fixed), reader.crew.failures)
+                    builder.crew = reader.crew
+        return origin
+
+    def origin(self, kind: Kind) -> AgentsOrigin | None:
+        if not self._reads_policy:
+            self._reads_policy = True
+            self.look()
+        return self.reader.origin
+
+    def layout_of(self, kind: Kind) -> Layout | None:
+        return self.reader.layout
+
+
+class AgentsClient:
+    """One simulator of several agents. Get one with `connect_agents`. Not for two threads at once. `close` it, or use
+    it as a context manager: what isn't sent when the process ends is lost."""
+
+    def __init__(self, flow: AgentsFlow, agents: tuple[AgentId, ...]) -> None:
+        """Use `connect_agents`."""
+        self.flow = flow
+        self.agents = agents
+        self._client = Client(flow)
+        self._started = 0
+
+    @property
+    def address(self) -> str:
+        """The broker's."""
+        return self._client.address
+
+    @property
+    def ready(self) -> bool:
+        """Whether policies and weights to act with are there. Never waits. Raises RefusedError."""
+        return self._client.ready
+
+    @property
+    def stats(self) -> Stats:
+        """Counts, as of the last look. Steps are env steps."""
+        return self._client.stats
+
+    def start_episode(
+        self, episode_id: str | None = None, training_enabled: bool = True, *, explore: bool | None = None
+    ) -> AgentsEpisode:
+        """A new episode; the last one has ended. `training_enabled`: False = it is not sent at all, and acts as the
+        trainer's evaluation config says, or as `explore` does. Raises EpisodeError, RefusedError."""
+        flow = self.flow
+        if training_enabled and explore is not None:
+            raise EpisodeError("explore is for episodes that are not trained on: training_enabled=False")
+        flow.look_if_due()
+        if flow.builders:
+            raise EpisodeError(
+                f"episode '{next(iter(flow.builders))}' is open: end it first, or connect_agents() for each episode at "
+                f"once"
+            )
+        if episode_id is None:
+            self._started += 1
+            episode_id = f"{flow.session.session.hex()}-{self._started}"
+        if not 1 <= len(episode_id) <= 64:
+            raise EpisodeError(f"expected an episode_id of 1 to 64 characters, got {len(episode_id)}")
+        builder = AgentsBuilder(episode_id, self.agents, sent=training_enabled, explore=explore)
+        flow.builders[episode_id] = builder
+        return AgentsEpisode(flow, builder)
+
+    def close(self, timeout: float = 5.0) -> int:
+        """As `Client.close`."""
+        if not self.flow.closed:
+            self.flow.reader.dismiss(self.agents)
+        return self._client.close(timeout)
+
+    def __enter__(self) -> AgentsClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close(5.0 if kind is None else 0.5)
+
+
+class AgentsEpisode:
+    """One episode of several agents. Get one with `AgentsClient.start_episode`, and end it with `end_episode`.
+
+    For each env step: `get_action` (or `log_action`), step the simulation, `log_returns`. As a context manager: leaving
+    it without `end_episode` abandons it: what isn't sent yet is discarded and counted.
+    """
+
+    def __init__(self, flow: AgentsFlow, builder: AgentsBuilder) -> None:
+        """Use `AgentsClient.start_episode`."""
+        self.id = builder.episode
+        self.training_enabled = builder.sent
+        self.builder = builder
+        self.open = True
+        self._flow = flow
+        self._cost = 1 if builder.sent else 0
+        self._started: float | None = time.monotonic()
+
+    @property
+    def steps(self) -> int:
+        """Env steps so far."""
+        return self.builder.t0 + self.builder.steps
+
+    @property
+    def waiting(self) -> set[AgentId]:
+        """The agents that have acted, and wait for their next observation."""
+        return {name for name, agent in self.builder.agents.items() if agent.acted}
+
+    @property
+    def episode_return(self) -> float:
+        """The sum of all agents' rewards so far."""
+        return self.builder.episode_return
+
+    def get_action(
+        self,
+        observations: Mapping[AgentId, Any],
+        terminateds: Mapping[AgentId, bool] | None = None,
+        truncateds: Mapping[AgentId, bool] | None = None,
+    ) -> dict[AgentId, Any]:
+        """The actions of all agents that are to act, by agent, as `env.step` wants them.
+
+        `observations`: of those agents that the environment gave any, by agent: they act now, but for those that have
+        ended with it. `terminateds`, `truncateds`: which agents have; those that are not in there go on. An agent that
+        is not in `observations` goes on without acting, until it is.
+
+        Waits, and says why in the log every 5 s, while there is no policy or no room for another step. Raises
+        EpisodeError, with the agent's name, for an agent that isn't there, that has ended, or whose observation doesn't
+        fit, and when all have ended; RefusedError when the broker refuses this simulator.
+        """
+        flow, builder, reader = self._flow, self.builder, self._flow.reader
+        turn = self._turn("get_action", observations, terminateds, truncateds)
+        while True:
+            if not self._goes_on("acted"):
+                flow.prepare([(builder, turn)], "acted", wait=True)
+            with reader.lock:
+                if builder.origin is reader.origin:
+                    builder.observe(turn)
+                    self._check_alive()
+                    actions = self._act()
+                    break
+        flow.credit -= self._cost
+        return actions
+
+    def can_act(
+        self,
+        observations: Mapping[AgentId, Any],
+        terminateds: Mapping[AgentId, bool] | None = None,
+        truncateds: Mapping[AgentId, bool] | None = None,
+    ) -> bool:
+        """Whether `get_action` with the same would return at once; the next call must have the same. Never waits."""
+        turn = self._turn("can_act", observations, terminateds, truncateds)
+        if self.builder.origin is self._flow.reader.origin and self._goes_on("acted"):
+            return True
+        return self._flow.prepare([(self.builder, turn)], "acted", wait=False) is not None
+
+    def log_action(
+        self,
+        observations: Mapping[AgentId, Any],
+        actions: Mapping[AgentId, Any],
+        action_logps: Mapping[AgentId, float],
+        terminateds: Mapping[AgentId, bool] | None = None,
+        truncateds: Mapping[AgentId, bool] | None = None,
+    ) -> None:
+        """An env step whose actions the simulator chose itself: of each agent that has an observation and has not ended
+        with it. `actions`: in the action space as RLlib trains on it; `action_logps`: their log-probabilities. An
+        episode's actions are all logged, or all the policies'. Waits and raises as `get_action` does."""
+        builder = self.builder
+        turn = self._turn("log_action", observations, terminateds, truncateds)
+        if not self._goes_on("logged"):
+            self._flow.prepare([(builder, turn)], "logged", wait=True)
+        builder.observe(turn)
+        self._check_alive()
+        waiting = [agent for agents in builder.to_act().values() for agent in agents]
+        for agent in actions:
+            if agent not in waiting:
+                raise EpisodeError(
+                    f"episode '{self.id}': an action for agent {agent!r}, which has no observation to act on"
+                )
+        for agent in waiting:
+            if agent not in actions or agent not in action_logps:
+                raise EpisodeError(f"episode '{self.id}': agent {agent!r} is to act, and has no action and action_logp")
+        for agent in waiting:
+            builder.logged(agent, actions[agent], action_logps[agent])
+        builder.stepped()
+        self._flow.credit -= self._cost
+
+    def log_returns(self, rewards: Mapping[AgentId, float]) -> None:
+        """Add to the rewards of the agents' last actions. Several calls add up; none means 0. A reward that comes while
+        an agent waits for its next observation is its last action's. Raises EpisodeError, with the agent's name, for
+        one that isn't there or has ended, and for NaN or infinity."""
+        self.check_open("log_returns")
+        if not self.steps:
+            raise EpisodeError(f"episode '{self.id}': a reward before the first action: call get_action first")
+        self.builder.rewards(rewards)
+
+    def end_episode(
+        self,
+        observations: Mapping[AgentId, Any],
+        terminateds: Mapping[AgentId, bool] | None = None,
+        truncateds: Mapping[AgentId, bool] | None = None,
+    ) -> None:
+        """The episode is over, for all agents: `observations` are what the last actions led to. Truncated if
+        `truncateds["__all__"]` is set and `terminateds["__all__"]` is not. Raises EpisodeError for an episode without a
+        step, the second time, and for an agent that was truncated without an observation after its action."""
+        self.finish(observations, terminateds, truncateds)
+        self._flow.connection.flush()
+
+    def finish(
+        self,
+        observations: Mapping[AgentId, Any],
+        terminateds: Mapping[AgentId, bool] | None = None,
+        truncateds: Mapping[AgentId, bool] | None = None,
+    ) -> None:
+        """`end_episode` for callers that go on at once: what is queued may leave with the next look."""
+        self.check_open("end_episode")
+        builder = self.builder
+        if not builder.steps:
+            raise EpisodeError(
+                f"episode '{self.id}' ends without an env step since its last observations were given: call get_action "
+                f"first, or abandon()"
+            )
+        terminateds, truncateds = terminateds or {}, truncateds or {}
+        cut_short = bool(truncateds.get(ALL)) and not terminateds.get(ALL)
+        builder.observe(Turn(observations, terminateds, truncateds))
+        builder.finish("truncated" if cut_short else "terminated")
+        self._flow.cut(builder, "truncated" if cut_short else "terminated")
+        self._leave()
+
+    def abandon(self) -> None:
+        """End the episode as if the simulator had been lost: what isn't sent yet is discarded and counted."""
+        if self.open:
+            self._flow.abandon(self.builder)
+            self._leave()
+
+    def check_open(self, call: str) -> None:
+        """Raises EpisodeError after the end."""
+        if self._flow.closed:
+            raise EpisodeError(f"{call} of episode '{self.id}', whose client is closed: connect_agents() again")
+        if not self.open:
+            raise EpisodeError(f"{call} after the end of episode '{self.id}': start another one with start_episode()")
+
+    def __enter__(self) -> AgentsEpisode:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.abandon()
+
+    # ---- inside
+
+    def _turn(
+        self,
+        call: str,
+        observations: Mapping[AgentId, Any],
+        terminateds: Mapping[AgentId, bool] | None,
+        truncateds: Mapping[AgentId, bool] | None,
+    ) -> Turn:
+        self.check_open(call)
+        if self._started is not None:
+            self.builder.timings["reset"] = time.monotonic() - self._started
+            self._started = None
+        for flags in (terminateds, truncateds):
+            if flags and flags.get(ALL):
+                raise EpisodeError(f"{call}: episode '{self.id}' is over for all agents: call end_episode")
+        return Turn(observations, terminateds or {}, truncateds or {})
+
+    def _goes_on(self, kind: Kind) -> bool:
+        builder, flow = self.builder, self._flow
+        if builder.steps and builder.kind != kind:
+            raise EpisodeError(
+                f"episode '{self.id}': an episode's actions are all logged (log_action), or all are the policies' "
+                f"(get_action)"
+            )
+        return 0 < builder.steps < builder.limit and flow.credit > 0 and time.monotonic() < flow.look_at
+
+    def _check_alive(self) -> None:
+        if self.builder.ended and not self.builder.alive:
+            raise EpisodeError(f"episode '{self.id}': all its agents have ended: call end_episode")
+
+    def _act(self) -> dict[AgentId, Any]:
+        builder, policies = self.builder, self._flow.reader.policies
+        actions: dict[AgentId, Any] = {}
+        began = time.perf_counter()
+        for module, agents in builder.to_act().items():
+            policy = policies[module]
+            draws = builder.sent or explores(builder, policy)
+            rows = builder.rows_of(agents)
+            if len(agents) == 1 or policy.manifest.packed_action is not None:
+                for agent, row in zip(agents, rows, strict=True):
+                    one = policy.act_one(row, draws)
+                    builder.took(agent, one.actions, one.action_logp, one.action_dist_inputs)
+                    actions[agent] = one.env_actions
+                continue
+            acted = policy.act(np.stack(rows), explore=draws)
+            logps = acted.action_logp.tolist()
+            for i, agent in enumerate(agents):
+                builder.took(agent, acted.actions[i], logps[i], acted.action_dist_inputs[i])
+                actions[agent] = _for_env(acted.env_actions[i], policy)
+        if not builder.steps:
+            builder.timings["inference"] = time.perf_counter() - began
+        builder.stepped()
+        return actions
+
+    def _leave(self) -> None:
+        self.open = False
+        self.builder.limit = 0
+        self._flow.builders.pop(self.id, None)
+
+
+def _for_env(action: Any, policy: Policy) -> Any:
+    """An int for Discrete, else an array of its own."""
+    return int(action) if policy.manifest.env_action.shape == () and np.ndim(action) == 0 else np.array(action)
+
+
+__all__ = ["AgentsClient", "AgentsEpisode", "connect_agents"]

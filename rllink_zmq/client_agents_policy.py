@@ -1,0 +1,159 @@
+"""The policies of several agents in a process: read once, held once, for all clients of one broker that have agents."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from rllink_zmq.client_policy import SWITCH_INTERVAL, PolicyReader, layout_of_policy
+from rllink_zmq.errors import EpisodeError, PolicyError
+from rllink_zmq.fragments import Layout
+from rllink_zmq.fragments_agents import AgentsOrigin, Member, whole
+from rllink_zmq.messages import AgentId
+from rllink_zmq.policy import Policy, policy_hash
+from rllink_zmq.policy_agents import Crew, manifests, unpack_crew
+from rllink_zmq.session import SimulatorSession
+from rllink_zmq.transport import Subscription, beside
+from rllink_zmq.weights_agents import AgentsWanted
+
+log = logging.getLogger("rllink_zmq")
+
+
+class AgentsReader(PolicyReader):
+    """As `PolicyReader`, for several modules. `policies`: of those that act for agents of this process, by module id;
+    `crew`: another object whenever it changes; `layout`: of an env step in which all agents take part."""
+
+    def __init__(self, address: str, threads: int = 1, seed: int | None = None) -> None:
+        super().__init__(address, threads, seed)
+        self._wanted: AgentsWanted = AgentsWanted()
+        self.policies: dict[str, Policy] = {}
+        self.crew: Crew | None = None
+        self.origin: AgentsOrigin | None = None
+        self._layouts: dict[str, Layout] = {}
+        self._agents: Counter[AgentId] = Counter()
+        self._topics: tuple[str, ...] = ()
+        self._fresh_since: float | None = None
+        self._random = random.Random(seed)
+
+    def admit(self, agents: Iterable[AgentId]) -> None:
+        """A client of this process has these."""
+        with self.lock:
+            self._agents.update(agents)
+            self._loaded = ""  # others may be needed now
+
+    def dismiss(self, agents: Iterable[AgentId]) -> None:
+        """And is closed."""
+        with self.lock:
+            self._agents.subtract(agents)
+
+    def cast(self, fixed: Mapping[AgentId, str]) -> dict[AgentId, Member]:
+        """How agents take part in an episode: one of the crew's draws, in which those of `fixed` are of these modules.
+        Raises EpisodeError when there is none."""
+        with self.lock:
+            crew = self.crew
+            assert crew is not None
+            known = [(draw.weight, crew.mapping(draw)) for draw in crew.draws]
+            fitting = [
+                (weight, mapping)
+                for weight, mapping in known
+                if all(agent in mapping and mapping[agent].id == module for agent, module in fixed.items())
+            ]
+            if not fitting:
+                agent, module = next(iter(fixed.items()))
+                raise EpisodeError(
+                    f"the policy '{module}' by which agent {agent!r} acts was removed from the training, or is "
+                    f"another agent's now: abandon this episode, and start another one"
+                )
+            (mapping,) = self._random.choices([m for _, m in fitting], [w for w, _ in fitting])
+            return {
+                agent: Member(module.id, self._layouts[module.id])
+                for agent, module in mapping.items()
+                if module.id in self._layouts
+            }
+
+    # ---- inside
+
+    def _tell(self, session: SimulatorSession, now: float) -> None:
+        self._wanted.told_modules(session.run, session.version, session.modules, session.policy, now)
+
+    def _subscribe(self, told: str) -> None:
+        address = beside(self.address, told) if told else ""
+        topics = tuple(self._wanted.modules)
+        subscribed = self._subscription
+        if subscribed is not None and (subscribed.address, subscribed.topics) != (address, topics):
+            subscribed.close()
+            self._subscription = None
+        if self._subscription is None and address and topics:
+            self._subscription = Subscription(address, topics)
+
+    def _load(self) -> None:
+        wanted = self._wanted
+        if policy_hash(wanted.blob) != wanted.blob_hash:
+            log.error("the policies %s came damaged, asking for them again", wanted.blob_hash)
+            wanted.blob, wanted.blob_hash = b"", ""
+            return
+        self.crew, self.origin = None, None
+        crew, blobs = unpack_crew(wanted.blob)
+        about = manifests(crew, blobs)
+        needed = crew.needed([agent for agent, count in self._agents.items() if count > 0])
+        places = {module.id: module.policy for module in crew.modules}
+        self.policies = {module: Policy.load(blobs[places[module]], self._threads, self._seed) for module in needed}
+        self._layouts = {module: layout_of_policy(about[module]) for module in needed}
+        wanted.want(needed)
+        self.layout = whole(self._widest(crew))
+        self.crew, self._loaded = crew, wanted.blob_hash
+
+    def _widest(self, crew: Crew) -> list[Layout]:
+        """For each agent of this process the largest of the layouts that it may have."""
+        widest = []
+        for i, agent in enumerate(crew.agents):
+            modules = {crew.modules[draw.modules[i]].id for draw in crew.draws if draw.modules[i] >= 0}
+            layouts = [self._layouts[module] for module in modules if module in self._layouts]
+            if self._agents[agent] > 0 and layouts:
+                widest.append(max(layouts, key=lambda layout: layout.step_bytes("acted")))
+        return widest
+
+    def _switch(self, now: float) -> None:
+        wanted, origin, crew = self._wanted, self.origin, self.crew
+        if origin is not None and origin.run < wanted.run:
+            self.origin = origin = None
+        if crew is None or wanted.blob_hash != wanted.policy:
+            return
+        held = {module: each.newest for module, each in wanted.modules.items()}
+        ready = {module: weights for module, weights in held.items() if weights is not None}
+        if len(ready) < len(held) or not held or any(w.run != wanted.run for w in ready.values()):
+            return
+        versions = {module: weights.version for module, weights in ready.items()}
+        if origin is not None:
+            if all(version <= origin.versions.get(module, -1) for module, version in versions.items()):
+                self._fresh_since = None
+                return
+            if self._fresh_since is None:
+                self._fresh_since = now
+            behind = any(wanted.modules[m].version > version for m, version in versions.items())
+            if now - self._switched < SWITCH_INTERVAL or (behind and now - self._fresh_since < SWITCH_INTERVAL):
+                return
+        try:
+            for module, weights in ready.items():
+                policy = self.policies[module]
+                if policy.version != (weights.run, weights.version):
+                    policy.apply((weights.run, weights.version), weights.data)
+        except PolicyError as e:
+            log.warning("%s", e)
+            return
+        self.origin = AgentsOrigin.of(wanted.run, self._counts_as(crew, versions), versions)
+        self._switched, self._fresh_since = now, None
+
+    def _counts_as(self, crew: Crew, versions: Mapping[str, int]) -> int:
+        """The version by which the lag is counted: that of the oldest module that is trained and not at its newest. A
+        module that had nothing to learn from for a while is not old."""
+        newest = max(self._wanted.newest_told, *versions.values())
+        trained = {module.id for module in crew.modules if module.trained}
+        late = [
+            version
+            for module, version in versions.items()
+            if module in trained and version < self._wanted.modules[module].version
+        ]
+        return min(late, default=newest)

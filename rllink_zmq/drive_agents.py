@@ -1,0 +1,211 @@
+"""Loops for environments of several agents: RLlib's `MultiAgentEnv`, PettingZoo's `ParallelEnv` and `AECEnv`.
+
+They are told apart by what they have, and nothing of RLlib or PettingZoo is imported. Agents of an AEC environment act
+in turn: one env step is one agent's action.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import gymnasium as gym
+
+from rllink_zmq.client_agents import AgentsClient, AgentsEpisode
+from rllink_zmq.client_flow import WAIT_SLICE, Waiting
+from rllink_zmq.drive_loops import Stop, Summary, Tally
+from rllink_zmq.errors import SettingsError
+from rllink_zmq.fragments_agents import ALL
+from rllink_zmq.messages import AgentId
+
+Spaces: TypeAlias = Mapping[AgentId, gym.Space[Any]]
+
+
+class Outcome(NamedTuple):
+    """What an env step brought, by agent."""
+
+    observations: Mapping[AgentId, Any]
+    rewards: Mapping[AgentId, float]
+    terminateds: Mapping[AgentId, bool]
+    truncateds: Mapping[AgentId, bool]
+
+    @property
+    def over(self) -> bool:
+        """For all agents."""
+        return bool(self.terminateds.get(ALL) or self.truncateds.get(ALL))
+
+
+class Agents(Protocol):
+    """An environment of several agents. Spaces are of all that there may be, by agent."""
+
+    observation_spaces: Spaces
+    action_spaces: Spaces
+
+    def reset(self, seed: int | None) -> Mapping[AgentId, Any]:
+        """A new episode; the first observations."""
+
+    def step(self, actions: Mapping[AgentId, Any]) -> Outcome:
+        """One env step."""
+
+    def close(self) -> None:
+        """Nothing more is wanted of it."""
+
+
+def agents_env(env: Any) -> Agents:
+    """`env` in these ways. Raises SettingsError for what is none of the three."""
+    if hasattr(env, "agent_iter") and hasattr(env, "last"):
+        return _InTurn(env)
+    names = list(getattr(env, "possible_agents", None) or [])
+    if not names:
+        raise SettingsError(
+            f"expected an environment of several agents (RLlib's MultiAgentEnv, PettingZoo's ParallelEnv or AECEnv) "
+            f"with possible_agents, got {type(env).__name__}"
+        )
+    return _Together(env, names)
+
+
+class _Together:
+    """RLlib's, or a ParallelEnv: `step` takes a dict, and returns five."""
+
+    def __init__(self, env: Any, names: list[AgentId]) -> None:
+        self._env = env
+        if hasattr(env, "get_observation_space"):
+            observation, action = env.get_observation_space, env.get_action_space
+        else:
+            observation, action = env.observation_space, env.action_space
+        self._rllib = hasattr(env, "get_observation_space")
+        self.observation_spaces: Spaces = {name: observation(name) for name in names}
+        self.action_spaces: Spaces = {name: action(name) for name in names}
+
+    def reset(self, seed: int | None) -> Mapping[AgentId, Any]:
+        observations, _ = self._env.reset(seed=seed)
+        return dict(observations)
+
+    def step(self, actions: Mapping[AgentId, Any]) -> Outcome:
+        observations, rewards, terminateds, truncateds, _ = self._env.step(dict(actions))
+        if not self._rllib and not self._env.agents:
+            # PettingZoo says that an episode is over by having no agents left.
+            cut_short = bool(truncateds) and not any(terminateds.values())
+            truncateds = {**truncateds, ALL: cut_short}
+            terminateds = {**terminateds, ALL: not cut_short}
+        return Outcome(observations, rewards, terminateds, truncateds)
+
+    def close(self) -> None:
+        self._env.close()
+
+
+class _InTurn:
+    """An AECEnv. An agent's observation is the one that it is to act on; its reward what it was given since it acted
+    last. An agent that has ended gets its last observation when its turn comes, and steps with None."""
+
+    def __init__(self, env: Any) -> None:
+        self._env = env
+        names = list(env.possible_agents)
+        self.observation_spaces: Spaces = {name: env.observation_space(name) for name in names}
+        self.action_spaces: Spaces = {name: env.action_space(name) for name in names}
+
+    def reset(self, seed: int | None) -> Mapping[AgentId, Any]:
+        self._env.reset(seed=seed)
+        return self._next({}, {}, {}).observations
+
+    def step(self, actions: Mapping[AgentId, Any]) -> Outcome:
+        ((_, action),) = actions.items() or (("", None),)
+        self._env.step(action)
+        return self._next({}, {}, {})
+
+    def _next(
+        self, rewards: dict[AgentId, float], terminateds: dict[AgentId, bool], truncateds: dict[AgentId, bool]
+    ) -> Outcome:
+        """Whose turn it is now, past those that have ended."""
+        env = self._env
+        observations: dict[AgentId, Any] = {}
+        while env.agents:
+            name = env.agent_selection
+            observation, reward, terminated, truncated, _ = env.last()
+            observations[name] = observation
+            rewards[name] = float(reward)
+            if not (terminated or truncated):
+                return Outcome(observations, rewards, terminateds, truncateds)
+            (terminateds if terminated else truncateds)[name] = True
+            env.step(None)
+        cut_short = bool(truncateds) and not terminateds
+        return Outcome(observations, rewards, {**terminateds, ALL: not cut_short}, {**truncateds, ALL: cut_short})
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def drive_agents(
+    client: AgentsClient,
+    env: Any,
+    *,
+    episodes: int | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    stop: Stop | None = None,
+    training_enabled: bool = True,
+    tally: Tally | None = None,
+) -> Summary:
+    """Run `env` (RLlib's `MultiAgentEnv`, PettingZoo's `ParallelEnv` or `AECEnv`) with the client's policies for so
+    many `episodes`, or env `steps`, or until `stop()`; for ever with none. Returns count all agents' rewards.
+
+    `seed`: of the first reset. An episode that is cut off by `steps` is ended as truncated where every agent has an
+    observation to end with, and is abandoned otherwise. Raises what `AgentsEpisode.get_action` does, and SettingsError
+    for another environment."""
+    count = tally or Tally()
+    for _ in seats(client, env, count, episodes, steps, seed, stop, training_enabled):
+        client.flow.connection.wait(WAIT_SLICE)
+        client.flow.look()
+    return count.summary()
+
+
+def seats(
+    client: AgentsClient,
+    env: Any,
+    count: Tally,
+    episodes: int | None,
+    steps: int | None,
+    seed: int | None,
+    stop: Stop | None,
+    training_enabled: bool,
+) -> Iterator[None]:
+    """`drive_agents`, which yields wherever it would have to wait."""
+    agents = env if isinstance(env, _Together | _InTurn) else agents_env(env)
+    left = [float("inf") if n is None else n for n in (episodes, steps)]
+    while left[0] > 0 and left[1] > 0 and not (stop is not None and stop()):
+        episode = client.start_episode(training_enabled=training_enabled)
+        outcome = Outcome(agents.reset(seed), {}, {}, {})
+        seed = None
+        with episode:
+            while True:
+                yield from _room(client, episode, outcome, stop)
+                if stop is not None and stop():
+                    return
+                actions = episode.get_action(*_turn(outcome))
+                outcome = agents.step(actions)
+                episode.log_returns(outcome.rewards)
+                count.steps += 1
+                left[1] -= 1
+                if outcome.over:
+                    episode.finish(*_turn(outcome))
+                    count.ended(episode)  # type: ignore[arg-type]
+                    left[0] -= 1
+                    break
+                if left[1] <= 0:
+                    if episode.waiting <= outcome.observations.keys():
+                        episode.finish(outcome.observations, outcome.terminateds, {**outcome.truncateds, ALL: True})
+                    return
+
+
+def _turn(outcome: Outcome) -> tuple[Any, Any, Any]:
+    return outcome.observations, outcome.terminateds, outcome.truncateds
+
+
+def _room(client: AgentsClient, episode: AgentsEpisode, outcome: Outcome, stop: Stop | None) -> Iterator[None]:
+    waiting = Waiting(time.monotonic())
+    while not episode.can_act(*_turn(outcome)):
+        waiting.say(lambda: client.flow.why("acted"), time.monotonic())
+        yield
+        if stop is not None and stop():
+            return

@@ -1,0 +1,326 @@
+"""An episode of several agents while a fragment of it is being built.
+
+Each agent has a `FragmentBuilder` of its own, which counts the agent's steps; this one counts env steps, and joins what
+the agents have completed, by module, where a fragment is cut. A step that has begun (the agent has acted) and is not
+complete (its next observation hasn't come) stays for a later fragment.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rllink_zmq.arrays import Array
+from rllink_zmq.errors import EpisodeError
+from rllink_zmq.fragments import Cut, End, FragmentBuilder, Kind, Layout, Origin, Row
+from rllink_zmq.messages import AgentId, AgentRows
+
+log = logging.getLogger("rllink_zmq")
+
+ALL = "__all__"
+"""In dicts of ended agents: the whole episode."""
+
+
+NOTHING: Array = np.zeros(0, np.uint8)
+
+
+class AgentsOrigin(Origin):
+    """Which weights chose: `versions` of each module, `version` the oldest of those that are trained."""
+
+    versions: Mapping[str, int]
+
+    @classmethod
+    def of(cls, run: str, version: int, versions: Mapping[str, int]) -> AgentsOrigin:
+        origin = cls(run, version)
+        origin.versions = versions
+        return origin
+
+
+class Member(NamedTuple):
+    """How an agent takes part: by which module, and what its rows are like."""
+
+    module: str
+    layout: Layout
+
+
+class Turn(NamedTuple):
+    """What an env step has brought: observations of some agents, and which agents have ended."""
+
+    observations: Mapping[AgentId, Any]
+    terminateds: Mapping[AgentId, bool] = {}
+    truncateds: Mapping[AgentId, bool] = {}
+
+
+def whole(layouts: Iterable[Layout]) -> Layout:
+    """The layout of env steps in which all of these agents take part: for sizes alone."""
+    layouts = list(layouts)
+    obs = sum(layout.obs.nbytes + 4 for layout in layouts)  # with its env step
+    rest = sum(layout.action.nbytes + 8 for layout in layouts) - 8
+    byte = np.dtype(np.uint8)
+    return Layout(Row((obs,), byte), Row((rest,), byte), dist_inputs=sum(layout.dist_inputs for layout in layouts))
+
+
+class _Agent:
+    """One agent in an episode. `times`: the env step of each of its observations in this fragment; `acted`: it has
+    acted on the last one; `carried`: the version that did, if that was before this fragment."""
+
+    __slots__ = ("acted", "carried", "chosen", "end", "module", "rows", "times")
+
+    def __init__(self, module: str, rows: FragmentBuilder) -> None:
+        self.module = module
+        self.rows = rows
+        self.times: list[int] = []
+        self.acted = False
+        self.end: End = "no"
+        self.chosen = self.carried = -1
+
+    @property
+    def waits(self) -> bool:
+        """It is to act."""
+        return not self.acted and self.end == "no"
+
+    @property
+    def newest(self) -> Array:
+        """Its last observation."""
+        return self.rows.seen(self.rows.steps - self.acted)
+
+
+class AgentsBuilder(FragmentBuilder):
+    """Builds the fragments of an episode of several agents, one after the other.
+
+    For each env step: `observe` a `Turn`, then `took` for each agent that acts, then `stepped`, then `rewards`.
+    `steps`, `t0` and `limit` count env steps. `cast`: agent -> how it takes part, of this episode; `known`: all that
+    the simulator may have; `failures`: why others do not; `crew`: whatever `cast` was made of.
+    """
+
+    origin: AgentsOrigin
+
+    def __init__(
+        self, episode: str, known: Iterable[AgentId], *, sent: bool = True, explore: bool | None = None
+    ) -> None:
+        super().__init__(episode, sent=sent, explore=explore)
+        self.known = frozenset(known)
+        self.cast: Mapping[AgentId, Member] = {}
+        self.failures: Mapping[AgentId, str] = {}
+        self.crew: object = None
+        self.agents: dict[AgentId, _Agent] = {}
+        self.ended: dict[AgentId, End] = {}
+        self._seen = -1
+        self._warned = False
+
+    def begin(self, layout: Layout, kind: Kind, origin: Origin, limit: int) -> None:
+        """Start the next fragment, of at most `limit` >= 1 env steps. `layout` is only a measure."""
+        assert isinstance(origin, AgentsOrigin)
+        self._layout, self.kind, self.origin, self.limit = layout, kind, origin, limit
+        self.step_bytes = layout.step_bytes(kind)
+        for agent in self.agents.values():
+            agent.rows.origin, agent.rows.limit = origin, limit + 1
+
+    def recast(self, cast: Mapping[AgentId, Member], failures: Mapping[AgentId, str]) -> None:
+        """How agents take part from now on. Raises `EpisodeError`, with its name, for one in the episode whose module
+        has gone or has become another."""
+        for name, agent in self.agents.items():
+            member = cast.get(name)
+            if member is None or member.module != agent.module or member.layout != agent.rows.layout:
+                raise EpisodeError(
+                    f"{self._where}: the policy '{agent.module}' by which agent {name!r} acts was removed from the "
+                    f"training, or is another one now: abandon this episode, and start another one"
+                )
+        self.cast, self.failures = cast, failures
+
+    def observe(self, observation: Any) -> Array:
+        """Take in a `Turn`, once for each env step. Raises `EpisodeError`, with the agent's name, for an agent that
+        nobody knows, has ended or has not acted, and for what `FragmentBuilder.observe` refuses."""
+        turn: Turn = observation
+        now = self.t0 + self.steps
+        again = self._seen == now
+        for name, value in turn.observations.items():
+            agent = self.agents.get(name)
+            if agent is None:
+                if again and name in self.ended:
+                    continue
+                agent = self._enter(name)
+            elif agent.end != "no" and not again:
+                raise self._has_ended(name)
+            elif not again and not agent.acted:
+                raise EpisodeError(
+                    f"{self._where}: agent {name!r} was given an observation in env step {agent.times[-1]}, has not "
+                    f"acted on it, and is given another one"
+                )
+            if again and agent.acted:
+                raise EpisodeError(
+                    f"{self._where}: other agents had observations in env step {now} before, without {name!r}: call "
+                    f"again with those"
+                )
+            agent.rows.observe(value)
+            if not again or not agent.times or agent.times[-1] != now:
+                agent.times.append(now)
+            agent.acted = False
+        self._seen = now
+        for flags, end in ((turn.terminateds, "terminated"), (turn.truncateds, "truncated")):
+            for name, flag in flags.items():
+                if flag and name != ALL:
+                    self._end(name, end)  # type: ignore[arg-type]
+        return NOTHING
+
+    def _enter(self, name: AgentId) -> _Agent:
+        if name in self.ended:
+            raise self._has_ended(name)
+        member = self._member(name)
+        rows = FragmentBuilder(f"{self.episode}', agent '{name}")
+        rows.begin(member.layout, self.kind, self.origin, self.limit + 1)
+        agent = self.agents[name] = _Agent(member.module, rows)
+        return agent
+
+    def _has_ended(self, name: AgentId) -> EpisodeError:
+        return EpisodeError(
+            f"{self._where}: agent {name!r} has ended ({self.ended[name]}), and is given an observation: an agent that "
+            f"comes back needs an id of its own"
+        )
+
+    def _member(self, name: AgentId) -> Member:
+        if name not in self.known:
+            raise EpisodeError(
+                f"{self._where}: there is no agent {name!r}: connect_agents() was told of "
+                f"{', '.join(sorted(map(repr, self.known))[:8])}"
+            )
+        member = self.cast.get(name)
+        if member is None:
+            why = self.failures.get(name, "the trainer doesn't know it")
+            raise EpisodeError(f"{self._where}: agent {name!r} is mapped to no module: {why}")
+        return member
+
+    def _end(self, name: AgentId, end: End) -> None:
+        agent = self.agents.get(name)
+        if agent is None or agent.end != "no":
+            return
+        if agent.acted:
+            if end == "truncated":
+                raise EpisodeError(
+                    f"{self._where}: agent {name!r} has acted and was truncated, and there is no observation after its "
+                    f"action: the learner needs one"
+                )
+            # What a terminated agent would have seen is never used: as RLlib does, the last one once more.
+            agent.rows.observe(agent.newest)
+            agent.times.append(self.t0 + self.steps)
+            agent.acted = False
+        agent.end = self.ended[name] = end
+        if not agent.rows.steps and not agent.rows.t0:
+            del self.agents[name]  # it has never acted
+
+    def finish(self, end: End) -> None:
+        """The episode is over, for all agents. Raises `EpisodeError` as `observe` does."""
+        for name in list(self.agents):
+            self._end(name, end)
+
+    @property
+    def alive(self) -> bool:
+        """Whether any agent goes on."""
+        return any(agent.end == "no" for agent in self.agents.values())
+
+    def to_act(self) -> dict[str, list[AgentId]]:
+        """Module -> the agents that it is to act for now."""
+        waiting: dict[str, list[AgentId]] = {}
+        for name, agent in self.agents.items():
+            if agent.waits:
+                waiting.setdefault(agent.module, []).append(name)
+        return waiting
+
+    def rows_of(self, agents: Iterable[AgentId]) -> list[Array]:
+        """The newest observation of each."""
+        return [self.agents[name].newest for name in agents]
+
+    def took(self, name: AgentId, action: Any, logp: float, dist_inputs: Any) -> None:
+        """The module has chosen this agent's action."""
+        agent = self.agents[name]
+        agent.rows.act(action, logp, dist_inputs)
+        agent.acted, agent.chosen = True, self.origin.versions.get(agent.module, 0)
+
+    def logged(self, name: AgentId, action: Any, logp: float) -> None:
+        """The simulator has chosen it itself. Raises `EpisodeError` as `FragmentBuilder.log` does."""
+        agent = self.agents[name]
+        agent.rows.log(action, logp)
+        agent.acted, agent.chosen = True, self.origin.versions.get(agent.module, 0)
+
+    def stepped(self) -> None:
+        """All that act in this env step have."""
+        self.steps += 1
+
+    def rewards(self, rewards: Mapping[AgentId, Any]) -> None:
+        """Add to the agents' rewards. One of an agent that has never acted is nobody's, as with RLlib. Raises
+        `EpisodeError`, with its name, for an agent that nobody knows or that has ended, and for what isn't a finite
+        number."""
+        for name, reward in rewards.items():
+            agent = self.agents.get(name)
+            if agent is None or agent.end != "no":
+                if name in self.ended:
+                    if reward:
+                        raise EpisodeError(
+                            f"{self._where}: a reward of {reward} for agent {name!r}, which has ended "
+                            f"({self.ended[name]}): log it before the observations with which the agent ends"
+                        )
+                    continue
+                self._member(name)
+                if reward and not self._warned:
+                    self._warned = True
+                    log.warning(
+                        "%s: a reward of %s for agent %r, which has not acted yet, is nobody's; more are not told",
+                        self._where, reward, name,
+                    )  # fmt: skip
+                continue
+            if not agent.rows.steps and not agent.rows.t0:
+                continue
+            before = agent.rows.episode_return
+            agent.rows.reward(reward)
+            self.episode_return += agent.rows.episode_return - before
+
+    # ---- cutting
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the fragment being built."""
+        return sum(agent.rows.nbytes + 4 * len(agent.times) for agent in self.agents.values())
+
+    def cut(self) -> Cut:
+        """The fragment of all its env steps. The observations after the last were given to `observe`."""
+        parts: dict[str, list[tuple[dict[str, Array], list[int]]]] = {}
+        entries = []
+        for name, agent in self.agents.items():
+            rows, version = agent.rows, agent.carried
+            cut = rows.cut_before_last() if agent.acted else rows.cut() if rows.steps else None
+            # What has begun and is not complete is of these weights, whatever the next fragment is of.
+            agent.carried = agent.chosen if agent.acted else -1
+            if cut is None:
+                continue
+            if not agent.acted and agent.end == "no":
+                assert rows.layout is not None
+                rows.begin(rows.layout, self.kind, self.origin, self.limit + 1)
+            first = version if version not in (-1, self.origin.versions.get(agent.module, 0)) else -1
+            entries.append(AgentRows(name, agent.module, cut.t0, cut.steps, agent.end, cut.return_so_far, first))
+            parts.setdefault(agent.module, []).append((cut.arrays, agent.times))
+            agent.times = agent.times[-1:]
+        order = list(parts)
+        entries.sort(key=lambda entry: order.index(entry.module))  # stable: rows are joined in this order
+        used = {agent.module for agent in self.agents.values()} | set(parts)
+        versions = {module: self.origin.versions.get(module, 0) for module in sorted(used)} or dict(
+            self.origin.versions
+        )
+        arrays: dict[str, Array] = {}
+        for module, some in parts.items():
+            for column in some[0][0]:
+                arrays[f"{module}/{column}"] = np.concatenate([one[column] for one, _ in some])
+            times = [time - self.t0 for _, each in some for time in each]
+            arrays[f"{module}/t"] = np.array(times, np.int32)
+        made = Cut(self.origin, self.t0, self.steps, self._before, arrays, modules=versions, agents=tuple(entries))
+        self.agents = {name: agent for name, agent in self.agents.items() if agent.end == "no"}
+        self._before = self.episode_return
+        self.t0 += self.steps
+        self.steps = 0
+        return made
+
+    def cut_before_last(self) -> Cut | None:
+        """Nothing: what the last env step led to isn't known."""
+        return None

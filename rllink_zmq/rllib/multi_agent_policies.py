@@ -1,0 +1,213 @@
+"""The crew of a training with several agents: its modules exported, and its mapping asked many times.
+
+`policy_mapping_fn(agent_id, episode)` is the user's Python and runs here alone. Simulators get its answers for some
+made-up episodes, and each of their episodes takes one of them. That is the same to a mapping that goes by the agent,
+draws at random, or spreads episodes by their id; one that looks into the episode's data sees an empty one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
+from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
+
+from rllink_zmq.errors import PolicyError, SettingsError, SpaceError
+from rllink_zmq.fragments import layout_of_spaces
+from rllink_zmq.messages import MAX_MODULE_ID, MAX_MODULES, AgentId
+from rllink_zmq.policy import PolicyManifest
+from rllink_zmq.policy_agents import NOBODY, Crew, CrewModule, Draw, manifests, pack_crew, unpack_crew
+from rllink_zmq.rllib.export import export_policy
+from rllink_zmq.rllib.export_connectors import check_connectors
+from rllink_zmq.rllib.settings import explores, style_of
+from rllink_zmq.spaces import agents_to_wire
+
+EPISODES = 64
+"""Made-up episodes that the mapping is asked for."""
+
+
+class CrewManifest(NamedTuple):
+    """What runners must know of the modules: each one's manifest. `state`: there is none, as of a policy that has no
+    memory."""
+
+    modules: dict[str, PolicyManifest]
+    state: tuple[()] = ()
+    weights: tuple[()] = ()
+
+    @classmethod
+    def of(cls, blob: bytes) -> CrewManifest:
+        return cls(manifests(*unpack_crew(blob)))
+
+
+def crew_of(config: AlgorithmConfig, module: MultiRLModule) -> bytes:
+    """The blob of all modules of `module` behind the connectors of `config`, and of the mapping. Raises `PolicyError`,
+    with the module's name, for one that can't be exported, and `SettingsError`, with the agent's, for a mapping that
+    names no module."""
+    check_connectors(config)
+    observation_spaces, action_spaces = agents_of(config)
+    agents = list(observation_spaces)
+    ids = sorted(map(str, module.keys()))
+    check_module_ids(ids)
+    draws, failures = ask_mapping(config, agents, ids)
+    blobs: list[bytes] = []
+    places: dict[bytes, int] = {}
+    modules = []
+    for name in ids:
+        blob = _export(config, module, name, _spaces_of(name, draws, ids, agents, observation_spaces, action_spaces))
+        modules.append(CrewModule(name, places.setdefault(blob, len(places)), is_trained(config, name)))
+        if len(blobs) < len(places):
+            blobs.append(blob)
+    return pack_crew(Crew(1, tuple(agents), tuple(modules), tuple(draws), failures), blobs)
+
+
+def check_multi_agent(config: AlgorithmConfig) -> None:
+    """Raises `SettingsError` for what can't be trained with several agents."""
+    if style_of(config) == "exact":
+        raise SettingsError(
+            f"{type(config).__name__.removesuffix('Config')} with several agents can't be trained through the broker "
+            f"yet: use PPO, APPO or IMPALA"
+        )
+    if config.evaluation_interval:
+        raise SettingsError(
+            "evaluation with several agents can't go through the broker yet: remove config.evaluation(...)"
+        )
+    if config._env_to_module_connector is not None or config._module_to_env_connector is not None:
+        raise SettingsError(
+            "connectors of one's own with several agents can't go through the broker yet: remove config.env_runners("
+            "env_to_module_connector=..., module_to_env_connector=...), and do their work in the environment"
+        )
+    check_module_ids(sorted(map(str, config.policies)))
+
+
+def check_module_ids(ids: Sequence[str]) -> None:
+    """Raises `SettingsError` for module ids that can't travel."""
+    if len(ids) > MAX_MODULES:
+        raise SettingsError(f"{len(ids)} policies; at most {MAX_MODULES} travel")
+    for name in ids:
+        if not 1 <= len(name) <= MAX_MODULE_ID or "/" in name:
+            raise SettingsError(f"the policy id {name!r}: 1 to {MAX_MODULE_ID} characters without a '/' travel")
+
+
+def agents_of(config: AlgorithmConfig) -> tuple[dict[AgentId, gym.Space[Any]], dict[AgentId, gym.Space[Any]]]:
+    """Observation and action spaces of all agents there may be, by their ids."""
+    return dict(config.observation_space.spaces), dict(config.action_space.spaces)
+
+
+def dict_of_agents(spaces: Mapping[AgentId, gym.Space[Any]]) -> gym.spaces.Dict:
+    """As a config has them. Ids may be integers, which Gymnasium takes and its types don't know."""
+    return gym.spaces.Dict(dict(spaces))  # type: ignore[arg-type]
+
+
+def spaces_of_agents(env: Any) -> tuple[gym.spaces.Dict, gym.spaces.Dict]:
+    """Of a `MultiAgentEnv`: of all agents that there may be."""
+    agents = list(env.possible_agents)
+    if not agents:
+        raise SettingsError(
+            f"{type(env).__name__} names no possible_agents: give it all that there may be, or the spaces of each to "
+            f"config.environment(observation_space=..., action_space=...)"
+        )
+    return (
+        dict_of_agents({agent: env.get_observation_space(agent) for agent in agents}),
+        dict_of_agents({agent: env.get_action_space(agent) for agent in agents}),
+    )
+
+
+def check_agents(observation_space: Any, action_space: Any) -> None:
+    """Raises `SettingsError` unless these are of several agents, and `SpaceError`, with the agent's name, for one that
+    can't travel."""
+    if not (isinstance(observation_space, gym.spaces.Dict) and isinstance(action_space, gym.spaces.Dict)):
+        raise SettingsError(
+            "a multi-agent config needs the spaces of each agent: config.environment(observation_space="
+            "gymnasium.spaces.Dict({agent: space, ...}), action_space=...)"
+        )
+    agents_to_wire(dict(observation_space.spaces.items()), dict(action_space.spaces.items()))
+    for agent, space in observation_space.spaces.items():
+        try:
+            layout_of_spaces(space, action_space.spaces[agent])
+        except SpaceError as e:
+            raise SpaceError(f"agent {agent!r}: {e}") from None
+
+
+def is_trained(config: AlgorithmConfig, module: str) -> bool:
+    """Whether the learner changes this module's weights."""
+    trained = config.policies_to_train
+    if trained is None:
+        return True
+    return bool(trained(module, None)) if callable(trained) else module in trained
+
+
+def ask_mapping(
+    config: AlgorithmConfig, agents: Sequence[AgentId], modules: Sequence[str]
+) -> tuple[list[Draw], dict[AgentId, str]]:
+    """What `policy_mapping_fn` answers: its draws, and why it fails for an agent. Raises `SettingsError` when it fails
+    for all of them."""
+    counts: Counter[tuple[int, ...]] = Counter()
+    failures: dict[AgentId, str] = {}
+    for _ in range(EPISODES):
+        episode = MultiAgentEpisode(agent_to_module_mapping_fn=config.policy_mapping_fn)
+        draw = []
+        for agent in agents:
+            try:
+                module = config.policy_mapping_fn(agent, episode)
+            except Exception as e:  # the user's function: whoever has such an agent is told
+                failures[agent] = f"policy_mapping_fn({agent!r}, episode) raises {type(e).__name__}: {e}"[:4000]
+                draw.append(NOBODY)
+                continue
+            if module not in modules:
+                failures[agent] = (
+                    f"policy_mapping_fn({agent!r}, episode) answers {module!r}, which is none of the policies: "
+                    f"{', '.join(modules)}"
+                )[:4000]
+                draw.append(NOBODY)
+                continue
+            draw.append(modules.index(module))
+        counts[tuple(draw)] += 1
+    if all(set(draw) == {NOBODY} for draw in counts):
+        raise SettingsError(f"no agent is mapped to a policy: {next(iter(failures.values()))}")
+    return [Draw(count, draw) for draw, count in counts.items()], failures
+
+
+def _spaces_of(
+    module: str,
+    draws: Sequence[Draw],
+    ids: Sequence[str],
+    agents: Sequence[AgentId],
+    observation_spaces: Mapping[AgentId, gym.Space[Any]],
+    action_spaces: Mapping[AgentId, gym.Space[Any]],
+) -> tuple[gym.Space[Any], gym.Space[Any]] | None:
+    """Those of the agents that it may act for; None where there is none. Raises `SettingsError` where they differ."""
+    index = ids.index(module)
+    mine = [agent for i, agent in enumerate(agents) if any(draw.modules[i] == index for draw in draws)]
+    for agent in mine[1:]:
+        if (observation_spaces[agent], action_spaces[agent]) != (observation_spaces[mine[0]], action_spaces[mine[0]]):
+            raise SettingsError(
+                f"the policy '{module}' acts for the agents {mine[0]!r} and {agent!r}, whose spaces differ: give them "
+                f"policies of their own"
+            )
+    return (observation_spaces[mine[0]], action_spaces[mine[0]]) if mine else None
+
+
+def _export(
+    config: AlgorithmConfig,
+    module: MultiRLModule,
+    name: str,
+    spaces: tuple[gym.Space[Any], gym.Space[Any]] | None,
+) -> bytes:
+    single = module[name]
+    observation_space, action_space = spaces or (single.observation_space, single.action_space)
+    try:
+        blob = export_policy(
+            single,
+            observation_space,
+            action_space,
+            normalize_actions=bool(config.normalize_actions),
+            clip_actions=bool(config.clip_actions),
+            evaluation_explores=explores(config)[1],
+        )
+    except PolicyError as error:
+        raise PolicyError(f"the policy '{name}': {error}") from error
+    return blob

@@ -1,0 +1,137 @@
+"""`ZmqMultiAgentEnvRunner`: RLlib's MultiAgentEnvRunner without an environment. Its data come from the broker."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+from ray.rllib.env.multi_agent_env_runner import MultiAgentEnvRunner
+from ray.rllib.utils.metrics import (
+    NUM_AGENT_STEPS_SAMPLED,
+    NUM_AGENT_STEPS_SAMPLED_LIFETIME,
+    NUM_ENV_STEPS_SAMPLED,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
+    NUM_EPISODES,
+    NUM_EPISODES_LIFETIME,
+    NUM_MODULE_STEPS_SAMPLED,
+    NUM_MODULE_STEPS_SAMPLED_LIFETIME,
+)
+from ray.rllib.utils.typing import ResultDict, StateDict
+
+from rllink_zmq.messages import FRAGMENT, AgentId
+from rllink_zmq.rllib.export import weights_body
+from rllink_zmq.rllib.link import RunnerLink
+from rllink_zmq.rllib.multi_agent_episodes import AgentsFinished, MultiAgentEpisodeBuilder
+from rllink_zmq.rllib.multi_agent_policies import CrewManifest, agents_of, is_trained
+from rllink_zmq.rllib.runner import Held, ZmqEnvRunner
+from rllink_zmq.rllib.settings import longest_chunk
+
+
+class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
+    """Hands RLlib the multi-agent episodes that simulators sent to the broker, and offers each module's weights by
+    itself: one that isn't trained once."""
+
+    kin = MultiAgentEnvRunner
+
+    def make_module(self) -> None:
+        spec = self.config.get_multi_rl_module_spec(env=None, spaces=self.get_spaces(), inference_only=True)
+        self.module = spec.build()
+
+    def _module_spaces(self) -> dict[str, tuple[gym.Space[Any], gym.Space[Any]]]:
+        observation, action = self._env_to_module.observation_space, self._env_to_module.action_space
+        return {module: (observation[module], action[module]) for module in observation.spaces}
+
+    def _make_builder(self, connectors: Any) -> MultiAgentEpisodeBuilder:
+        config = self.config
+        longest = float("inf") if config.in_evaluation else longest_chunk(config)
+        return MultiAgentEpisodeBuilder(*agents_of(config), self.module, config.policy_mapping_fn, longest)
+
+    # ---- weights
+
+    def _take_manifest(self, manifest: Any) -> None:
+        assert isinstance(manifest, CrewManifest)
+        self._manifest = manifest  # type: ignore[assignment]
+        self._versions: dict[str, int] = {}
+        self._builder.dist_inputs = {name: each.action_dist_inputs for name, each in manifest.modules.items()}
+
+    def _serve_actions(self, link: RunnerLink, manifest: Any) -> None:
+        """There is no service of several modules: simulators act by themselves."""
+
+    def _hold(self, weights: StateDict) -> Held:
+        """RLlib hands out the weights of those modules alone that have learned."""
+        before = self.held.weights if self.held is not None else {}
+        self._given = frozenset(weights)
+        return Held(self._weights_seq_no, {**before, **weights})
+
+    def _offer(self, held: Held) -> None:
+        manifest: Any = self._manifest
+        if self._link is None or manifest is None:
+            return
+        for name, about in manifest.modules.items():
+            known = self._versions.get(name)
+            if name not in held.weights or (known is not None and name not in self._given):
+                continue
+            if not is_trained(self.config, name):
+                if known is not None and self._given == frozenset(held.weights):
+                    continue  # all were handed out, with this one as it was
+                version = 0 if known is None else held.version
+            else:
+                version = held.version
+            if known is not None and version <= known:
+                continue
+            self._versions[name] = version
+            load = partial(weights_body, about, held.weights[name])
+            self._link.offer(version, about.weights_bytes, load, name)
+
+    # ---- metrics
+
+    def _report(self, link: RunnerLink, chunks: Sequence[Any], fragments: Sequence[FRAGMENT], steps: int) -> list[Any]:
+        agents: Counter[AgentId] = Counter()
+        modules: Counter[str] = Counter()
+        for chunk in chunks:
+            for agent, single in chunk.episode.agent_episodes.items() if chunk.episode is not None else ():
+                agents[agent] += len(single)
+                modules[single.module_id] += len(single)
+        for counts, now, ever in (
+            (agents, NUM_AGENT_STEPS_SAMPLED, NUM_AGENT_STEPS_SAMPLED_LIFETIME),
+            (modules, NUM_MODULE_STEPS_SAMPLED, NUM_MODULE_STEPS_SAMPLED_LIFETIME),
+        ):
+            for name, count in counts.items():
+                self.metrics.log_value((now, str(name)), count, reduce="sum")
+                self.metrics.log_value((ever, str(name)), count, reduce="lifetime_sum")
+        return super()._report(link, chunks, fragments, steps)
+
+    def _increase_metrics(self, steps: int, episodes: int) -> None:
+        log = self.metrics.log_value
+        log(NUM_ENV_STEPS_SAMPLED, steps, reduce="sum")
+        log(NUM_ENV_STEPS_SAMPLED_LIFETIME, steps, reduce="lifetime_sum", with_throughput=True)
+        log(NUM_EPISODES, episodes, reduce="sum")
+        log(NUM_EPISODES_LIFETIME, episodes, reduce="lifetime_sum")
+
+    def get_metrics(self) -> ResultDict:
+        """What `MultiAgentEnvRunner` reports, and `rllink` as `ZmqEnvRunner` does."""
+        ended: Sequence[Any] = self._finished
+        for finished in ended:
+            assert isinstance(finished, AgentsFinished)
+            MultiAgentEnvRunner._log_episode_metrics(
+                self, finished.length, finished.total, finished.seconds, *_by_agent(finished.agents)
+            )
+        self._finished.clear()
+        return self.metrics.reduce()
+
+
+def _by_agent(
+    agents: Mapping[AgentId, tuple[str, int, float]],
+) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
+    """Returns of agents, returns of modules, steps of agents."""
+    returns = {str(agent): total for agent, (_, _, total) in agents.items()}
+    modules: defaultdict[str, float] = defaultdict(float)
+    for module, _, total in agents.values():
+        modules[module] += total
+    return returns, modules, {str(agent): steps for agent, (_, steps, _) in agents.items()}
+
+
+__all__ = ["ZmqMultiAgentEnvRunner"]
