@@ -10,13 +10,24 @@ if TYPE_CHECKING:
     from rllink_zmq.client import Client as Client
     from rllink_zmq.client import Episode as Episode
     from rllink_zmq.client import connect as connect
+    from rllink_zmq.client_agents import AgentsClient as AgentsClient
+    from rllink_zmq.client_agents import AgentsEpisode as AgentsEpisode
+    from rllink_zmq.client_agents import connect_agents as connect_agents
+    from rllink_zmq.drive_agents import drive_agents as drive_agents
     from rllink_zmq.drive_loops import drive as drive
     from rllink_zmq.drive_loops import drive_vector as drive_vector
 
 __version__ = "0.1.0"
-__all__ = ["Client", "Episode", "__version__", "connect", "drive", "drive_vector"]
+__all__ = [
+    "AgentsClient", "AgentsEpisode", "Client", "Episode", "__version__", "connect", "connect_agents", "drive",
+    "drive_agents", "drive_vector",
+]  # fmt: skip
 
 _HOME = {
+    "AgentsClient": "client_agents",
+    "AgentsEpisode": "client_agents",
+    "connect_agents": "client_agents",
+    "drive_agents": "drive_agents",
     "Client": "client",
     "Episode": "client",
     "connect": "client",
