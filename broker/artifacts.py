@@ -39,6 +39,8 @@ class Artifacts(BrokerState):
             self.version = self.published_version = -1
             self.round_steps = 0
             self.modules, self.module_versions = {}, {}
+            self.sampled_before = hello.sampled - self.taken_steps
+            self.needs_logp = hello.needs_logp
         if hello.policy != self.policy_ready:
             self.policy_ready, self.policy_blob = "", b""
             self._blob = Download(hello.policy_bytes, now)

@@ -340,7 +340,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
             runner,
             TAKEN(
                 message.k, refused, self.version, self.round_steps, self.taken_steps, self.simulators_live,
-                len(self.pool()),
+                len(self.pool()), self.sampled,
             ),
         )  # fmt: skip
         if runner.run < self.run:
@@ -411,7 +411,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         self._ack_due = None
         dirty, self._dirty = self._dirty, {}
         actions, run, version, policy = self._actions, self.run, self.published_version, self.policy_ready
-        evaluation, sharers = self.evaluation_version, self.sharers
+        evaluation, sharers, sampled, needs_logp = self.evaluation_version, self.sharers, self.sampled, self.needs_logp
         for sim in dirty:
             if sim.state is not peers.State.LIVE:
                 continue
@@ -421,7 +421,18 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
             while True:
                 some, settled = settled[:ACK_OUTCOMES], settled[ACK_OUTCOMES:]
                 ack = ACK(
-                    some, sim.window, limit, length, run, version, policy, evaluation, evaluates, self.module_versions
+                    some,
+                    sim.window,
+                    limit,
+                    length,
+                    run,
+                    version,
+                    policy,
+                    evaluation,
+                    evaluates,
+                    self.module_versions,
+                    sampled,
+                    needs_logp,
                 )
                 actions.append(Send(Side.FRONT, sim.route, ack))
                 if not settled:

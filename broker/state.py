@@ -52,6 +52,8 @@ class BrokerState:
         self.version = -1
         self.round_steps = 0
         self.taken_steps = 0
+        self.sampled_before = 0
+        self.needs_logp = True
         # evaluations: which version they want episodes of (-1 = none does), and which simulators are to serve them
         self.evaluation_version = -1
         self.sharers: dict[Simulator, None] = {}
@@ -109,7 +111,7 @@ class BrokerState:
             ][:MAX_RUNNERS]
         return PONG(
             self.epoch, self.run, self.published_version, self.policy_ready, self.taken_steps, self.round_steps,
-            wanted, self.simulators_live, len(self.pool()), roster, ledger, self.module_versions,
+            wanted, self.simulators_live, len(self.pool()), roster, ledger, self.module_versions, self.sampled,
         )  # fmt: skip
 
     # ---- what every room needs
@@ -126,6 +128,11 @@ class BrokerState:
                 if r.state is peers.State.LIVE and r.run == self.run and r.duty == "serve" and not r.evaluates
             ]  # fmt: skip
         return self._pool
+
+    @property
+    def sampled(self) -> int:
+        """Env steps of the training: what its trainer said when the run began here, and what was taken since."""
+        return max(0, self.sampled_before + self.taken_steps)
 
     def live_simulators(self) -> list[Simulator]:
         """In the order of their greetings."""

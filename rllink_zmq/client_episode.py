@@ -117,22 +117,24 @@ class Episode:
         self._asked("can_act")
         return self._flow.prepare([(self.builder, observation)], "acted", wait=False) is not None
 
-    def log_action(self, observation: Any, action: Any, action_logp: float) -> None:
-        """A step whose action the simulator chose itself.
+    def log_action(self, observation: Any, action: Any, action_logp: float | None = None) -> None:
+        """A step whose action the simulator chose itself: a script, a human, another policy.
 
         `action`: in the action space as RLlib trains on it (for Box before unsquashing and clipping). `action_logp`:
-        its log-probability, which the losses of PPO and APPO need. Waits like `get_action`.
-        Raises EpisodeError for an observation or action that doesn't fit, after the end, and where the policy looks
-        back (it is recurrent, or stacks frames): a step that it did not take would leave a hole. An action that the
-        service was asked for is given up.
+        the natural logarithm of the probability (density) that it was chosen with, which the losses of PPO, APPO and
+        IMPALA need; None: nobody knows, which is enough for DQN and SAC. Waits like `get_action`.
+        Raises EpisodeError for an observation or action that doesn't fit, without a log-probability where the training
+        needs it, after the end, and where the policy looks back (it is recurrent, or stacks frames): a step that it did
+        not take would leave a hole. An action that the service was asked for is given up.
         """
         if self._pending is not None:
             self._pending.forget()
         if not self.training_enabled:
             self._logs_in_evaluation()
-        if not self._goes_on("logged"):
+        kind: Kind = "given" if action_logp is None else "logged"
+        if not self._goes_on(kind):
             self.check_open("log_action")
-            self._flow.prepare([(self.builder, observation)], "logged", wait=True)
+            self._flow.prepare([(self.builder, observation)], kind, wait=True)
         self.builder.observe(observation)
         self.builder.log(action, action_logp)
         self._flow.credit -= self._cost

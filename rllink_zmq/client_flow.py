@@ -121,7 +121,7 @@ class Flow:
         """See to it that each of these episodes has a fragment that takes one more step of `kind`: cut what is full or
         of other weights, wait for policy and room. Returns the fragments' origin; None if it would have to wait and
         `wait` is false. Raises EpisodeError for an observation that doesn't fit, RefusedError."""
-        if kind == "logged" and self._looks_back:
+        if kind != "acted" and self._looks_back:
             raise EpisodeError(
                 "log_action: the policy looks at the steps before (it is recurrent, or stacks frames), and one that it "
                 "did not take itself would leave a hole. Let it act (get_action) for whole episodes"
@@ -130,6 +130,12 @@ class Flow:
         looked = self.look_if_due()
         while True:
             origin = self.origin(kind)
+            if kind == "given" and origin is not None and self.session.needs_logp:
+                raise EpisodeError(
+                    "log_action: this training's algorithm corrects for how probable each action was (PPO, APPO, "
+                    "IMPALA): give action_logp, the natural logarithm of the probability that you chose it with; or "
+                    "train with a replay buffer (DQN, SAC), which needs none"
+                )
             for builder, observation in pairs:
                 if builder.steps and (builder.full or builder.origin is not origin or builder.kind != kind):
                     builder.observe(observation)

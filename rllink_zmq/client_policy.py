@@ -76,6 +76,7 @@ class PolicyReader:
         self._asked_greeting = 0
         self._idle_from = 0.0
         self._switched = float("-inf")
+        self._sampled = ("", 0)
         self._read_at = 0.0
         self._users = 0
         self._loaded = ""
@@ -127,6 +128,10 @@ class PolicyReader:
                 self._load()
             self._switch(now)
             session.policy_held = self._loaded
+            if self.policy is not None and session.run == wanted.run:
+                # One client's ACK may be older than another's. A new run may begin with fewer.
+                self._sampled = max(self._sampled, (session.run, session.sampled))
+                self.policy.advance(self._sampled[1])
 
     # ---- inside
 

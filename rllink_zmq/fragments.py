@@ -33,7 +33,7 @@ FEW = 16
 """Numbers that Python adds faster than NumPy."""
 _ndarray = np.ndarray
 
-Kind: TypeAlias = Literal["acted", "logged"]
+Kind: TypeAlias = Literal["acted", "logged", "given"]
 """Who chose the actions, which is which columns there are: the policy (`action_logp` and `action_dist_inputs`), the
 simulator with their log-probability (`action_logp`), or the simulator without it (neither)."""
 
@@ -90,7 +90,8 @@ class Layout(NamedTuple):
         """Bytes that each step adds to a fragment."""
         memory = sum(state.row.nbytes for state in self.state)
         logits = 4 * self.dist_inputs if kind == "acted" else 0
-        return self.obs.nbytes + memory + self.action.nbytes + 8 + logits
+        logp = 0 if kind == "given" else 4
+        return self.obs.nbytes + memory + self.action.nbytes + 4 + logp + logits
 
     def most_steps(self, kind: Kind, fragment_bytes: int) -> int:
         """How many steps a fragment of `fragment_bytes` holds; 0 if not even one."""
@@ -254,9 +255,10 @@ class FragmentBuilder:
         self._reward = 0.0
         self.steps = steps + 1
 
-    def log(self, action: Any, logp: float) -> None:
-        """A step whose action the simulator chose, as RLlib's action space has it. Raises `EpisodeError` for an action
-        that doesn't fit the space and a log-probability that isn't a finite number."""
+    def log(self, action: Any, logp: float | None) -> None:
+        """A step whose action the simulator chose, as RLlib's action space has it; None: with no known probability.
+        Raises `EpisodeError` for an action that doesn't fit the space and a log-probability that isn't a finite
+        number."""
         layout, steps = self._layout, self.steps
         assert layout is not None
         if layout.actions is None:
@@ -264,10 +266,11 @@ class FragmentBuilder:
             self._check_action("action", action, layout.choices)
         else:
             action = self._pack_action(layout.actions, action)
-        logp = self._number(logp, "action_logp")
+        if logp is not None:
+            logp = self._number(logp, "action_logp")
         if steps == self._rows:
             self._grow()
-        self._logp[steps] = logp
+        self._logp[steps] = 0.0 if logp is None else logp
         self._actions[steps] = action
         self._reward = 0.0
         self.steps = steps + 1
@@ -387,8 +390,9 @@ class FragmentBuilder:
             "obs": self._obs[: steps + 1],
             "actions": self._actions[:steps],
             "rewards": self._rewards[:steps],
-            "action_logp": self._logp[:steps],
         }
+        if self.kind != "given":
+            arrays["action_logp"] = self._logp[:steps]
         if self.kind == "acted":
             arrays["action_dist_inputs"] = self._dist[:steps]
         for state, column in zip(self.remembers, self._states, strict=True):

@@ -258,7 +258,8 @@ class TrainerHello(_Part, tag="trainer", tag_field="role", frozen=True):
     be old. `steps_ahead`: env steps all simulators together may have on their way (0 = no limit). `runners`: how
     many it means to have. `fragment_steps`: the longest fragment wanted. `policy`, `policy_bytes`: the policy it
     offers. `duties`: as in POOL. `evaluation_share`: of the simulators, 0 to 1, that serve evaluations.
-    `lease_steps`: env steps leased to one runner and not taken (0 = no limit)."""
+    `lease_steps`: env steps leased to one runner and not taken (0 = no limit). `sampled`: env steps that the training
+    has sampled before this run, or by now. `needs_logp`: its steps need the log-probabilities of their actions."""
 
     run: RunId
     quota: Count
@@ -272,6 +273,8 @@ class TrainerHello(_Part, tag="trainer", tag_field="role", frozen=True):
     duties: Duties = []
     evaluation_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
     lease_steps: Count = 0
+    sampled: Count = 0
+    needs_logp: bool = True
 
 
 class ObserverHello(_Part, tag="observer", tag_field="role", frozen=True):
@@ -312,7 +315,7 @@ class HELLO(_Message, tag="HELLO", frozen=True):
 class WELCOME(_Message, tag="WELCOME", frozen=True):
     """broker -> any: the answer to HELLO `greeting`. A simulator resends all unsettled fragments in order; a runner
     forgets what it has not taken. `window` and `steps_limit` are absolute; 0 as `steps_limit` = no limit. `requests`:
-    how many ACTs a reader may have open. `evaluation`, `evaluates`, `modules`: as in ACK."""
+    how many ACTs a reader may have open. `evaluation` and what follows: as in ACK."""
 
     epoch: Annotated[bytes, Meta(min_length=8, max_length=8)]
     greeting: Count
@@ -330,6 +333,8 @@ class WELCOME(_Message, tag="WELCOME", frozen=True):
     evaluation: Version = -1
     evaluates: bool = False
     modules: Versions = {}
+    sampled: Count = 0
+    needs_logp: bool = True
 
 
 class REFUSED(_Message, tag="REFUSED", frozen=True):
@@ -385,7 +390,7 @@ class TAKE(_Message, tag="TAKE", frozen=True):
 
 class TAKEN(_Message, tag="TAKEN", frozen=True):
     """broker -> runner: TAKE `k` is granted but for `refused`. `round_steps`: env steps that all runners took
-    since `version`, `taken_steps`: in this run. `simulators`, `runners`: that take part now."""
+    since `version`, `taken_steps`: in this run. `simulators`, `runners`: that take part now. `sampled`: as in ACK."""
 
     k: Count
     refused: Annotated[list[Claim], Meta(max_length=65_536)] = []
@@ -394,6 +399,7 @@ class TAKEN(_Message, tag="TAKEN", frozen=True):
     taken_steps: Count = 0
     simulators: Count = 0
     runners: Count = 0
+    sampled: Count = 0
 
 
 class RETURNED(_Message, tag="RETURNED", frozen=True):
@@ -415,7 +421,8 @@ class ACK(_Message, tag="ACK", frozen=True):
     """broker -> simulator: outcomes, and the limits as they are now (absolute, like WELCOME's). `evaluation`: an
     evaluation wants episodes, of this version of the weights or a newer one; -1 = none does. `evaluates`: this
     simulator's next episode is to be one, unless it knows better. `modules`: the newest version of each of several
-    modules; `version` is the newest of all then."""
+    modules; `version` is the newest of all then. `sampled`: env steps that the training has sampled. `needs_logp`: a
+    step without its action's log-probability can't be used."""
 
     settled: Annotated[list[tuple[Count, Reason]], Meta(max_length=MAX_NUMBERS)]
     window: Count
@@ -427,6 +434,8 @@ class ACK(_Message, tag="ACK", frozen=True):
     evaluation: Version = -1
     evaluates: bool = False
     modules: Versions = {}
+    sampled: Count = 0
+    needs_logp: bool = True
 
 
 class PING(_Message, tag="PING", frozen=True):
@@ -434,7 +443,7 @@ class PING(_Message, tag="PING", frozen=True):
 
 
 class PONG(_Message, tag="PONG", frozen=True):
-    """broker -> any: the answer to PING, or a probe. `runners`: that serve. To a trainer
+    """broker -> any: the answer to PING, or a probe. `runners`: that serve. `sampled`: as in ACK. To a trainer
     alone: `runners_wanted`: how many it is to have, `roster`: the runners of its run, and
     `ledger`: "received", "delivered", "in_flight", each reason -> (fragments, steps)."""
 
@@ -450,6 +459,7 @@ class PONG(_Message, tag="PONG", frozen=True):
     roster: Annotated[list[Present], Meta(max_length=MAX_RUNNERS)] = []
     ledger: Annotated[dict[Name, tuple[Count, Count]], Meta(max_length=64)] = {}
     modules: Versions = {}
+    sampled: Count = 0
 
 
 class POOL(_Message, tag="POOL", frozen=True):

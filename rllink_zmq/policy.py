@@ -12,6 +12,7 @@ input, in this order      shape                       what
 ========================  ==========================  ==========================================================
 ``observations``          (B, *observation.shape)     as the environment gave them, cast to `observation.dtype`
 ``noise``                 (B, *noise_shape)           float32; independent draws of `noise`
+``epsilon``               (B, 1)                      float32; if there is an `epsilon`: its value now, 0 for the best
 ``state_in/<name>``       (B, *its shape)             a recurrent policy's memory before this step: one for each `state`
 ``weights/<name>``        as in the manifest          one for each weight, in the manifest's order
 ========================  ==========================  ==========================================================
@@ -39,6 +40,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -72,6 +74,7 @@ Shape: TypeAlias = Annotated[tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], ...],
 Noise: TypeAlias = Literal["gumbel", "normal"]
 NoiseRun: TypeAlias = tuple[Noise, Annotated[int, Meta(ge=1, lt=1 << 24)]]
 """So many numbers of a row of noise, one after the other."""
+EpsilonPoint: TypeAlias = tuple[Annotated[float, Meta(ge=0, lt=1 << 53)], Annotated[float, Meta(ge=0, le=1)]]
 
 
 class Tensor(Struct, frozen=True, array_like=True):
@@ -157,7 +160,8 @@ class PolicyManifest(Struct, frozen=True):
     numbers are not all `noise`.
     `remote_only`: why this policy can't run but where the learner's modules are; there is no graph then. `connectors`:
     bytes at the end of a version's, which are the state of such a policy's connectors. `state`: the memory of a
-    recurrent policy. `lookback`: how many observations before the newest such connectors look at."""
+    recurrent policy. `lookback`: how many observations before the newest such connectors look at. `epsilon`: (env steps
+    sampled in the training, value) in rising order, linear in between: the input of a graph that is epsilon-greedy."""
 
     format: Literal[1]
     module: Annotated[str, Meta(max_length=256)]
@@ -180,6 +184,7 @@ class PolicyManifest(Struct, frozen=True):
     action_parts: Annotated[tuple[Tensor, ...], Meta(max_length=256)] = ()
     env_action_parts: Annotated[tuple[Tensor, ...], Meta(max_length=256)] = ()
     noise_runs: Annotated[tuple[NoiseRun, ...], Meta(max_length=256)] = ()
+    epsilon: Annotated[tuple[EpsilonPoint, ...], Meta(max_length=1024)] = ()
 
     @property
     def weights_bytes(self) -> int:
@@ -233,6 +238,8 @@ def unpack_policy(blob: Buffer) -> tuple[PolicyManifest, bytes]:
             raise PolicyError(f"the {len(parts)} parts of {what} take {taken.nbytes} bytes, a row is {row}")
     if manifest.noise_runs and (sum(count for _, count in manifest.noise_runs),) != manifest.noise_shape:
         raise PolicyError(f"a row of noise is {manifest.noise_shape}, and made of {manifest.noise_runs}")
+    if any(a[0] >= b[0] for a, b in pairwise(manifest.epsilon)):
+        raise PolicyError(f"the schedule of epsilon must rise in env steps, it is {manifest.epsilon}")
     noise = Tensor("float32", manifest.noise_shape)
     states = [Tensor(state.dtype, state.shape) for state in manifest.state]
     rows = (manifest.observation, manifest.action, manifest.env_action, noise, *states)
@@ -283,6 +290,8 @@ class Policy:
         self.hash = policy_hash(blob)
         self.version: Any = None
         """What `apply` was given last; None before."""
+        self.epsilon = self.manifest.epsilon[0][1] if self.manifest.epsilon else 0.0
+        """Of an epsilon-greedy policy, now."""
         self._threads = threads
         self.transforms = False
         """Whether the environment wants other actions than RLlib trains on."""
@@ -299,6 +308,7 @@ class Policy:
         # Batch 1 lives in these arrays: bound once, filled in place, read in place.
         self._observation_in = np.zeros((1, *manifest.observation.shape), manifest.observation.dtype)
         self._noise_in = np.zeros((1, *manifest.noise_shape), np.float32)
+        self._epsilon_in = np.zeros((1, 1), np.float32) if manifest.epsilon else None
         self._action_out = np.zeros((1, manifest.action.size), manifest.action.dtype)
         self._env_action_out = np.zeros((1, manifest.env_action.size), manifest.env_action.dtype)
         self._action_parts = _Parts(manifest.action_parts, self._action_out)
@@ -376,6 +386,12 @@ class Policy:
             offset += weight.nbytes
         self.version = version
 
+    def advance(self, steps: int) -> None:
+        """The training has sampled so many env steps: the epsilon of an epsilon-greedy policy follows."""
+        points = self.manifest.epsilon
+        if points:
+            self.epsilon = float(np.interp(steps, [step for step, _ in points], [value for _, value in points]))
+
     def act(
         self,
         observations: NDArray[Any],
@@ -398,9 +414,10 @@ class Policy:
             raise PolicyError(_NO_WEIGHTS)
         rows = len(observations) if np.ndim(observations) else 0
         fed = self._rows(observations, "observations", rows, manifest.observation.shape, manifest.observation.dtype)
+        explores = np.broadcast_to(np.asarray(explore, bool), (rows,))
         if noise is None:
             noise = self.draw(np.empty((rows, *manifest.noise_shape), np.float32))
-            noise[~np.broadcast_to(np.asarray(explore, bool), (rows,))] = 0.0
+            noise[~explores] = 0.0
         if self._batch_session is None:
             # Batch 1 has a session of its own, whose shapes are all known. Many a process never needs this one.
             self._batch_session = self.open_session(batch=None)
@@ -411,6 +428,9 @@ class Policy:
             ),
             **weights,
         }
+        if manifest.epsilon:
+            epsilon = np.where(explores, self.epsilon, 0.0).astype(np.float32)[:, np.newaxis]
+            inputs["epsilon"] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(epsilon))
         if state is None:
             state = [np.repeat(start[np.newaxis], rows, 0) for start in self._starts]
         for part, array in zip(manifest.state, self._counted(state), strict=True):
@@ -466,6 +486,8 @@ class Policy:
             self._refill()
             used = 0
         self._noise_row[...] = self._noise_views[used] if explore else 0.0
+        if self._epsilon_in is not None:
+            self._epsilon_in[0, 0] = self.epsilon if explore else 0.0
         self._noise_used = used + 1
         if self._state_rows:
             self._take_state(self._starts if state is None else state)
@@ -565,6 +587,8 @@ class Policy:
             **{n: (_ONNX_TYPES[t.dtype], [1, *t.shape]) for n, t in zip(names, observed, strict=True)},
             "noise": ("tensor(float)", [1, *manifest.noise_shape]),
         }
+        if manifest.epsilon:
+            inputs["epsilon"] = ("tensor(float)", [1, 1])
         states = {part.name: (_ONNX_TYPES[part.dtype], [1, *part.shape]) for part in manifest.state}
         inputs |= {f"state_in/{name}": array for name, array in states.items()}
         for weight in manifest.weights:
@@ -619,6 +643,8 @@ class Policy:
             "observations": self._observation_in
         }
         inputs["noise"] = self._noise_in
+        if self._epsilon_in is not None:
+            inputs["epsilon"] = self._epsilon_in
         outputs: dict[str, NDArray[Any]] = {
             "action_logp": self._logp_out,
             "action_dist_inputs": self._dist_inputs_out,

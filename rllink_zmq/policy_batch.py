@@ -37,14 +37,17 @@ class BatchPolicy:
         self._actions = actions.reshape(rows, *action.shape)
         self._env_actions = env_actions.reshape(rows, *(env_action if policy.transforms else action).shape)
         self._logp = logp.reshape(rows)
-        self._binding = policy.bind(
-            self._session, {"observations": self._observations, "noise": self._noise}, outputs
-        )  # fmt: skip
+        inputs = {"observations": self._observations, "noise": self._noise}
+        self._epsilon = np.zeros((rows, 1), np.float32)
+        if manifest.epsilon:
+            inputs["epsilon"] = self._epsilon
+        self._binding = policy.bind(self._session, inputs, outputs)
 
     def act(self, observations: NDArray[Any]) -> Actions:
         """Actions for (rows, *observation.shape), drawn. `env_actions` is new; the rest are views that THE NEXT CALL
         OVERWRITES."""
         self._observations[...] = observations
         self.policy.draw(self._noise)
+        self._epsilon.fill(self.policy.epsilon)
         self._session.run_with_iobinding(self._binding)
         return Actions(self._env_actions.copy(), self._actions, self._logp, self._dist_inputs)

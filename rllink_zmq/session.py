@@ -270,8 +270,9 @@ class Unsettled(NamedTuple):
 class SimulatorSession(Endpoint):
     """A simulator's end. `unsettled` in order of number; `window` in bytes, `steps_limit` in env steps of this session
     (0 = none), `fragment_steps` the length of a fragment: all as the broker told last. `evaluation`: the version that
-    an evaluation wants episodes of, -1 = none does; `evaluates`: this simulator is to serve it. Steps are those that
-    are trained on."""
+    an evaluation wants episodes of, -1 = none does; `evaluates`: this simulator is to serve it. `sampled`: env
+    steps that the training has sampled; `needs_logp`: its steps need the log-probabilities of their actions. Steps are
+    those that are trained on."""
 
     def __init__(
         self,
@@ -300,6 +301,8 @@ class SimulatorSession(Endpoint):
         self.fragment_bytes = 0
         self.evaluation = -1
         self.evaluates = False
+        self.sampled = 0
+        self.needs_logp = True
         self.weights_address = ""
         self.outcomes: dict[str, list[int]] = {}
         self.dropped: dict[str, tuple[int, int]] = {}
@@ -391,6 +394,8 @@ class SimulatorSession(Endpoint):
     def _limits(self, told: WELCOME | ACK) -> None:
         self.window, self.steps_limit, self.fragment_steps = told.window, told.steps_limit, max(1, told.fragment_steps)
         self.evaluation, self.evaluates = told.evaluation, told.evaluates
+        if told.run:  # a broker that has just started knows of no training
+            self.sampled, self.needs_logp = told.sampled, told.needs_logp
 
 
 class ReaderSession(Endpoint):

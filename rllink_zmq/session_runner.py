@@ -85,13 +85,15 @@ class Lease(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """What the broker last said of the whole pool: env steps taken so far in this run and since `version`."""
+    """What the broker last said of the whole pool: env steps taken so far in this run and since `version`; `sampled`:
+    of the training."""
 
     version: int = -1
     round_steps: int = 0
     taken_steps: int = 0
     simulators: int = 0
     runners: int = 0
+    sampled: int = 0
 
 
 class Offered(NamedTuple):
@@ -348,7 +350,9 @@ class RunnerSession(Endpoint):
 
 
 def _pool(message: TAKEN | PONG) -> Pool:
-    return Pool(message.version, message.round_steps, message.taken_steps, message.simulators, message.runners)
+    return Pool(
+        message.version, message.round_steps, message.taken_steps, message.simulators, message.runners, message.sampled
+    )
 
 
 class TrainerSession(Endpoint):
@@ -397,6 +401,10 @@ class TrainerSession(Endpoint):
         if self._told != self._duties:  # they changed after the HELLO
             self.assign({a.session: a.duty for a in self._duties}, now)
         self.ask(now)
+
+    def note(self, sampled: int) -> None:
+        """The training has sampled so many env steps: what a broker that starts anew is told."""
+        self.terms = msgspec.structs.replace(self.terms, sampled=sampled)
 
     def change(self, terms: TrainerHello, now: float) -> None:
         """New terms (a new run, another number of runners): greet with them."""

@@ -366,10 +366,10 @@ def test_refusals_are_logged_once_a_second(bench: Bench) -> None:
 def test_a_fragment_is_leased_taken_returned_and_acked(trained: Bench) -> None:
     sent = fragment("s1", 1)
     assert trained.send("s1", sent) == [("r1", sent)]
-    assert trained.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [], 0, 10, 10, 1, 1))]
+    assert trained.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [], 0, 10, 10, 1, 1, 10))]
     assert trained.ledger() == {"received": 1, "delivered": 0, "in_flight": 1}
     assert trained.returned("r1", 1) == []
-    assert trained.tick(0.01) == [("s1", ACK([(1, "delivered")], 2 * MiB, 0, 50, RUN, 0, POLICY))]
+    assert trained.tick(0.01) == [("s1", ACK([(1, "delivered")], 2 * MiB, 0, 50, RUN, 0, POLICY, sampled=10))]
     assert trained.ledger() == {"received": 1, "delivered": 1, "in_flight": 0}
     assert trained.broker.held_bytes == 0
 
@@ -412,8 +412,8 @@ def test_take_grants_only_what_is_leased_to_that_runner(pair: Bench) -> None:
     assert pair.take("r2", 1, claim("s1", 1, 2), claim("s7", 1)) == [
         ("r2", TAKEN(1, [claim("s1", 1, 2), claim("s7", 1)], 0, 0, 0, 1, 2))
     ]
-    assert pair.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [], 0, 10, 10, 1, 2))]
-    assert pair.take("r1", 2, claim("s1", 1)) == [("r1", TAKEN(2, [claim("s1", 1)], 0, 10, 10, 1, 2))]
+    assert pair.take("r1", 1, claim("s1", 1)) == [("r1", TAKEN(1, [], 0, 10, 10, 1, 2, 10))]
+    assert pair.take("r1", 2, claim("s1", 1)) == [("r1", TAKEN(2, [claim("s1", 1)], 0, 10, 10, 1, 2, 10))]
 
 
 def test_acks_wait_ten_milliseconds_and_carry_many(trained: Bench) -> None:
@@ -721,9 +721,22 @@ def test_steps_are_credited_when_they_are_taken(benches: Callable[..., Bench]) -
     bench.tick(0.01)
     bench.send("s1", fragment("s1", 1, steps=50))
     bench.take("r1", 1, claim("s1", 1))
-    assert bench.tick(0.01) == [("s1", ACK([], 2 * MiB, 150, 50, RUN, 0, POLICY))]
+    assert bench.tick(0.01) == [("s1", ACK([], 2 * MiB, 150, 50, RUN, 0, POLICY, sampled=50))]
     bench.returned("r1", 1)
-    assert bench.tick(0.01) == [("s1", ACK([(1, "delivered")], 2 * MiB, 150, 50, RUN, 0, POLICY))]
+    assert bench.tick(0.01) == [("s1", ACK([(1, "delivered")], 2 * MiB, 150, 50, RUN, 0, POLICY, sampled=50))]
+
+
+def test_how_much_the_training_has_sampled_is_told(benches: Callable[..., Bench]) -> None:
+    """In its earlier runs and in this one. A broker that starts anew has it from the trainer."""
+    bench = training(benches(), sampled=1000, needs_logp=False)
+    welcome = bench.simulator("s1")
+    assert (welcome.sampled, welcome.needs_logp) == (1000, False)
+    bench.send("s1", fragment("s1", 1, steps=50))
+    ((_, taken),) = bench.take("r1", 1, claim("s1", 1))
+    assert taken.sampled == 1050
+    bench.returned("r1", 1)
+    (ack,) = messages(bench.tick(0.01), ACK)
+    assert (ack.sampled, ack.needs_logp) == (1050, False)
 
 
 def test_dropped_steps_are_credited_too(benches: Callable[..., Bench]) -> None:
@@ -968,7 +981,9 @@ def test_at_zero_runners_it_says_what_is_missing(trained: Bench) -> None:
 def test_pong_says_where_training_is(trained: Bench) -> None:
     trained.send("s1", fragment("s1", 1))
     trained.take("r1", 1, claim("s1", 1))
-    assert trained.send("r1", PING()) == [("r1", PONG(EPOCH, RUN, 0, POLICY, 10, 10, simulators=1, runners=1))]
+    assert trained.send("r1", PING()) == [
+        ("r1", PONG(EPOCH, RUN, 0, POLICY, 10, 10, simulators=1, runners=1, sampled=10))
+    ]
     (pong,) = messages(trained.send("t", PING()), PONG)
     assert pong.ledger == {"received": (1, 10), "delivered": (0, 0), "in_flight": (1, 10)}
 

@@ -126,7 +126,7 @@ def test_missing_distribution_inputs_are_filled_in_by_the_module() -> None:
     ("changes", "says"),
     [
         ({"actions": None}, "no 'actions'"),
-        ({"action_logp": None}, "no 'action_logp'"),
+        ({"action_logp": None}, "needs 'action_logp': give it to log_action"),
         ({"obs": np.zeros((4, 5), np.float32)}, r"rows of shape \[5\], the space has \[4\]"),
         ({"obs": np.full((4, 4), np.nan, np.float32)}, "'obs' holds NaN"),
         ({"rewards": np.array([0, np.inf, 0], np.float32)}, "'rewards' must be one finite number a step"),

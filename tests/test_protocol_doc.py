@@ -383,7 +383,7 @@ def test_graph() -> None:
         of = "part" if name.startswith("state") else "weight"
         filled = name.replace("<name>", f"{{{of}.name}}").replace("<i>", "{i}")
         assert f'"{name}"' in source or f'f"{filled}"' in source, name
-    assert len(names) == 12
+    assert len(names) == 13
 
 
 # ---- the golden frames -----------------------------------------------------------------------------------------------

@@ -751,8 +751,8 @@ def test_weights_of_another_run_are_not_served() -> None:
 
 def test_a_runner_knows_of_the_pool() -> None:
     r = runner()
-    r.receive(PONG(EPOCH, RUN, 4, taken_steps=90, round_steps=30, simulators=5, runners=2), [], T0)
-    assert tuple(r.pool) == (4, 30, 90, 5, 2)
+    r.receive(PONG(EPOCH, RUN, 4, taken_steps=90, round_steps=30, simulators=5, runners=2, sampled=95), [], T0)
+    assert tuple(r.pool) == (4, 30, 90, 5, 2, 95)
 
 
 # ---- a trainer, an observer

@@ -104,7 +104,7 @@ Examples:
 It exits with 1 when the return was not reached in time."""
 )
 @click.option("--env", default="CartPole-v1", show_default=True, help="Gymnasium id.")
-@click.option("--algo", type=click.Choice(["PPO", "APPO"]), default="PPO", show_default=True)
+@click.option("--algo", type=click.Choice(["PPO", "APPO", "IMPALA", "DQN", "SAC"]), default="PPO", show_default=True)
 @click.option("--runners", type=click.IntRange(0), default=2, show_default=True, help="ZmqEnvRunner actors.")
 @click.option("--simulators", type=click.IntRange(1), default=16, show_default=True)
 @click.option(

@@ -91,7 +91,7 @@ It exits with 1 when --stop-return was asked for and not reached."""
 )
 @click.option("--broker", default="tcp://127.0.0.1:5556", show_default=True, help="The broker's backend address.")
 @click.option("--env", help="Gymnasium id, for its spaces alone. Without it: the spaces of the first simulator.")
-@click.option("--algo", type=click.Choice(["PPO", "APPO"]), default="PPO", show_default=True)
+@click.option("--algo", type=click.Choice(["PPO", "APPO", "IMPALA", "DQN", "SAC"]), default="PPO", show_default=True)
 @click.option(
     "--runners", type=click.IntRange(0), help="ZmqEnvRunner actors.  [default: 2, or as many as the checkpoint had]"
 )

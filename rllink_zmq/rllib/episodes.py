@@ -128,7 +128,9 @@ class EpisodeBuilder:
     fragments are joined to chunks of at most so many steps (APPO and IMPALA cut their batch into rows of that length).
     `audit`: tells what is handed over, and has each step say which fragment's it is (`rllink_zmq.rllib.audit`).
     `connectors`: the user's own, for what they make of a fragment's observations. `dist_inputs`: how many numbers a row
-    of that column must have; 0 = any.
+    of that column must have; 0 = any. `needs_logp`: a fragment without `action_logp` can't be used; else it is NaN
+    there. `outputs`: episodes have what actions were drawn from, and their log-probabilities; RLlib's own runner has
+    neither for DQN.
     """
 
     def __init__(
@@ -139,8 +141,13 @@ class EpisodeBuilder:
         longest: float = float("inf"),
         audit: Log | None = None,
         connectors: FragmentConnectors | None = None,
+        *,
+        needs_logp: bool = True,
+        outputs: bool = True,
     ) -> None:
         self.dist_inputs = 0
+        self._needs_logp = needs_logp
+        self._outputs = outputs
         self._connectors = connectors
         self.observation_space = observation_space
         self.action_space = action_space
@@ -212,16 +219,20 @@ class EpisodeBuilder:
         message = lease.message
         check_columns(message)
         arrays = arrays_of(message, lease.body)
-        for needed in ("obs", "actions", "rewards", "action_logp"):
+        for needed in ("obs", "actions", "rewards"):
             if needed not in arrays:
-                raise ProtocolError(
-                    f"a fragment needs the columns obs, actions, rewards and action_logp: no '{needed}'"
-                )
+                raise ProtocolError(f"a fragment needs the columns obs, actions and rewards: no '{needed}'")
+        if self._needs_logp and "action_logp" not in arrays:
+            raise ProtocolError(
+                "this training's algorithm corrects for how probable each action was, and a fragment needs "
+                "'action_logp': give it to log_action, or train with DQN or SAC"
+            )
         actions = arrays["actions"]
         self._check_observations("obs", arrays["obs"])
         self._check_actions(actions)
         rewards = arrays["rewards"].astype(np.float32, copy=False)
-        logp = arrays["action_logp"].astype(np.float32, copy=False)
+        given = arrays.get("action_logp")
+        logp = np.zeros(message.steps, np.float32) if given is None else given.astype(np.float32, copy=False)
         for name, values in (("rewards", rewards), ("action_logp", logp)):
             if values.ndim != 1 or not np.isfinite(values).all():
                 raise ProtocolError(f"'{name}' must be one finite number a step, its shape is {list(values.shape)}")
@@ -229,12 +240,11 @@ class EpisodeBuilder:
         inputs = arrays.get("action_dist_inputs")
         if inputs is not None:
             self._check_dist_inputs(inputs)
-        outputs: dict[str, NDArray[Any]] = {
-            Columns.ACTION_LOGP: logp,
-            WEIGHTS_SEQ_NO: np.full(message.steps, message.version, np.int64),
-        }
-        if inputs is not None:
-            outputs[Columns.ACTION_DIST_INPUTS] = inputs
+        outputs: dict[str, NDArray[Any]] = {WEIGHTS_SEQ_NO: np.full(message.steps, message.version, np.int64)}
+        if self._outputs:
+            outputs[Columns.ACTION_LOGP] = logp if given is not None else np.full_like(logp, np.nan)
+            if inputs is not None:
+                outputs[Columns.ACTION_DIST_INPUTS] = inputs
         if self.audit is not None:
             outputs[COLUMN] = names(message.session, message.number, message.steps)
         if message.segments:
@@ -252,7 +262,8 @@ class EpisodeBuilder:
         state: Sequence[NDArray[Any]],
     ) -> list[Piece]:
         """The pieces of a fragment of several episodes: views of its columns."""
-        plain = self._connectors is None and self._packing is None and Columns.ACTION_DIST_INPUTS in outputs
+        filled = not self._outputs or Columns.ACTION_DIST_INPUTS in outputs
+        plain = self._connectors is None and self._packing is None and filled
         pieces = []
         row = step = 0
         timings = message.timings
@@ -284,7 +295,7 @@ class EpisodeBuilder:
             seen, space = self._connectors.rewrite(message, seen, back)
             if space is not self._blank.observation_space:
                 self._blank = _Blank(space, self.action_space)
-        if Columns.ACTION_DIST_INPUTS not in outputs:
+        if self._outputs and Columns.ACTION_DIST_INPUTS not in outputs:
             outputs[Columns.ACTION_DIST_INPUTS] = self._dist_inputs(message, came, back)
         return seen, back
 

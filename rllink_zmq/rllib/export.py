@@ -29,7 +29,8 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.packing import Packing
 from rllink_zmq.policy import Policy, PolicyManifest, Weight, pack_policy, unpack_policy
-from rllink_zmq.rllib.export_acting import Acting
+from rllink_zmq.rllib import exploration
+from rllink_zmq.rllib.export_acting import HALF, Acting
 from rllink_zmq.rllib.export_actions import REMOTE
 from rllink_zmq.rllib.export_canonical import canonical
 from rllink_zmq.rllib.export_observations import Example, Observed
@@ -72,7 +73,11 @@ def export_policy(
     except PolicyError as error:
         raise PolicyError(f"{name} has {error}") from error
     example = Example(name, observation_space)
-    acting = Acting(name, module.get_exploration_action_dist_cls(), action_space, normalize_actions, clip_actions)
+    epsilon = exploration.epsilon_schedule(module)
+    acting = Acting(
+        name, module.get_exploration_action_dist_cls(), action_space, normalize_actions, clip_actions,
+        greedy=bool(epsilon),
+    )  # fmt: skip
     graph = _Graph(module, acting, memory, example.packing)
     training = module.training
     module.eval()  # as forward_exploration does for the time of the call
@@ -92,6 +97,7 @@ def export_policy(
             parts=example.parts,
             state=states,
             **acting.described(),
+            epsilon=epsilon,
         )
         blob = pack_policy(manifest, canonical(model, manifest))
         _verify(blob, graph, example)
@@ -162,6 +168,7 @@ class _Graph(torch.nn.Module):
 
     def __init__(self, module: TorchRLModule, acting: Acting, memory: Memory, packing: Packing | None) -> None:
         super().__init__()
+        self.greedy = acting.greedy
         self.memory = memory
         self._packing = packing
         self.module = module
@@ -173,18 +180,21 @@ class _Graph(torch.nn.Module):
         if self._packing is not None:
             observations = self._packing.structure(list(observations))
         given = self.memory.batch(observations, state)
-        answer, after = self.memory.answer(self.module.forward_exploration(given))
+        found = exploration.values_of(self.module, given)[1] if self.greedy else self.module.forward_exploration(given)
+        answer, after = self.memory.answer(found)
         if Columns.ACTION_DIST_INPUTS not in answer or Columns.ACTIONS in answer:
             raise PolicyError(
                 f"{type(self.module).__name__}.forward_exploration answers with {sorted(answer)}: the graph needs "
                 f"{Columns.ACTION_DIST_INPUTS} and draws the actions itself. Use an algorithm that samples from a "
-                f"distribution (PPO, APPO, IMPALA), or {REMOTE}"
+                f"distribution (PPO, APPO, IMPALA, SAC), or RLlib's own exploration of DQN"
             )
         return answer[Columns.ACTION_DIST_INPUTS], after
 
-    def forward(self, observations: Observed, noise: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, observations: Observed, noise: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`rest`: epsilon, if it is greedy, then the state."""
+        epsilon, state = rest[: self.greedy], rest[self.greedy :]
         dist_inputs, after = self.infer(observations, *state)
-        return *self.acting(dist_inputs, noise), *after
+        return *self.acting(dist_inputs, noise, *epsilon), *after
 
     def starts(self, rows: int) -> list[torch.Tensor]:
         """The state of `rows` episodes that begin."""
@@ -219,9 +229,10 @@ def _trace(name: str, graph: _Graph, example: Example) -> tuple[Any, tuple[Weigh
     """The ONNX model, with the module's state as inputs after the other two, and what of the state it uses.
     Raises PolicyError if torch can't trace the module."""
     outputs = graph.acting.outputs + [f"state_out/{part}" for part in graph.memory.names]
-    arguments = (example.given(example.rows(2)), torch.zeros(2, graph.acting.width), *graph.starts(2))
+    epsilon = [torch.full((2, 1), HALF)] * graph.greedy
+    arguments = (example.given(example.rows(2)), torch.zeros(2, graph.acting.width), *epsilon, *graph.starts(2))
     given = [f"observations/{i}" for i in range(len(example.parts))] or ["observations"]
-    given += ["noise", *(f"state_in/{part}" for part in graph.memory.names)]
+    given += ["noise", *["epsilon"] * graph.greedy, *(f"state_in/{part}" for part in graph.memory.names)]
     try:
         with _quiet(), one_step(graph.module):
             program = torch.onnx.export(
@@ -259,13 +270,13 @@ def _trace(name: str, graph: _Graph, example: Example) -> tuple[Any, tuple[Weigh
         raise PolicyError(f"{name} has weights that can't travel: {error}") from error
 
 
-def _capture(graph: _Graph, arguments: tuple[Observed, torch.Tensor]) -> Any:
+def _capture(graph: _Graph, arguments: tuple[Any, ...]) -> Any:
     """The traced program, for any batch size. Raises whatever torch.export raises."""
     batch = {0: torch.export.Dim("batch")}
     observed = arguments[0]
     shapes: tuple[Any, ...] = (batch if isinstance(observed, torch.Tensor) else (batch,) * len(observed), batch)
-    if graph.memory:
-        shapes += ((batch,) * len(graph.memory.names),)
+    if len(arguments) > 2:
+        shapes += ((batch,) * (len(arguments) - 2),)
     try:
         return torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=False)
     except Exception as plain:
@@ -310,6 +321,7 @@ def _verify(blob: bytes, graph: _Graph, example: Example) -> None:
                 value = value + 0.01 * torch.rand(value.shape, generator=generator)
         state[key] = value
     policy = Policy.load(blob, seed=0)
+    policy.epsilon = HALF
     policy.apply(0, weights_body(policy.manifest, state))
     observations = example.rows(3)  # not the number it was traced with
     memory = [start + torch.rand(start.shape, generator=generator).to(start.dtype) for start in graph.starts(3)]

@@ -15,8 +15,12 @@ from rllink_zmq.errors import PolicyError, SpaceError
 from rllink_zmq.packing import Packing
 from rllink_zmq.packing_actions import action_packing
 from rllink_zmq.policy import Tensor
+from rllink_zmq.rllib import exploration
 from rllink_zmq.rllib.export_actions import REMOTE, ForEnv, head_of
 from rllink_zmq.spaces import to_wire
+
+HALF = 0.5
+"""Epsilon while an exported policy is tried."""
 
 
 class Acting:
@@ -24,14 +28,22 @@ class Acting:
 
     `distribution`: RLlib's class of the whole action. `width`: numbers in a row of noise, `noise_runs` what they are.
     Several parts have their dist inputs and noise side by side, in the order of `packing` (which is RLlib's, too: keys
-    sorted), and the sum of their log-probabilities. Raises PolicyError, with the part's name, for what the graph can't
-    draw.
+    sorted), and the sum of their log-probabilities. `greedy`: dist inputs are Q-values, and epsilon comes with them.
+    Raises PolicyError, with the part's name, for what the graph can't draw.
     """
 
     def __init__(
-        self, module: str, distribution: Any, space: gym.Space[Any], normalize: bool = True, clip: bool = False
+        self,
+        module: str,
+        distribution: Any,
+        space: gym.Space[Any],
+        normalize: bool = True,
+        clip: bool = False,
+        *,
+        greedy: bool = False,
     ) -> None:
         self.distribution = distribution
+        self.greedy = greedy
         try:
             self.packing: Packing | None = action_packing(space)
         except SpaceError as error:
@@ -85,14 +97,17 @@ class Acting:
 
     # ---- the graph, and what it is compared with
 
-    def __call__(self, dist_inputs: torch.Tensor, noise: torch.Tensor) -> list[torch.Tensor]:
-        """(B, k) dist inputs, (B, width) noise -> the outputs, a row for each."""
+    def __call__(self, dist_inputs: torch.Tensor, noise: torch.Tensor, *epsilon: torch.Tensor) -> list[torch.Tensor]:
+        """(B, k) dist inputs, (B, width) noise, (B, 1) epsilon if it is greedy -> the outputs, a row for each."""
         given: Sequence[torch.Tensor] = [dist_inputs]
         noises: Sequence[torch.Tensor] = [noise]
         if len(self._heads) > 1:
             given = torch.split(dist_inputs, [head.dist_inputs for head in self._heads], -1)
             noises = torch.split(noise, [head.width for head in self._heads], -1)
-        drawn = [head.draw(*both) for head, *both in zip(self._heads, given, noises, strict=True)]
+        if self.greedy:  # DQN has a single Discrete action
+            drawn = [exploration.draw(dist_inputs, noise, *epsilon)]
+        else:
+            drawn = [head.draw(*both) for head, *both in zip(self._heads, given, noises, strict=True)]
         actions = [action for action, _ in drawn]
         logp = drawn[0][1]
         for _, more in drawn[1:]:
@@ -101,7 +116,11 @@ class Acting:
         return [*actions, logp, dist_inputs, *for_env]
 
     def logp(self, dist_inputs: torch.Tensor, actions: NDArray[Any]) -> torch.Tensor:
-        """RLlib's log-probability of actions as the manifest has them."""
+        """RLlib's log-probability of actions as the manifest has them; of epsilon-greedy ones where epsilon is `HALF`,
+        and no Q-value is zero."""
+        if self.greedy:
+            best = dist_inputs.argmax(-1) == torch.from_numpy(actions)
+            return torch.log(HALF / dist_inputs.shape[-1] + (1.0 - HALF) * best.float())
         distribution = self.distribution.from_logits(dist_inputs)
         logp: torch.Tensor = distribution.logp(self.structure(actions, torch.from_numpy))
         return logp

@@ -30,6 +30,7 @@ from rllink_zmq.errors import PolicyError, ProtocolError
 from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.packing_actions import action_packing, env_packing
+from rllink_zmq.rllib.exploration import forward
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.rllib.states import from_bytes, to_bytes
 
@@ -109,10 +110,11 @@ class Pipelines:
         explore: bool,
         memory: Memory,
         before: Sequence[torch.Tensor],
+        sampled: int = 0,
     ) -> tuple[dict[str, NDArray[Any]], list[NDArray[Any]]]:
         """Columns of an answer for observations, each at the end of those before it: RLlib's pipelines around `module`;
-        and its memory after the step, which was `before`."""
-        return self._act(module, self._episodes(histories, memory), explore, memory, before)
+        and its memory after the step, which was `before`. `sampled`: env steps of the training so far."""
+        return self._act(module, self._episodes(histories, memory), explore, memory, before, sampled)
 
     def each(self, rows: NDArray[Any]) -> list[Any]:
         """(n, *row) as they travel -> n observations."""
@@ -128,6 +130,7 @@ class Pipelines:
         explore: bool,
         memory: Memory,
         before: Sequence[torch.Tensor],
+        sampled: int,
     ) -> tuple[dict[str, NDArray[Any]], list[NDArray[Any]]]:
         shared: dict[str, Any] = {}
         with torch.no_grad():
@@ -136,7 +139,7 @@ class Pipelines:
             )  # fmt: skip
             if memory:
                 batch[Columns.STATE_IN] = memory.nested(before)  # to RLlib these episodes begin
-            out = module.forward_exploration(batch) if explore else module.forward_inference(batch)
+            out = forward(module, batch, explore, sampled)
             after = [array.numpy(force=True) for array in memory.flat(out[Columns.STATE_OUT])] if memory else []
             answer = self.to_env(
                 rl_module=module, batch=dict(out), episodes=episodes, explore=explore, shared_data=shared
@@ -144,7 +147,8 @@ class Pipelines:
         if Columns.ACTIONS not in answer or Columns.ACTION_DIST_INPUTS not in answer:
             raise PolicyError(
                 f"{type(module).__name__} and the module-to-env pieces answer with {sorted(answer)}: a learner of PPO, "
-                f"APPO or IMPALA needs {Columns.ACTIONS} and {Columns.ACTION_DIST_INPUTS}"
+                f"APPO or IMPALA needs {Columns.ACTIONS} and {Columns.ACTION_DIST_INPUTS}; of modules that choose "
+                f"actions themselves RLlib's own for DQN is known"
             )
         count = len(episodes)
         columns = {name: _stacked(answer[name], count) for name in _OUTPUTS[1:] if name in answer}

@@ -47,6 +47,7 @@ from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib.audit import runner_log
 from rllink_zmq.rllib.episodes import Built, EpisodeBuilder, Finished, Piece, cut
 from rllink_zmq.rllib.evaluation import EvaluationLink
+from rllink_zmq.rllib.exploration import epsilon_schedule
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.link import RunnerLink
 from rllink_zmq.rllib.pipelines import (
@@ -170,6 +171,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             config.observation_space, config.action_space, self.module,
             float("inf") if evaluates else longest_chunk(config),
             None if evaluates else runner_log(self.settings.audit), connectors,
+            needs_logp=trainer_terms(config).needs_logp, outputs=not epsilon_schedule(self.module),
         )  # fmt: skip
 
     # ---- joining
@@ -218,6 +220,10 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         if self.module is None:
             return
         config, settings = self.config, self.settings
+
+        def sampled() -> int:
+            return link.pool.sampled
+
         try:
             if manifest.remote_only:
                 actor: ModuleActor = PipelineActor(
@@ -226,11 +232,12 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
                     Pipelines(config, self._device, lookback=manifest.lookback),
                     self._device,
                     self._filters.published,
+                    sampled,
                 )
             else:
                 actor = ModuleActor(
                     self.module, manifest, self.spaces[INPUT_ENV_SINGLE_SPACES][1], bool(config.normalize_actions),
-                    bool(config.clip_actions), self._device,
+                    bool(config.clip_actions), self._device, sampled,
                 )  # fmt: skip
             if self.held is not None:
                 actor.apply(self.held.version, self.held.body(manifest))

@@ -39,6 +39,7 @@ from rllink_zmq.messages import (
 from rllink_zmq.packing import packing_of
 from rllink_zmq.packing_actions import action_packing, env_packing
 from rllink_zmq.policy import PolicyManifest
+from rllink_zmq.rllib import exploration
 from rllink_zmq.rllib.export import connectors_state
 from rllink_zmq.rllib.export_actions import ForEnv
 from rllink_zmq.rllib.pipelines import Pipelines
@@ -82,7 +83,7 @@ class OwnPolicy(Wanted):
 
 class ModuleActor:
     """A copy of `module` that acts, on `device` (the runner's GPU, say). `version`: its weights', -1 before the first.
-    Not for two threads at once."""
+    `sampled()`: env steps that the training has sampled, by which DQN's epsilon goes. Not for two threads at once."""
 
     def __init__(
         self,
@@ -92,8 +93,10 @@ class ModuleActor:
         normalize: bool,
         clip: bool,
         device: Any = "cpu",
+        sampled: Callable[[], int] = lambda: 0,
     ) -> None:
         self.manifest = manifest
+        self._sampled = sampled
         self.version = -1
         self._device = torch.device(device)
         self._module: Any = copy.deepcopy(module.unwrapped()).to(self._device)
@@ -173,17 +176,18 @@ class ModuleActor:
         with torch.no_grad():
             batch = self.memory.batch(self._given(observations), before)
             module = self._module
-            out, after = self.memory.answer(
-                module.forward_exploration(batch) if explore else module.forward_inference(batch)
-            )
+            out, after = self.memory.answer(exploration.forward(module, batch, explore, self._sampled()))
             dist_inputs = out[Columns.ACTION_DIST_INPUTS]
-            drawn_from = module.get_exploration_action_dist_cls().from_logits(dist_inputs)
-            if explore:
-                actions = drawn_from.sample()
+            if Columns.ACTIONS in out:
+                actions, logp = out[Columns.ACTIONS], out[Columns.ACTION_LOGP]
             else:
-                greedy = module.get_inference_action_dist_cls().from_logits(dist_inputs).to_deterministic()
-                actions = greedy.sample()
-            logp = drawn_from.logp(actions)
+                drawn_from = module.get_exploration_action_dist_cls().from_logits(dist_inputs)
+                if explore:
+                    actions = drawn_from.sample()
+                else:
+                    greedy = module.get_inference_action_dist_cls().from_logits(dist_inputs).to_deterministic()
+                    actions = greedy.sample()
+                logp = drawn_from.logp(actions)
             columns = {"action_logp": logp, "action_dist_inputs": dist_inputs}
             columns |= self._acted(actions, len(dist_inputs))
             columns |= {STATE_OUT + name: array for name, array in zip(self.memory.names, after, strict=True)}
@@ -222,8 +226,9 @@ class PipelineActor(ModuleActor):
         pipelines: Pipelines,
         device: Any = "cpu",
         on_state: Callable[[int, bytes], None] | None = None,
+        sampled: Callable[[], int] = lambda: 0,
     ) -> None:
-        super().__init__(module, manifest, pipelines.action_space, False, False, device)
+        super().__init__(module, manifest, pipelines.action_space, False, False, device, sampled)
         self._pipelines = pipelines
         self._on_state = on_state
 
@@ -247,7 +252,7 @@ class PipelineActor(ModuleActor):
         histories = [[one] for one in pipelines.each(observations)]
         for i, rows in enumerate(earlier or ()):
             histories[i][:0] = pipelines.each(rows)
-        columns, after = pipelines.act(self._module, histories, explore, self.memory, before)
+        columns, after = pipelines.act(self._module, histories, explore, self.memory, before, self._sampled())
         return columns | {STATE_OUT + name: array for name, array in zip(self.memory.names, after, strict=True)}
 
 

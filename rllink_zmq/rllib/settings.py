@@ -118,13 +118,15 @@ def style_of(config: AlgorithmConfig) -> Style:
 @dataclass(frozen=True)
 class Terms:
     """What the broker is told of the training. All in env steps, or learner updates. `lease_steps`: where RLlib waits
-    for every runner in each step of the training none may sit on what another one lacks; 0 = any number."""
+    for every runner in each step of the training none may sit on what another one lacks; 0 = any number. `needs_logp`:
+    the losses of PPO, APPO and IMPALA correct for how probable each action was."""
 
     quota: int
     lag_limit: int
     steps_ahead: int
     fragment_steps: int
     lease_steps: int = 0
+    needs_logp: bool = True
 
 
 def trainer_terms(config: AlgorithmConfig) -> Terms:
@@ -150,7 +152,7 @@ def trainer_terms(config: AlgorithmConfig) -> Terms:
         length = 200 if style == "round" else _stream_share(config)
     length = settings.fragment_steps or length
     most = exact_share(config) + length if style == "exact" else 0
-    return Terms(quota, lag, settings.steps_ahead or ahead, length, most)
+    return Terms(quota, lag, settings.steps_ahead or ahead, length, most, needs_logp=style != "exact")
 
 
 def sampling_rules(config: AlgorithmConfig, runners: int, index: int = 0) -> SamplingRules:

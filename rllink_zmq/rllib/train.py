@@ -22,7 +22,10 @@ import yaml
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.appo import APPOConfig
+from ray.rllib.algorithms.dqn import DQNConfig
+from ray.rllib.algorithms.impala import IMPALAConfig
 from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.algorithms.sac import SACConfig
 
 from rllink_zmq.errors import SettingsError
 from rllink_zmq.rllib.attach import DEFAULT_BROKER, attach
@@ -31,7 +34,9 @@ from rllink_zmq.rllib.settings import KEY
 
 logger = logging.getLogger("rllink_zmq")
 
-ALGORITHMS: dict[str, Callable[[], AlgorithmConfig]] = {"PPO": PPOConfig, "APPO": APPOConfig}
+ALGORITHMS: dict[str, Callable[[], AlgorithmConfig]] = {
+    "PPO": PPOConfig, "APPO": APPOConfig, "IMPALA": IMPALAConfig, "DQN": DQNConfig, "SAC": SACConfig,
+}  # fmt: skip
 
 STARTING_POINT: dict[str, dict[str, Any]] = {
     # For small control tasks; RLlib's own defaults learn CartPole several times slower. `--config` overrides each.
@@ -53,8 +58,42 @@ STARTING_POINT: dict[str, dict[str, Any]] = {
         "num_learners": 0,
         "min_time_s_per_iteration": 1,
     },
+    "IMPALA": {
+        "train_batch_size_per_learner": 500,
+        "lr": 1e-3,
+        "vf_loss_coeff": 0.05,
+        "entropy_coeff": 0.0,
+        "num_learners": 0,
+        "min_time_s_per_iteration": 1,
+    },
+    # An update for four steps on CartPole, one for each on Pendulum; an iteration is half a thousand of steps.
+    "DQN": {
+        "lr": 5e-4,
+        "train_batch_size_per_learner": 64,
+        "rollout_fragment_length": 4,
+        "n_step": 3,
+        "target_network_update_freq": 400,
+        "num_steps_sampled_before_learning_starts": 500,
+        "epsilon": [(0, 1.0), (6000, 0.05)],
+        "min_sample_timesteps_per_iteration": 500,
+    },
+    "SAC": {
+        "actor_lr": 6e-4,
+        "critic_lr": 6e-4,
+        "alpha_lr": 6e-4,
+        "train_batch_size_per_learner": 128,
+        "rollout_fragment_length": 1,
+        "num_steps_sampled_before_learning_starts": 500,
+        "min_sample_timesteps_per_iteration": 500,
+    },
 }
 """What `train` sets on top of RLlib's defaults."""
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "DQN": {"fcnet_hiddens": [64, 64], "fcnet_activation": "relu", "head_fcnet_hiddens": []},
+    "SAC": {"fcnet_hiddens": [64], "head_fcnet_hiddens": [64]},
+}
+"""For observations that are vectors."""
 
 CHECKPOINT_EVERY_S = 60.0
 CHECKPOINTS_KEPT = 2
@@ -161,7 +200,8 @@ def make_config(options: TrainOptions) -> AlgorithmConfig:
     if model is not None:
         config.rl_module(model_config=model)
     elif len(config.observation_space.shape or ()) == 1:
-        config.rl_module(model_config={"fcnet_hiddens": [64, 64], "fcnet_activation": "tanh"})
+        network = {"fcnet_hiddens": [64, 64], "fcnet_activation": "tanh"}
+        config.rl_module(model_config=NETWORKS.get(options.algo, network))
     if own:
         try:
             config.copy(copy_frozen=False).validate()

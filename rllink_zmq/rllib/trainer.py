@@ -17,7 +17,13 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
-from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS, SAMPLE_TIMER, WEIGHTS_SEQ_NO
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    EVALUATION_RESULTS,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
+    SAMPLE_TIMER,
+    WEIGHTS_SEQ_NO,
+)
 
 from rllink_zmq import __version__
 from rllink_zmq.errors import RllinkError
@@ -96,7 +102,15 @@ class Trainer:
             policy_bytes=self._policy_bytes,
             evaluation_share=float(self.settings.evaluation_share),
             lease_steps=terms.lease_steps,
+            sampled=self._sampled_steps(),
+            needs_logp=terms.needs_logp,
         )
+
+    def _sampled_steps(self) -> int:
+        """Env steps that the training has sampled, in all its runs."""
+        metrics = getattr(self._owner, "metrics", None)
+        key = (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME)
+        return 0 if metrics is None else int(metrics.peek(key, default=0))
 
     def _await_welcome(self) -> None:
         """Wait for the broker, saying so every 5 s. Raises the refusal, for example when it has a trainer already."""
@@ -210,6 +224,8 @@ class Trainer:
         broker serves another trainer by now."""
         if self.session.refusal is not None:
             raise self.session.refusal
+        sampled = self._sampled_steps()
+        self._thread.call(lambda now: self.session.note(sampled))
         self.pool.sweep()
         local = self._local
         if local is not None and local.joined and self._group.num_healthy_remote_env_runners():
