@@ -83,8 +83,8 @@ def attach(
     folder = "" if audit is None else str(Path(audit).expanduser().absolute())
     if folder and style == "exact":
         raise SettingsError(
-            "audit: a replay buffer trains on a step as often as it draws it, and an audit proves that each was trained "
-            "on once: it is for PPO, APPO and IMPALA"
+            "audit: a replay buffer trains on a step as often as it draws it, and an audit proves that each was "
+            "trained on once: it is for PPO, APPO and IMPALA"
         )
     if folder:
         check_directory(Path(folder))
@@ -136,8 +136,8 @@ def _refuse_unsupported(config: AlgorithmConfig) -> None:
     check_evaluation(config)
     if style_of(config) == "exact" and dict(config.model_config).get("use_lstm"):
         raise SettingsError(
-            "use_lstm: memory together with a replay buffer (DQN, SAC) can't be trained through the broker yet: leave it "
-            "out, or use PPO, APPO or IMPALA"
+            "use_lstm: memory together with a replay buffer (DQN, SAC) can't be trained through the broker yet: leave "
+            "it out, or use PPO, APPO or IMPALA"
         )
     if config.batch_mode != "truncate_episodes":
         raise SettingsError(
