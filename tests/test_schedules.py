@@ -139,7 +139,7 @@ def handed_over(name: str, takes: dict[int, int]) -> Handed:
 def test_f1_lost_a_runner_killed_before_rllib_has_the_answer_was_not_acked(bench: Bench) -> None:
     """Acked at `sample()`, the fragment would be gone: the simulator has freed it, RLlib never got it."""
     bench.send("s", fragment("s", 1))
-    assert bench.take("a", 1, claim("s", 1)) == [("a", TAKEN(1, [], 0, 10, 10, 1, 2))]
+    assert bench.take("a", 1, claim("s", 1)) == [("a", TAKEN(1, [], 0, 10, 10, 1, 2, 10))]
     assert bench.acks() == {}, "handed over, but nobody knows yet whether RLlib has it"
     bench.unreachable("a")
     bench.send("b", PING())
@@ -537,7 +537,7 @@ def test_f8_idle_runners_keep_their_leases_during_a_long_update(bench: Bench) ->
         for name in ("a", "b", "t"):
             bench.send(name, PING())
         assert leases(bench.wait(1.0)) == []
-    assert bench.take("a", 1, claim("s", 1)) == [("a", TAKEN(1, [], 0, 10, 10, 1, 2))]
+    assert bench.take("a", 1, claim("s", 1)) == [("a", TAKEN(1, [], 0, 10, 10, 1, 2, 10))]
 
 
 def test_f8_a_lost_connection_is_not_a_lost_process(bench: Bench) -> None:
