@@ -401,7 +401,8 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         sim = fragment.simulator
         sim.taken_steps += fragment.header.steps
         if self.trainer is not None and self.trainer.hello.steps_ahead:
-            self._mark(sim, now)
+            # Of many episodes together: they are few, and what waits for their room is a whole simulator.
+            self._mark(sim, now, 0.0 if fragment.header.segments else None)
 
     def _ack(self, sim: Simulator, number: int, outcome: str, now: float) -> None:
         sim.acks.append((number, outcome))

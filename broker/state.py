@@ -157,11 +157,12 @@ class BrokerState:
         if sim.only_evaluates:
             self.episodes_apart += sign * sim.episodes
 
-    def _mark(self, sim: Simulator, now: float) -> None:
-        """This simulator is owed an ACK."""
+    def _mark(self, sim: Simulator, now: float, wait: float | None = None) -> None:
+        """This simulator is owed an ACK, within `wait` seconds; None = `ack_interval`."""
         self._dirty[sim] = None
-        if self._ack_due is None:
-            self._ack_due = now + self.settings.ack_interval
+        due = now + (self.settings.ack_interval if wait is None else wait)
+        if self._ack_due is None or due < self._ack_due:
+            self._ack_due = due
 
     def _mark_all(self, now: float) -> None:
         for sim in self.live_simulators():

@@ -100,8 +100,8 @@ class Vector:
         """The quick answer, for nearly every step: one more row of this block, and nothing to look at before."""
         block, flow = self._block, self._flow
         return (
-            0 < block.rows < block.limit
-            and block.steps > 0
+            block.begun
+            and block.rows < block.limit
             and block.origin is flow.reader.origin
             and flow.remote is None
             and flow.credit >= self.width

@@ -49,6 +49,7 @@ class BlockBuilder:
         self.timings: dict[str, float] = {}
         self.layout: Layout | None = None
         self.logged = True
+        self.begun = False
         self.returns: NDArray[np.float64] = np.zeros(width)
         """Of each world's episode so far."""
         self._resting = np.zeros(width, bool)
@@ -99,6 +100,7 @@ class BlockBuilder:
         self._last: list[tuple[NDArray[np.int64], Array]] = []
         self._ended = 0
         self.rows = 0  # what there are without a step are of worlds that all rested
+        self.begun = True
         if self._next is not None:
             self._obs[0] = self._next
 
@@ -265,6 +267,7 @@ class BlockBuilder:
         self._next = self._obs[rows].copy()
         self.t0 += rows
         self.rows = self.steps = 0
+        self.begun = False
         return _split(self.origin, segments, columns, layout.step_bytes(self.kind), layout.last_bytes, fragment_bytes)
 
     def cut_before_last(self) -> Cut | None:

@@ -467,7 +467,9 @@ class EpisodeBuilder:
         return np.asarray(out[Columns.ACTION_DIST_INPUTS].detach().cpu().numpy(), np.float32)
 
 
-def _dtypes(observations: Any) -> list[np.dtype[Any]]:
+def _dtypes(observations: Any) -> Sequence[np.dtype[Any]]:
+    if isinstance(observations, np.ndarray):
+        return (observations.dtype,)
     return [array.dtype for array in tree.flatten(observations)]
 
 
@@ -486,12 +488,14 @@ def _observations(pieces: Sequence[Piece]) -> Any:
     newest = pieces[-1]
     if len(pieces) == 1:
         return newest.observations
+    cuts = [slice(p.back if i else 0, -1) for i, p in enumerate(pieces[:-1])] + [slice(newest.back, None)]
+    if isinstance(newest.observations, np.ndarray):
+        return np.concatenate([piece.observations[rows] for piece, rows in zip(pieces, cuts, strict=True)])
     each = [
-        tree.map_structure(lambda a, i=i, p=p: a[p.back if i else 0 : -1], p.observations)
-        for i, p in enumerate(pieces[:-1])
+        tree.map_structure(lambda a, rows=rows: a[rows], piece.observations)
+        for piece, rows in zip(pieces, cuts, strict=True)
     ]
-    last = tree.map_structure(lambda a: a[newest.back :], newest.observations)
-    return tree.map_structure(lambda *a: np.concatenate(a), *each, last)
+    return tree.map_structure(lambda *a: np.concatenate(a), *each)
 
 
 class _Blank:
@@ -552,5 +556,5 @@ class _Blank:
 def _like(attributes: Mapping[str, Any], data: Any, lookback: int = 0) -> InfiniteLookbackBuffer:
     """A buffer with these attributes, but for its data."""
     buffer = InfiniteLookbackBuffer.__new__(InfiniteLookbackBuffer)
-    vars(buffer).update(attributes, data=data, lookback=lookback)
+    buffer.__dict__ = {**attributes, "data": data, "lookback": lookback}
     return buffer
