@@ -24,7 +24,7 @@ from rllink_zmq import connect
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--broker", default="tcp://127.0.0.1:5555", help="the broker's frontend")
-parser.add_argument("--program", choices=["learned", "fixed", "random"], default="learned")
+parser.add_argument("--program", choices=["learned", "fixed", "longest", "random"], default="learned")
 parser.add_argument("--episodes", type=int, help="of each; without it until Ctrl-C")
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--traci", action="store_true", help="SUMO as a process of its own, over TraCI, not as a library")
@@ -33,7 +33,8 @@ parser.add_argument("--gui", action="store_true", help="the same, and with its w
 
 def crossing_of(args: argparse.Namespace) -> Crossing:
     if args.traci or args.gui:
-        return Crossing(importlib.import_module("traci"), "sumo-gui" if args.gui else "sumo")
+        command = importlib.import_module("sumolib").checkBinary("sumo-gui" if args.gui else "sumo")
+        return Crossing(importlib.import_module("traci"), command)
     return Crossing(importlib.import_module("libsumo"))
 
 
@@ -60,6 +61,7 @@ def unlearned(args: argparse.Namespace) -> None:
     programs: dict[str, Callable[[NDArray[np.float32]], int]] = {
         "random": lambda seen: int(rng.integers(2)),
         "fixed": lambda seen: crossing.time // 30 % 2,
+        "longest": lambda seen: int(seen[[2, 3, 6, 7]].sum() > seen[[0, 1, 4, 5]].sum()),
     }
     choose, returns = programs[args.program], []
     for i in range(args.episodes or 20):
