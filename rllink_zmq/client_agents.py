@@ -89,6 +89,8 @@ class AgentsFlow(Flow):
         if origin is not None:
             for builder, _ in pairs:
                 assert isinstance(builder, AgentsBuilder)
+                if not builder.steps:
+                    builder.counts_as = reader.counts_as(builder.origin)
                 if builder.crew is not reader.crew and reader.crew is not None:
                     fixed = {agent: each.module for agent, each in builder.agents.items()}
                     builder.recast(reader.cast(fixed), reader.crew.failures)

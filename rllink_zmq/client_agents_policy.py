@@ -21,6 +21,10 @@ from rllink_zmq.weights_agents import AgentsWanted
 log = logging.getLogger("rllink_zmq")
 
 
+SETTLES = 0.3
+"""Seconds until a subscription has reached the broker: which topics are wanted is known late, with the crew."""
+
+
 class AgentsReader(PolicyReader):
     """As `PolicyReader`, for several modules. `policies`: of those that act for agents of this process, by module id;
     `crew`: another object whenever it changes; `layout`: of an env step in which all agents take part."""
@@ -36,6 +40,8 @@ class AgentsReader(PolicyReader):
         self._topics: tuple[str, ...] = ()
         self._fresh_since: float | None = None
         self._random = random.Random(seed)
+        self._subscribed = 0.0
+        self._heard_again = True
 
     def admit(self, agents: Iterable[AgentId]) -> None:
         """A client of this process has these."""
@@ -73,9 +79,28 @@ class AgentsReader(PolicyReader):
                 if module.id in self._layouts
             }
 
+    def counts_as(self, origin: AgentsOrigin) -> int:
+        """The version by which the lag of what begins now with these weights is counted: that of the oldest module that
+        is trained and not at its newest. A module that had nothing to learn from for a while is not old."""
+        with self.lock:
+            wanted, crew, versions = self._wanted, self.crew, origin.versions
+            trained = {module.id for module in crew.modules if module.trained} if crew is not None else set()
+            late = [
+                version
+                for module, version in versions.items()
+                if module in trained and module in wanted.modules and version < wanted.modules[module].version
+            ]
+            return min(late, default=max(wanted.newest_told, *versions.values()))
+
     # ---- inside
 
     def _tell(self, session: SimulatorSession, now: float) -> None:
+        if self._subscription is None:
+            self._subscribed = now
+        elif not self._heard_again and now - self._subscribed >= SETTLES:
+            # What was published until the subscription had reached the broker, nobody has told.
+            self._heard_again = True
+            session.ping(now)
         self._wanted.told_modules(session.run, session.version, session.modules, session.policy, now)
 
     def _subscribe(self, told: str) -> None:
@@ -87,6 +112,7 @@ class AgentsReader(PolicyReader):
             self._subscription = None
         if self._subscription is None and address and topics:
             self._subscription = Subscription(address, topics)
+            self._heard_again = False
 
     def _load(self) -> None:
         wanted = self._wanted
@@ -143,17 +169,5 @@ class AgentsReader(PolicyReader):
         except PolicyError as e:
             log.warning("%s", e)
             return
-        self.origin = AgentsOrigin.of(wanted.run, self._counts_as(crew, versions), versions)
+        self.origin = AgentsOrigin.of(wanted.run, max(versions.values()), versions)
         self._switched, self._fresh_since = now, None
-
-    def _counts_as(self, crew: Crew, versions: Mapping[str, int]) -> int:
-        """The version by which the lag is counted: that of the oldest module that is trained and not at its newest. A
-        module that had nothing to learn from for a while is not old."""
-        newest = max(self._wanted.newest_told, *versions.values())
-        trained = {module.id for module in crew.modules if module.trained}
-        late = [
-            version
-            for module, version in versions.items()
-            if module in trained and version < self._wanted.modules[module].version
-        ]
-        return min(late, default=newest)

@@ -28,7 +28,7 @@ NOTHING: Array = np.zeros(0, np.uint8)
 
 
 class AgentsOrigin(Origin):
-    """Which weights chose: `versions` of each module, `version` the oldest of those that are trained."""
+    """Which weights chose: `versions` of each module. By `version` the lag is counted."""
 
     versions: Mapping[str, int]
 
@@ -93,7 +93,8 @@ class AgentsBuilder(FragmentBuilder):
 
     For each env step: `observe` a `Turn`, then `took` for each agent that acts, then `stepped`, then `rewards`.
     `steps`, `t0` and `limit` count env steps. `cast`: agent -> how it takes part, of this episode; `known`: all that
-    the simulator may have; `failures`: why others do not; `crew`: whatever `cast` was made of.
+    the simulator may have; `failures`: why others do not; `crew`: whatever `cast` was made of; `counts_as`: the version
+    by which the fragment's lag is counted.
     """
 
     origin: AgentsOrigin
@@ -106,6 +107,7 @@ class AgentsBuilder(FragmentBuilder):
         self.cast: Mapping[AgentId, Member] = {}
         self.failures: Mapping[AgentId, str] = {}
         self.crew: object = None
+        self.counts_as = 0
         self.agents: dict[AgentId, _Agent] = {}
         self.ended: dict[AgentId, End] = {}
         self._seen = -1
@@ -305,16 +307,16 @@ class AgentsBuilder(FragmentBuilder):
         order = list(parts)
         entries.sort(key=lambda entry: order.index(entry.module))  # stable: rows are joined in this order
         used = {agent.module for agent in self.agents.values()} | set(parts)
-        versions = {module: self.origin.versions.get(module, 0) for module in sorted(used)} or dict(
-            self.origin.versions
-        )
+        all_versions = self.origin.versions
+        versions = {module: all_versions.get(module, 0) for module in sorted(used)} or dict(all_versions)
         arrays: dict[str, Array] = {}
         for module, some in parts.items():
             for column in some[0][0]:
                 arrays[f"{module}/{column}"] = np.concatenate([one[column] for one, _ in some])
             times = [time - self.t0 for _, each in some for time in each]
             arrays[f"{module}/t"] = np.array(times, np.int32)
-        made = Cut(self.origin, self.t0, self.steps, self._before, arrays, modules=versions, agents=tuple(entries))
+        origin = AgentsOrigin.of(self.origin.run, self.counts_as, all_versions)
+        made = Cut(origin, self.t0, self.steps, self._before, arrays, modules=versions, agents=tuple(entries))
         self.agents = {name: agent for name, agent in self.agents.items() if agent.end == "no"}
         self._before = self.episode_return
         self.t0 += self.steps

@@ -362,6 +362,11 @@ class SimulatorSession(Endpoint):
             self._say(message, now, body)
         return self.number
 
+    def ping(self, now: float) -> None:
+        """Have the broker tell its limits, and the newest versions, once more."""
+        if self.state is State.LIVE:
+            self._say(PING(), now)
+
     def welcomed(self, message: WELCOME, now: float) -> None:
         self.fragment_bytes = message.fragment_bytes
         self.weights_address = message.weights

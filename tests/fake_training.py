@@ -18,7 +18,7 @@ from test_policy import BODY, discrete_blob
 from broker.server import Server
 from broker.settings import Settings
 from rllink_zmq.compression import arrays_of
-from rllink_zmq.messages import FRAGMENT, TrainerHello
+from rllink_zmq.messages import FRAGMENT, Spaces, TrainerHello
 from rllink_zmq.policy import policy_hash
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import RunnerSession, TrainerSession
@@ -68,11 +68,12 @@ class Training:
         steps_ahead: int = 0,
         fragment_steps: int = 8,
         run: str = RUNS[0],
+        spaces: Spaces | None = None,
     ) -> None:
         self.taken: list[tuple[FRAGMENT, dict[str, Any]]] = []
         self.paused = False
         self.run = run
-        spaces = spaces_to_wire(observation_space, action_space)
+        spaces = spaces or spaces_to_wire(observation_space, action_space)
         terms = TrainerHello(run, 1000, 1_000_000, steps_ahead, 1, fragment_steps, spaces, policy_hash(blob), len(blob))
         self.trainer = TrainerSession(os.urandom(16), terms, blob, name="fake")
         self.runner = RunnerSession(os.urandom(16), run, name="fake")
@@ -85,9 +86,9 @@ class Training:
     def steps(self) -> int:
         return sum(header.steps for header, _ in self.taken)
 
-    def publish(self, version: int, body: bytes = BODY) -> None:
+    def publish(self, version: int, body: bytes = BODY, module: str = "") -> None:
         """Offer weights; the broker fetches and publishes them."""
-        self._todo.put(lambda: self.runner.offer(version, len(body), lambda: body, time.monotonic()))
+        self._todo.put(lambda: self.runner.offer(version, len(body), lambda: body, time.monotonic(), module))
 
     def start(self) -> None:
         self._thread.start()
