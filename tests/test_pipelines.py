@@ -31,10 +31,11 @@ from rllink_zmq.packing import Packing
 from rllink_zmq.policy import Policy, PolicyManifest, unpack_policy
 from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import connectors_state, weights_body
+from rllink_zmq.rllib.export_connectors import check_connectors, own_flattening
 from rllink_zmq.rllib.pipelines import Filters, FragmentConnectors, Pipelines, has_own_connectors, state_bytes
 from rllink_zmq.rllib.policies import policy_of
 from rllink_zmq.rllib.runner import Held, ZmqEnvRunner
-from rllink_zmq.rllib.service import PipelineActor
+from rllink_zmq.rllib.service import ModuleActor, PipelineActor
 from rllink_zmq.rllib.states import from_bytes, to_bytes
 from rllink_zmq.session_runner import Lease
 from rllink_zmq.wire import check_body
@@ -220,6 +221,41 @@ def test_actions_and_episodes_are_those_of_rllibs_own_runner(space: gym.Space[An
     filled_in = built.episode.get_extra_model_outputs(Columns.ACTION_DIST_INPUTS)
     np.testing.assert_allclose(filled_in, expected, rtol=1e-5, atol=1e-6)
     assert built.episode.observation_space == theirs.observation_space
+
+
+@pytest.mark.parametrize("removed", [None, ["where"]])
+def test_flattening_is_done_by_the_graph(removed: list[str] | None) -> None:
+    flatten = partial(FlattenObservations, MIXED, DISCRETE, keys_to_remove=removed)
+    made, observations = config(MIXED, flatten), samples(MIXED)
+    theirs = rllib(made, observations)
+    module = module_of(made)
+    blob = policy_of(made, module)
+    manifest = unpack_policy(blob)[0]
+    assert not manifest.remote_only and len(manifest.parts) == 3, "the graph gets all parts"
+    policy = Policy.load(blob, seed=0)
+    policy.apply(0, weights_body(manifest, module.get_state()))
+    given = rows(MIXED, observations)
+    acted = policy.act(given[:-1], explore=False)
+    np.testing.assert_array_equal(acted.actions, theirs.get_actions())
+    expected = theirs.get_extra_model_outputs(Columns.ACTION_DIST_INPUTS)
+    np.testing.assert_allclose(acted.action_dist_inputs, expected, rtol=1e-5, atol=1e-6)
+    actor = ModuleActor(module, manifest, DISCRETE, True, False, flattening=own_flattening(made))
+    actor.apply(0, weights_body(manifest, module.get_state()))
+    asked = actor.act(given[:-1], explore=False)
+    np.testing.assert_allclose(asked["action_dist_inputs"], expected, rtol=1e-5, atol=1e-6)
+    builder = EpisodeBuilder(
+        MIXED, DISCRETE, module, connectors=FragmentConnectors(Pipelines(made, module=module), Filters(2))
+    )
+    (built,), refused = builder.build([fragment(given, actions=acted.actions)])
+    assert not refused
+    np.testing.assert_array_equal(built.episode.get_observations(), theirs.get_observations())
+
+
+def test_flattening_and_more_is_not_for_the_graph() -> None:
+    made = config(MIXED, FlattenObservations, Halved)
+    assert own_flattening(made) is None
+    with pytest.raises(PolicyError, match="adds FlattenObservations, Halved"):
+        check_connectors(made)
 
 
 def test_a_piece_that_fails_on_one_fragment_costs_that_one() -> None:

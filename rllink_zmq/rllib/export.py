@@ -34,6 +34,7 @@ from rllink_zmq.rllib.export_acting import HALF, Acting
 from rllink_zmq.rllib.export_actions import REMOTE
 from rllink_zmq.rllib.export_canonical import canonical
 from rllink_zmq.rllib.export_observations import Example, Observed
+from rllink_zmq.rllib.flattening import Flattening
 from rllink_zmq.rllib.recurrent import Memory, one_step
 from rllink_zmq.spaces import to_wire
 
@@ -48,14 +49,15 @@ def export_policy(
     normalize_actions: bool = True,
     clip_actions: bool = False,
     evaluation_explores: bool = True,
+    flattening: Flattening | None = None,
 ) -> bytes:
     """The blob of `module`'s exploring policy (see `rllink_zmq.policy`), with no weights in it.
 
     The spaces are one environment's. Observations of float64 become float32, as RLlib's `NumpyToTensor` does; other
     dtypes reach the module as they are. Actions may be Discrete, MultiDiscrete or a one-dimensional float Box.
     `normalize_actions` and `clip_actions` are those of the `AlgorithmConfig`, `evaluation_explores` is its evaluation
-    config's `explore`. As in RLlib, `start` of a Discrete space
-    is not added. The module is unchanged afterwards; the blob of two modules of one architecture is the same.
+    config's `explore`. `flattening`: the FlattenObservations before the module. As in RLlib, `start` of a Discrete
+    space is not added. The module is unchanged afterwards; the blob of two modules of one architecture is the same.
 
     A stateful module's state goes in and comes out with each step (`rllink_zmq.rllib.recurrent`).
 
@@ -78,7 +80,7 @@ def export_policy(
         name, module.get_exploration_action_dist_cls(), action_space, normalize_actions, clip_actions,
         greedy=bool(epsilon),
     )  # fmt: skip
-    graph = _Graph(module, acting, memory, example.packing)
+    graph = _Graph(module, acting, memory, example.packing, flattening)
     training = module.training
     module.eval()  # as forward_exploration does for the time of the call
     try:
@@ -166,9 +168,17 @@ def connectors_state(manifest: PolicyManifest, body: bytes) -> bytes:
 class _Graph(torch.nn.Module):
     """What is traced."""
 
-    def __init__(self, module: TorchRLModule, acting: Acting, memory: Memory, packing: Packing | None) -> None:
+    def __init__(
+        self,
+        module: TorchRLModule,
+        acting: Acting,
+        memory: Memory,
+        packing: Packing | None,
+        flattening: Flattening | None,
+    ) -> None:
         super().__init__()
         self.greedy = acting.greedy
+        self.flattening = flattening
         self.memory = memory
         self._packing = packing
         self.module = module
@@ -177,9 +187,7 @@ class _Graph(torch.nn.Module):
     def infer(self, observations: Observed, *state: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Dist inputs (B, k), and the state after the step. Raises PolicyError if the module answers with anything
         else."""
-        if self._packing is not None:
-            observations = self._packing.structure(list(observations))
-        given = self.memory.batch(observations, state)
+        given = self.memory.batch(self._structured(observations), state)
         found = exploration.values_of(self.module, given)[1] if self.greedy else self.module.forward_exploration(given)
         answer, after = self.memory.answer(found)
         if Columns.ACTION_DIST_INPUTS not in answer or Columns.ACTIONS in answer:
@@ -189,6 +197,12 @@ class _Graph(torch.nn.Module):
                 f"distribution (PPO, APPO, IMPALA, SAC), or RLlib's own exploration of DQN"
             )
         return answer[Columns.ACTION_DIST_INPUTS], after
+
+    def _structured(self, observations: Observed) -> Any:
+        """What the module gets of them."""
+        if self.flattening is not None:
+            return self.flattening([observations] if isinstance(observations, torch.Tensor) else observations)
+        return observations if self._packing is None else self._packing.structure(list(observations))
 
     def forward(self, observations: Observed, noise: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`rest`: epsilon, if it is greedy, then the state."""
@@ -324,6 +338,8 @@ def _verify(blob: bytes, graph: _Graph, example: Example) -> None:
     policy.epsilon = HALF
     policy.apply(0, weights_body(policy.manifest, state))
     observations = example.rows(3)  # not the number it was traced with
+    if graph.flattening is not None:
+        _verify_flattening(name, graph.flattening, example, observations)
     memory = [start + torch.rand(start.shape, generator=generator).to(start.dtype) for start in graph.starts(3)]
     acted = policy.act(observations, state=[part.numpy() for part in memory])
     with torch.no_grad():
@@ -357,6 +373,14 @@ def _verify(blob: bytes, graph: _Graph, example: Example) -> None:
                 f"the exported {name} differs from the module in {what} by {worst:.3g}: its forward_exploration does "
                 f"something that tracing can't see (random numbers, state, Python branches). Change it, or {REMOTE}"
             )
+
+
+def _verify_flattening(name: str, flattening: Flattening, example: Example, rows: NDArray[Any]) -> None:
+    given = example.given(rows)
+    ours = flattening([given] if isinstance(given, torch.Tensor) else given).numpy()
+    theirs = flattening.of_rows(rows if example.packing is None else example.packing.unpack(rows))
+    if not np.array_equal(ours, theirs):
+        raise PolicyError(f"{name}: the graph flattens observations differently from FlattenObservations: {REMOTE}")
 
 
 class _Infer(torch.nn.Module):

@@ -10,11 +10,15 @@ from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.rllib.export_actions import REMOTE
+from rllink_zmq.rllib.flattening import Flattening, flattening_of
+from rllink_zmq.rllib.pipelines import own_pieces
 
 
-def check_connectors(config: AlgorithmConfig) -> None:
-    """Raises PolicyError, naming the pieces, if `config` changes RLlib's default env-to-module or module-to-env
-    connectors: the graph does what the default ones do, and a simulator has no other."""
+def check_connectors(config: AlgorithmConfig) -> Flattening | None:
+    """What the graph has to do before the module: flatten observations, or nothing. Raises PolicyError, naming the
+    pieces, if `config` changes RLlib's default env-to-module or module-to-env connectors in any other way: the graph
+    does what the default ones do, and a simulator has no other."""
+    flattening = own_flattening(config)
     spaces = {INPUT_ENV_SINGLE_SPACES: (config.observation_space, config.action_space)}
     for setting, make, arguments, defaults in (
         (
@@ -30,7 +34,7 @@ def check_connectors(config: AlgorithmConfig) -> None:
             config.add_default_connectors_to_module_to_env_pipeline,
         ),
     ):
-        if make is not None:
+        if make is not None and not (flattening is not None and setting == "env_to_module_connector"):
             raise PolicyError(
                 f"config.env_runners({setting}=...) adds {pieces(make, arguments)}, which the exported policy can't "
                 f"hold: do its work in the environment (a gymnasium wrapper) or in the RLModule, or {REMOTE}"
@@ -40,6 +44,18 @@ def check_connectors(config: AlgorithmConfig) -> None:
                 f"config.env_runners(add_default_connectors_to_{setting.removesuffix('_connector')}_pipeline=False) "
                 f"takes away what the exported policy does: leave it True, or {REMOTE}"
             )
+    return flattening
+
+
+def own_flattening(config: AlgorithmConfig) -> Flattening | None:
+    """RLlib's FlattenObservations, if it is all that the config puts before the module."""
+    if config._env_to_module_connector is None:
+        return None
+    try:
+        found = own_pieces(config)
+    except Exception:  # a user's function, that may well need an env: what it makes isn't known
+        return None
+    return flattening_of(found, config.observation_space)
 
 
 def pieces(make: Callable[..., Any], arguments: tuple[Any, ...]) -> str:

@@ -31,6 +31,7 @@ from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.packing_actions import action_packing, env_packing
 from rllink_zmq.rllib.exploration import forward
+from rllink_zmq.rllib.flattening import flattening_of
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.rllib.states import from_bytes, to_bytes
 
@@ -82,6 +83,7 @@ class Pipelines:
         self.to_env = config.build_module_to_env_connector(env=None, spaces=spaces)
         made = 0 if config._env_to_module_connector is None else _count_own(config, self.to_module)
         self._own: list[ConnectorV2] = self.to_module.connectors[:made]
+        self._flattening = flattening_of(self._own, self.observation_space)
         for piece in self._own:
             if getattr(piece, "_update_stats", None):
                 piece._update_stats = False  # RLlib's MeanStdFilter, which has no public name for it
@@ -167,6 +169,8 @@ class Pipelines:
         of (count, ...) arrays, and its space: the same, unless a piece rewrites them."""
         if not self._own:
             return observations, self.observation_space
+        if self._flattening is not None:
+            return self._flattening.of_rows(observations), self._flattening.observation_space
         each = _rows(observations, 0, count)
         if self.lookback:
             found, space = self._stepped(each, count)
@@ -384,6 +388,13 @@ def state_bytes(pipeline: ConnectorV2) -> bytes:
     """The state of a pipeline's pieces, to travel; b'' where they have none. Raises `PolicyError`."""
     state = {name: inner for name, inner in pipeline.get_state().items() if inner}
     return to_bytes(state) if state else b""
+
+
+def own_pieces(config: AlgorithmConfig) -> list[ConnectorV2]:
+    """The env-to-module pieces that the config adds. Raises whatever they do."""
+    spaces = dict.fromkeys((INPUT_ENV_SPACES, INPUT_ENV_SINGLE_SPACES), (config.observation_space, config.action_space))
+    pipeline = config.build_env_to_module_connector(env=None, spaces=spaces)
+    return list(pipeline.connectors[: _count_own(config, pipeline)])
 
 
 def _count_own(config: AlgorithmConfig, pipeline: Any) -> int:

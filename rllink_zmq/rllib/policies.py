@@ -30,7 +30,7 @@ def policy_of(config: AlgorithmConfig, module: RLModule) -> bytes:
     simulators have to ask. Raises `PolicyError` for what runners can't act by either, `SettingsError` for settings that
     a filter can't do with."""
     try:
-        check_connectors(config)
+        flattening = check_connectors(config)
         return export_policy(
             module,
             config.observation_space,
@@ -38,6 +38,7 @@ def policy_of(config: AlgorithmConfig, module: RLModule) -> bytes:
             normalize_actions=bool(config.normalize_actions),
             clip_actions=bool(config.clip_actions),
             evaluation_explores=explores(config)[1],
+            flattening=flattening,
         )
     except PolicyError as error:
         blob = _remote_policy(config, module, str(error))

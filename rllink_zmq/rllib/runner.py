@@ -49,6 +49,7 @@ from rllink_zmq.rllib.episodes import Built, EpisodeBuilder, Finished, Piece, cu
 from rllink_zmq.rllib.evaluation import EvaluationLink
 from rllink_zmq.rllib.exploration import epsilon_schedule
 from rllink_zmq.rllib.export import weights_body
+from rllink_zmq.rllib.export_connectors import own_flattening
 from rllink_zmq.rllib.link import RunnerLink
 from rllink_zmq.rllib.pipelines import (
     Filters,
@@ -237,7 +238,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             else:
                 actor = ModuleActor(
                     self.module, manifest, self.spaces[INPUT_ENV_SINGLE_SPACES][1], bool(config.normalize_actions),
-                    bool(config.clip_actions), self._device, sampled,
+                    bool(config.clip_actions), self._device, sampled, own_flattening(config),
                 )  # fmt: skip
             if self.held is not None:
                 actor.apply(self.held.version, self.held.body(manifest))

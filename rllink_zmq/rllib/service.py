@@ -42,6 +42,7 @@ from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib import exploration
 from rllink_zmq.rllib.export import connectors_state
 from rllink_zmq.rllib.export_actions import ForEnv
+from rllink_zmq.rllib.flattening import Flattening
 from rllink_zmq.rllib.pipelines import Pipelines
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.session import State
@@ -83,7 +84,8 @@ class OwnPolicy(Wanted):
 
 class ModuleActor:
     """A copy of `module` that acts, on `device` (the runner's GPU, say). `version`: its weights', -1 before the first.
-    `sampled()`: env steps that the training has sampled, by which DQN's epsilon goes. Not for two threads at once."""
+    `sampled()`: env steps that the training has sampled, by which DQN's epsilon goes. `flattening`: the
+    FlattenObservations before the module. Not for two threads at once."""
 
     def __init__(
         self,
@@ -94,9 +96,11 @@ class ModuleActor:
         clip: bool,
         device: Any = "cpu",
         sampled: Callable[[], int] = lambda: 0,
+        flattening: Flattening | None = None,
     ) -> None:
         self.manifest = manifest
         self._sampled = sampled
+        self._flattening = flattening
         self.version = -1
         self._device = torch.device(device)
         self._module: Any = copy.deepcopy(module.unwrapped()).to(self._device)
@@ -209,10 +213,11 @@ class ModuleActor:
 
     def _given(self, observations: NDArray[Any]) -> Any:
         """(B, *shape) as the module takes them."""
-        if self._packing is None:
-            return torch.from_numpy(observations).to(self._device)
-        arrays = self._packing.arrays(observations)
-        return self._packing.structure([torch.from_numpy(array).to(self._device) for array in arrays])
+        arrays = [observations] if self._packing is None else self._packing.arrays(observations)
+        tensors = [torch.from_numpy(array).to(self._device) for array in arrays]
+        if self._flattening is not None:
+            return self._flattening(tensors)
+        return tensors[0] if self._packing is None else self._packing.structure(tensors)
 
 
 class PipelineActor(ModuleActor):

@@ -1,0 +1,67 @@
+"""RLlib's own FlattenObservations, done by the graph and for whole fragments at once.
+
+One row of float32 of an observation: one-hot for Discrete and MultiDiscrete, everything else as numbers, the parts in
+the order of their bytes (keys sorted), as RLlib's piece has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tree  # dm_tree, which RLlib needs
+from numpy.typing import NDArray
+from ray.rllib.connectors.common.flatten_observations import FlattenObservations
+from ray.rllib.utils.numpy import flatten_inputs_to_1d_tensor
+
+from rllink_zmq.packing import packing_of
+
+
+class Flattening:
+    """What `piece` makes of observations of `space`. `observation_space`: of what it makes."""
+
+    def __init__(self, piece: FlattenObservations, space: gym.Space[Any]) -> None:
+        self.observation_space: gym.Space[Any] = piece.observation_space
+        self._removed = frozenset(piece._keys_to_remove)
+        self._struct = piece._input_obs_base_struct
+        self._nested = isinstance(space, gym.spaces.Dict)
+        packing = packing_of(space)
+        parts = [((), space)] if packing is None else [(part.keys, part.space) for part in packing.parts]
+        self._parts = [None if keys and keys[0] in self._removed else inner for keys, inner in parts]
+
+    def __call__(self, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(B, *shape) of each part -> (B, n) float32."""
+        pairs = zip(self._parts, arrays, strict=True)
+        return torch.cat([_flat(space, array) for space, array in pairs if space is not None], -1)
+
+    def of_rows(self, observations: Any) -> NDArray[np.float32]:
+        """A structure of (B, ...) arrays -> (B, n), by RLlib's own function."""
+        if self._nested and self._removed:
+            observations = {key: inner for key, inner in observations.items() if key not in self._removed}
+        made: NDArray[np.float32] = flatten_inputs_to_1d_tensor(observations, self._struct, batch_axis=True)
+        return made
+
+
+def flattening_of(pieces: Sequence[Any], space: gym.Space[Any]) -> Flattening | None:
+    """What these env-to-module pieces do, if they are RLlib's FlattenObservations and nothing else."""
+    if len(pieces) != 1 or type(pieces[0]) is not FlattenObservations:
+        return None
+    (piece,) = pieces
+    if piece._multi_agent or piece._as_learner_connector or not tree.flatten(piece._input_obs_base_struct):
+        return None
+    return Flattening(piece, space)
+
+
+def _flat(space: gym.Space[Any], array: torch.Tensor) -> torch.Tensor:
+    if isinstance(space, gym.spaces.Discrete):
+        return _one_hot(array, int(space.n))
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return torch.cat([_one_hot(array[:, i], int(n)) for i, n in enumerate(space.nvec)], -1)
+    return (array.unsqueeze(-1) if array.dim() == 1 else array.flatten(1)).to(torch.float32)
+
+
+def _one_hot(values: torch.Tensor, count: int) -> torch.Tensor:
+    return (values.unsqueeze(-1) == torch.arange(count, device=values.device)).to(torch.float32)
