@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
+from pathlib import Path
 
 import gymnasium as gym
 
@@ -19,6 +21,7 @@ parser.add_argument("--seed", type=int, default=1)
 
 def main() -> None:
     args = parser.parse_args()
+    sys.path.append(str(Path.cwd()))  # "module:Name-v0" may be a module there
     env = gym.make(args.env)
     env.action_space.seed(args.seed)
     returns = []

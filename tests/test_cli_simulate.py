@@ -178,6 +178,22 @@ def test_what_can_not_be_started(arguments, code, says):
     assert "Traceback" not in result.output
 
 
+def test_a_module_beside_which_it_is_started_is_found(world, tmp_path):
+    """As a script there would find it. (`python -m` does anyway; the installed command is a script elsewhere.)"""
+    server, _ = world
+    (tmp_path / "beside.py").write_text("from counting_env import *\n")
+    main = "import sys; sys.path.remove(''); from rllink_zmq.cli import main; main()"
+    options = ("--env", "beside:Counting-v0", "--broker", server.frontend, "--num", "2", "--processes", "2", "--json")
+    paths = f"{processes.ROOT}:{processes.ROOT / 'tests'}"
+    with processes.process(
+        "-c", main, "simulate", *options, "--episodes", "2", cwd=tmp_path, stderr=processes.subprocess.PIPE,
+        env=processes.environment(PYTHONPATH=paths),
+    ) as running:  # fmt: skip
+        code, result, err = ended(running)
+    assert code == 0, err
+    assert result["episodes"] == 4
+
+
 def test_spaces_that_do_not_travel(served):
     result = CliRunner().invoke(main, ["simulate", "--env", "counting_env:Talking-v0", "--broker", served.frontend])
     assert result.exit_code == 1

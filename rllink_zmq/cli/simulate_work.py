@@ -6,11 +6,13 @@ import difflib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from importlib import import_module
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -63,12 +65,16 @@ class Report(NamedTuple):
 def check_env(name: str) -> None:
     """Raises SettingsError, naming what comes close, for an environment that Gymnasium doesn't know."""
     module, _, env_id = name.rpartition(":")
+    if module and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # as `python script.py` there would find it; processes inherit it
     try:
         if module:
             import_module(module)
         gym.spec(env_id)
     except ImportError as e:
-        raise SettingsError(f"--env {name}: the module can't be imported ({e})") from e
+        raise SettingsError(
+            f"--env {name}: the module can't be imported ({e}): is it in the current directory or on PYTHONPATH?"
+        ) from e
     except gym.error.Error as e:
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "'module:Name-v0' imports a module of yours first"
