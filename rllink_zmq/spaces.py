@@ -108,8 +108,21 @@ def _nested_to_wire(space: gym.spaces.Dict | gym.spaces.Tuple, depth: int) -> Sp
         if not (isinstance(key, int) or 1 <= len(key) <= MAX_KEY):
             raise SpaceError(f"a Dict with the key {key!r}; text of 1 to {MAX_KEY} characters travels")
     if isinstance(space, gym.spaces.Dict):
-        return DictSpace(tuple((str(key), _to_wire(value, depth + 1)) for key, value in inner))
-    return TupleSpace(tuple(_to_wire(value, depth + 1) for _, value in inner))
+        return DictSpace(tuple((str(key), _part_to_wire(key, value, depth + 1)) for key, value in inner))
+    return TupleSpace(tuple(_part_to_wire(key, value, depth + 1) for key, value in inner))
+
+
+def _part_to_wire(key: str | int, space: gym.Space[Any], depth: int) -> Space:
+    """A space inside of another one: what is wrong with it is told with the way to it."""
+    try:
+        return _to_wire(space, depth)
+    except SpaceError as error:
+        raise SpaceError(_named(f"[{key!r}]", error)) from None
+
+
+def _named(name: str, error: SpaceError) -> str:
+    said = str(error)
+    return f"{name}{said}" if said.startswith("[") else f"{name}: {said}"
 
 
 def from_wire(space: Space) -> gym.Space[Any]:
@@ -159,7 +172,13 @@ def _from_wire(space: Space, depth: int) -> gym.Space[Any]:
 
 def spaces_to_wire(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Spaces:
     """Both spaces of an environment as they travel. Raises `SpaceError`."""
-    return Spaces(to_wire(observation_space), to_wire(action_space))
+    made = []
+    for name, space in (("observation", observation_space), ("action", action_space)):
+        try:
+            made.append(to_wire(space))
+        except SpaceError as error:
+            raise SpaceError(_named(name, error)) from None
+    return Spaces(made[0], made[1])
 
 
 def agents_to_wire(

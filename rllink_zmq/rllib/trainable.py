@@ -1,0 +1,97 @@
+"""Which spaces RLlib's own models train, and why not the others: told before a training is built, with the part's name.
+
+Where RLlib's own runner raises an error for a space, deep inside of its build or with its first sample, or gives the
+environment what doesn't belong into its action space, this says so in words. `tests/test_spaces_table.py` holds each of
+these rules against RLlib. A model or connectors of the user's own may do what RLlib's can't, and aren't judged here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
+
+from rllink_zmq.errors import SpaceError
+from rllink_zmq.packing import children
+from rllink_zmq.rllib.export_connectors import pieces
+
+FLATTEN = (
+    "add RLlib's FlattenObservations: config.env_runners(env_to_module_connector=lambda env, spaces, device: "
+    "FlattenObservations())"
+)
+
+
+def check_trainable(config: AlgorithmConfig) -> None:
+    """Raises `SpaceError`, with the part's name, for spaces in `config` that RLlib's own models can't be trained on."""
+    observations, actions = config.observation_space, config.action_space
+    if config._rl_module_spec is not None:
+        return
+    made = config._env_to_module_connector
+    flattens = False
+    if made is not None:
+        spaces = {INPUT_ENV_SINGLE_SPACES: (observations, actions)}
+        flattens = pieces(made, (None, spaces, None)) == "FlattenObservations"
+    if made is None or flattens:
+        reason = flattened_misfit(observations) if flattens else observation_misfit(observations)
+        if reason:
+            raise SpaceError(f"RLlib can't train on these observations: {reason}")
+    if reason := action_misfit(actions):
+        raise SpaceError(f"RLlib can't train such actions: {reason}")
+
+
+def observation_misfit(space: gym.Space[Any]) -> str:
+    """Why RLlib's models can't take observations of this space as they are; '' if they can."""
+    if not isinstance(space, gym.spaces.Box):
+        return f"its models take a Box, not {_short(space)}: {FLATTEN}"
+    if len(space.shape) not in (1, 3):
+        shape = list(space.shape)
+        return f"its models take a Box of one dimension, or of three for images, not of shape {shape}: {FLATTEN}"
+    if np.dtype(space.dtype) not in (np.float32, np.float64):
+        return (
+            f"its models take floats, and {np.dtype(space.dtype)} reaches them as it is: have the environment give "
+            f"float32 (a gymnasium wrapper), or {FLATTEN}"
+        )
+    return ""
+
+
+def flattened_misfit(space: gym.Space[Any]) -> str:
+    """Why RLlib's FlattenObservations can't take observations of this space; '' if it can."""
+    for name, part in _parts(space, "obs"):
+        if isinstance(part, gym.spaces.Discrete | gym.spaces.MultiDiscrete) and np.any(part.start):
+            return (
+                f"FlattenObservations counts the values of {name} from 0, and {_short(part)} starts elsewhere: "
+                f"have the environment count from 0"
+            )
+    return ""
+
+
+def action_misfit(space: gym.Space[Any]) -> str:
+    """Why RLlib's distributions can't act in this space; '' if they can."""
+    for name, part in _parts(space, "action"):
+        if not isinstance(part, gym.spaces.Box):
+            continue
+        if np.dtype(part.dtype).kind != "f":
+            return f"{name} is a Box of {np.dtype(part.dtype)}, and its distributions are of floats: use MultiDiscrete"
+        if len(part.shape) != 1:
+            return (
+                f"{name} is a Box of shape {list(part.shape)}, and its distribution has one dimension: have the "
+                f"environment reshape it"
+            )
+    return ""
+
+
+def _parts(space: gym.Space[Any], name: str) -> Iterator[tuple[str, gym.Space[Any]]]:
+    if not isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        yield name, space
+        return
+    for key, inner in children(space):
+        yield from _parts(inner, f"{name}[{key!r}]")
+
+
+def _short(space: gym.Space[Any]) -> str:
+    said = str(space)
+    return said if len(said) <= 60 else type(space).__name__
