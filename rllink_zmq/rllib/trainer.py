@@ -280,7 +280,7 @@ class Trainer:
         self._thread.call(session.ask)
         deadline = time.monotonic() + timeout
         while session.pongs == before and time.monotonic() < deadline and self._thread.is_alive():
-            self._thread.join(0.005)
+            self._thread.join(0.0005)  # each training iteration waits for this
         named = dict(session.ledger)
 
         def pair(name: str) -> dict[str, int]:
