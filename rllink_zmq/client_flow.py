@@ -140,6 +140,8 @@ class Flow:
                 if builder.steps and (builder.full or builder.origin is not origin or builder.kind != kind):
                     builder.observe(observation)
                     self.cut(builder, "no")
+            if origin is not None and self._step_bytes == 1:
+                self._first_size(pairs, kind)
             if origin is not None and self.drops:
                 self._drop_or_send(pairs)
                 break
@@ -165,6 +167,13 @@ class Flow:
                     self._step_bytes = builder.step_bytes
                     self.measure()
         return origin
+
+    def _first_size(self, pairs: Pairs, kind: Kind) -> None:
+        """How many bytes a step has is known now, before there is a fragment: many at once must not fill the window."""
+        layout = self.layout_of(kind)
+        if layout is not None and layout.obs.nbytes:
+            self._step_bytes = max(builder.bytes_of(layout, kind) for builder, _ in pairs)
+            self.measure()
 
     def _drop_or_send(self, pairs: Pairs) -> None:
         """Never waits: a fragment that begins without room for all of it is one to be dropped, and one that is being

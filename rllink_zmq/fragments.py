@@ -345,6 +345,10 @@ class FragmentBuilder:
         """Whether the fragment takes no further step."""
         return self.steps >= self.limit
 
+    def bytes_of(self, layout: Layout, kind: Kind) -> int:
+        """What a step adds."""
+        return layout.step_bytes(kind)
+
     def clipped(self, steps: int, layout: Layout, kind: Kind, fragment_bytes: int) -> int:
         """What `limit` may be, where an episode's piece may have `steps` steps."""
         return steps

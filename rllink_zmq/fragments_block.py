@@ -68,10 +68,14 @@ class BlockBuilder:
         """Whether it takes no further row."""
         return self.rows >= self.limit
 
+    def bytes_of(self, layout: Layout, kind: Kind) -> int:
+        """What a step adds, should each one end an episode."""
+        return layout.step_bytes(kind) + layout.last_bytes
+
     def clipped(self, steps: int, layout: Layout, kind: Kind, fragment_bytes: int) -> int:
         """How many rows a block may have whose pieces may have `steps` steps."""
-        size = layout.step_bytes(kind) + layout.last_bytes  # should each step end an episode
-        return max(1, min(steps, BLOCK_STEPS // self.width, fragment_bytes // (size * self.width)))
+        most = fragment_bytes // (self.bytes_of(layout, kind) * self.width)
+        return max(1, min(steps, BLOCK_STEPS // self.width, most))
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +89,7 @@ class BlockBuilder:
         """Start the next block, of at most `limit` >= 1 rows. Observations that ended the last one are kept."""
         refuse(layout)
         self.layout, self.kind, self.origin, self.limit = layout, kind, origin, limit
-        self.step_bytes = layout.step_bytes(kind) + layout.last_bytes
+        self.step_bytes = self.bytes_of(layout, kind)
         width, obs, action = self.width, layout.obs, layout.action
         self._float = obs.dtype.kind == "f"
         self._obs: Array = np.empty((limit + 1, width, *obs.shape), obs.dtype)

@@ -173,6 +173,14 @@ def test_a_block_is_cut_into_fragments_that_the_broker_takes() -> None:
     check(fake, 12)
 
 
+def test_worlds_that_no_window_holds_are_told_so() -> None:
+    with broker(fragment_bytes=80) as tiny, training(tiny), connect(tiny.frontend, **SPACES) as client:
+        with pytest.raises(
+            EpisodeError, match=r"5 episodes need .* bytes for a step each, this client's window has 160"
+        ):
+            client.vector(N).get_actions(np.zeros((N, 3), np.float32))
+
+
 def test_actions_of_the_service(world: World) -> None:
     server, fake = world
     with service(server), connect(server.frontend, inference="remote", **SPACES) as client:

@@ -15,7 +15,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from rllink_zmq.arrays import from_body, to_buffers
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT, Segment
-from rllink_zmq.rllib.episodes import Built, EpisodeBuilder
+from rllink_zmq.rllib.episodes import Built, EpisodeBuilder, cut
 from rllink_zmq.session_runner import Lease
 
 OBS = gym.spaces.Box(-5.0, 5.0, (4,), np.float32)
@@ -226,6 +226,18 @@ def test_columns_that_disagree_with_the_segments_cost_that_fragment_alone(builde
     assert "column 'rewards' of a fragment of 4 steps in 2 segments must have 4 rows" in str(refusal.error)
     short = lease(rewards=np.zeros(2, np.float32))
     assert "'rewards' of a fragment of 3 steps must have 3 rows" in str(builder.build([short])[1][0].error)
+
+
+def test_segments_are_cut_to_fit_like_fragments(builder: EpisodeBuilder) -> None:
+    one = several(("a", 0, 3, "terminated"), ("b", 0, 2, "no"), ("c", 5, 4, "no"))
+    (good, refused), whole = builder.check([one]), EpisodeBuilder(OBS, ACT, None).build([one])[0]
+    assert not refused
+    chunks = builder.join([*cut(good, 0, 4), *cut(good, 4, 3), *cut(good, 7, 2)])
+    assert [len(chunk.episode) for chunk in chunks] == [3, 2, 4]
+    for chunk, other in zip(chunks, whole, strict=True):
+        assert chunk.finished == other.finished and chunk.episode.id_ == other.episode.id_
+        assert np.array_equal(chunk.episode.get_observations(), other.episode.get_observations())
+        assert np.array_equal(chunk.episode.get_rewards(), other.episode.get_rewards())
 
 
 def test_an_episode_is_what_rllibs_constructor_would_make(builder: EpisodeBuilder) -> None:
