@@ -109,29 +109,30 @@ class AgentsFlow(Flow):
 
 class AgentsClient:
     """One simulator of several agents. Get one with `connect_agents`. Not for two threads at once. `close` it, or use
-    it as a context manager: what isn't sent when the process ends is lost."""
+    it as a context manager: what isn't sent when the process ends is lost. `base`: the client beneath, for what takes
+    several."""
 
     def __init__(self, flow: AgentsFlow, agents: tuple[AgentId, ...]) -> None:
         """Use `connect_agents`."""
         self.flow = flow
         self.agents = agents
-        self._client = Client(flow)
+        self.base = Client(flow)
         self._started = 0
 
     @property
     def address(self) -> str:
         """The broker's."""
-        return self._client.address
+        return self.base.address
 
     @property
     def ready(self) -> bool:
         """Whether policies and weights to act with are there. Never waits. Raises RefusedError."""
-        return self._client.ready
+        return self.base.ready
 
     @property
     def stats(self) -> Stats:
         """Counts, as of the last look. Steps are env steps."""
-        return self._client.stats
+        return self.base.stats
 
     def start_episode(
         self, episode_id: str | None = None, training_enabled: bool = True, *, explore: bool | None = None
@@ -160,7 +161,7 @@ class AgentsClient:
         """As `Client.close`."""
         if not self.flow.closed:
             self.flow.reader.dismiss(self.agents)
-        return self._client.close(timeout)
+        return self.base.close(timeout)
 
     def __enter__(self) -> AgentsClient:
         return self

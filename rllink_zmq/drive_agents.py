@@ -7,17 +7,19 @@ in turn: one env step is one agent's action.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Generator, Iterable, Mapping
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import gymnasium as gym
 
-from rllink_zmq.client_agents import AgentsClient, AgentsEpisode
+from rllink_zmq.client_agents import AgentsClient
 from rllink_zmq.client_flow import WAIT_SLICE, Waiting
-from rllink_zmq.drive_loops import Stop, Summary, Tally
+from rllink_zmq.drive_loops import TURN_SECONDS, Stop, Summary, Tally
 from rllink_zmq.errors import SettingsError
 from rllink_zmq.fragments_agents import ALL
 from rllink_zmq.messages import AgentId
+from rllink_zmq.transport import poll
 
 Spaces: TypeAlias = Mapping[AgentId, gym.Space[Any]]
 
@@ -63,6 +65,30 @@ def agents_env(env: Any) -> Agents:
             f"with possible_agents, got {type(env).__name__}"
         )
     return _Together(env, names)
+
+
+def find_agents_env(name: str) -> Callable[[], Any] | None:
+    """What makes the environment of several agents that a command line names: `pettingzoo:classic/rps_v2`, or a
+    function or class, `module:name`. None for a name that is Gymnasium's. Raises SettingsError, with what is missing.
+    """
+    module, _, what = name.rpartition(":")
+    if not module:
+        return None
+    if module == "pettingzoo":
+        module, what = f"pettingzoo.{what.replace('/', '.')}", ""
+    elif not what.isidentifier():
+        return None
+    try:
+        found = import_module(module)
+    except ImportError as e:
+        raise SettingsError(f"--env {name}: the module can't be imported ({e})") from e
+    if not what:
+        make = getattr(found, "parallel_env", None) or getattr(found, "env", None)
+        if make is None:
+            raise SettingsError(f"--env {name}: {module} has no parallel_env and no env")
+        return cast(Callable[[], Any], make)
+    made = getattr(found, what, None)
+    return cast(Callable[[], Any], made) if callable(made) else None
 
 
 class _Together:
@@ -153,59 +179,88 @@ def drive_agents(
     `seed`: of the first reset. An episode that is cut off by `steps` is ended as truncated where every agent has an
     observation to end with, and is abandoned otherwise. Raises what `AgentsEpisode.get_action` does, and SettingsError
     for another environment."""
+    return drive_agents_many(
+        [(client, env)], episodes=episodes, steps=steps, seed=seed, stop=stop, training_enabled=training_enabled,
+        tally=tally,
+    )  # fmt: skip
+
+
+def drive_agents_many(
+    pairs: Iterable[tuple[AgentsClient, Any]],
+    *,
+    episodes: int | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    stop: Stop | None = None,
+    training_enabled: bool = True,
+    tally: Tally | None = None,
+) -> Summary:
+    """`drive_agents` for many clients with an environment each, in turn, in this thread. `episodes` and `steps` are for
+    each of them; the i-th environment's first reset has `seed` + i."""
     count = tally or Tally()
-    for _ in seats(client, env, count, episodes, steps, seed, stop, training_enabled):
-        client.flow.connection.wait(WAIT_SLICE)
-        client.flow.look()
+    pairs = list(pairs)
+    loops = {
+        i: _seat(client, env, count, episodes, steps, None if seed is None else seed + i, training_enabled)
+        for i, (client, env) in enumerate(pairs)
+    }
+    waiting: Waiting | None = None
+    try:
+        while loops and not (stop is not None and stop()):
+            waits = {i: next(loop, None) for i, loop in loops.items()}
+            loops = {i: loop for i, loop in loops.items() if waits[i] is not None}
+            if not loops or not all(waits[i] for i in loops):
+                waiting = None
+                continue
+            now = time.monotonic()
+            waiting = waiting or Waiting(now)
+            flows = [pairs[i][0].flow for i in loops]
+            waiting.say(lambda flow=flows[0]: flow.why("acted"), now)  # type: ignore[misc]
+            poll([flow.connection for flow in flows], None, WAIT_SLICE)
+    finally:
+        for loop in loops.values():
+            loop.close()
     return count.summary()
 
 
-def seats(
+def _seat(
     client: AgentsClient,
     env: Any,
     count: Tally,
     episodes: int | None,
     steps: int | None,
     seed: int | None,
-    stop: Stop | None,
     training_enabled: bool,
-) -> Iterator[None]:
-    """`drive_agents`, which yields wherever it would have to wait."""
-    agents = env if isinstance(env, _Together | _InTurn) else agents_env(env)
+) -> Generator[bool, None, None]:
+    """One client's loop. Yields whether it has to wait; else it has only had its turn."""
+    agents: Agents = env if isinstance(env, _Together | _InTurn) else agents_env(env)
     left = [float("inf") if n is None else n for n in (episodes, steps)]
-    while left[0] > 0 and left[1] > 0 and not (stop is not None and stop()):
+    until = time.monotonic() + TURN_SECONDS
+    while left[0] > 0 and left[1] > 0:
         episode = client.start_episode(training_enabled=training_enabled)
         outcome = Outcome(agents.reset(seed), {}, {}, {})
         seed = None
         with episode:
             while True:
-                yield from _room(client, episode, outcome, stop)
-                if stop is not None and stop():
-                    return
-                actions = episode.get_action(*_turn(outcome))
-                outcome = agents.step(actions)
+                while not episode.can_act(*_turn(outcome)):
+                    yield True
+                    until = time.monotonic() + TURN_SECONDS
+                outcome = agents.step(episode.get_action(*_turn(outcome)))
                 episode.log_returns(outcome.rewards)
                 count.steps += 1
                 left[1] -= 1
                 if outcome.over:
                     episode.finish(*_turn(outcome))
-                    count.ended(episode)  # type: ignore[arg-type]
+                    count.ended(episode.episode_return)
                     left[0] -= 1
                     break
                 if left[1] <= 0:
                     if episode.waiting <= outcome.observations.keys():
                         episode.finish(outcome.observations, outcome.terminateds, {**outcome.truncateds, ALL: True})
                     return
+                if time.monotonic() >= until:
+                    yield False
+                    until = time.monotonic() + TURN_SECONDS
 
 
 def _turn(outcome: Outcome) -> tuple[Any, Any, Any]:
     return outcome.observations, outcome.terminateds, outcome.truncateds
-
-
-def _room(client: AgentsClient, episode: AgentsEpisode, outcome: Outcome, stop: Stop | None) -> Iterator[None]:
-    waiting = Waiting(time.monotonic())
-    while not episode.can_act(*_turn(outcome)):
-        waiting.say(lambda: client.flow.why("acted"), time.monotonic())
-        yield
-        if stop is not None and stop():
-            return

@@ -192,7 +192,11 @@ Examples:
 Each simulator has its own connection and session, as if it were a process of its own. They wait for a broker and for
 training to begin, and say what they wait for."""
 )
-@click.option("--env", required=True, metavar="ID", help="A Gymnasium id; 'module:Name-v0' imports the module first.")
+@click.option(
+    "--env", required=True, metavar="ID",
+    help="A Gymnasium id; 'module:Name-v0' imports the module first. Of several agents: 'pettingzoo:classic/rps_v2', "
+    "or a function or class, 'module:name'.",
+)  # fmt: skip
 @click.option("--broker", default="tcp://127.0.0.1:5555", show_default=True, help="The broker's frontend address.")
 @click.option("--num", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Simulators.")
 @click.option(

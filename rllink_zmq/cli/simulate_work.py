@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 
 from rllink_zmq.client import Backpressure, Client, Inference, connect, settle
+from rllink_zmq.client_agents import AgentsClient, connect_agents
 from rllink_zmq.compression import Compression
+from rllink_zmq.drive_agents import Agents, agents_env, drive_agents_many, find_agents_env
 from rllink_zmq.drive_loops import Tally, drive_many, drive_vectors
 from rllink_zmq.errors import RllinkError, SettingsError
 
@@ -64,6 +66,8 @@ class Report(NamedTuple):
 
 def check_env(name: str) -> None:
     """Raises SettingsError, naming what comes close, for an environment that Gymnasium doesn't know."""
+    if find_agents_env(name) is not None:
+        return
     module, _, env_id = name.rpartition(":")
     if module and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # as `python script.py` there would find it; processes inherit it
@@ -107,6 +111,7 @@ class Work:
         self._watch = watch
         self._tally = Tally()
         self._clients: list[Client] = []
+        self._agents: list[tuple[AgentsClient, Agents]] = []
         self._envs: list[gym.Env[Any, Any]] = []
         self._vectors: list[gym.vector.VectorEnv[Any, Any, Any]] = []
         self._report_at = 0.0
@@ -116,8 +121,7 @@ class Work:
         outcomes: dict[str, tuple[int, int]] = {}
         dropped: dict[str, tuple[int, int]] = {}
         connected = unsettled = 0
-        for client in self._clients:
-            stats = client.stats
+        for stats in [client.stats for client in [*self._clients, *(client.base for client, _ in self._agents)]]:
             connected += stats.connected
             unsettled += stats.unsettled
             add(outcomes, stats.outcomes)
@@ -131,6 +135,9 @@ class Work:
         """Make all environments and connections; waits for a broker as long as it takes."""
         plan = self._plan
         host = socket.gethostname()
+        make = find_agents_env(plan.env)
+        if make is not None:
+            return self._connect_agents(make, host)
         for i in range(plan.first, plan.first + plan.number):
             if plan.vector:
                 vector = make_vector(plan.env, plan.vector)
@@ -156,6 +163,30 @@ class Work:
                 )
             )
 
+        return None
+
+    def _connect_agents(self, make: Callable[[], Any], host: str) -> None:
+        """`connect` for an environment of several agents. Raises SettingsError for what those can't do."""
+        plan = self._plan
+        for wanted, option in (
+            (plan.vector, "--vector"), (plan.evaluate, "--evaluate"), (plan.audit, "--audit"),
+            (plan.inference == "remote", "--inference remote"), (plan.compression, "--compression"),
+        ):  # fmt: skip
+            if wanted:
+                raise SettingsError(f"--env {plan.env} has several agents, which can't go with {option} yet")
+        for i in range(plan.first, plan.first + plan.number):
+            env = agents_env(make())
+            client = connect_agents(
+                plan.broker,
+                observation_spaces=env.observation_spaces,
+                action_spaces=env.action_spaces,
+                name=f"{host}/{os.getpid()}/{i}",
+                seed=None if plan.seed is None else plan.seed + plan.first,
+                on_backpressure=plan.on_backpressure,
+                timeout=None,
+            )
+            self._agents.append((client, env))
+
     def run(self, stop: Callable[[], bool]) -> bool:
         """Run all simulators. True when they have done what was asked for."""
 
@@ -168,7 +199,9 @@ class Work:
 
         plan = self._plan
         seed = None if plan.seed is None else plan.seed + plan.first * (plan.vector or 1)
-        if plan.vector:
+        if self._agents:
+            drive_agents_many(self._agents, episodes=plan.episodes, seed=seed, stop=stopped, tally=self._tally)
+        elif plan.vector:
             drive_vectors(
                 zip(self._clients, self._vectors, strict=True), episodes=plan.episodes, seed=seed, stop=stopped,
                 tally=self._tally, training_enabled=not plan.evaluate,
@@ -182,9 +215,13 @@ class Work:
 
     def close(self, timeout: float) -> None:
         """Say BYE for all. `timeout` is for all of them together."""
-        settle(self._clients, timeout)
+        settle([*self._clients, *(client.base for client, _ in self._agents)], timeout)
         for client in self._clients:
             client.close(0.0)
+        while self._agents:
+            agents, several = self._agents.pop()
+            agents.close(0.0)
+            several.close()
         while self._envs:
             self._envs.pop().close()  # type: ignore[no-untyped-call]
         while self._vectors:

@@ -19,7 +19,7 @@ from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from rllink_zmq.errors import PolicyError, SettingsError, SpaceError
 from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.messages import MAX_MODULE_ID, MAX_MODULES, AgentId
-from rllink_zmq.policy import PolicyManifest
+from rllink_zmq.policy import PolicyManifest, unpack_policy
 from rllink_zmq.policy_agents import NOBODY, Crew, CrewModule, Draw, manifests, pack_crew, unpack_crew
 from rllink_zmq.rllib.export import export_policy
 from rllink_zmq.rllib.export_connectors import check_connectors
@@ -80,6 +80,13 @@ def check_multi_agent(config: AlgorithmConfig) -> None:
             "connectors of one's own with several agents can't go through the broker yet: remove config.env_runners("
             "env_to_module_connector=..., module_to_env_connector=...), and do their work in the environment"
         )
+    if config.count_steps_by != "env_steps":
+        raise SettingsError(
+            f"count_steps_by={config.count_steps_by!r}: what is on its way is bounded in env steps; leave it at "
+            f"'env_steps', and give the batch so many"
+        )
+    if (config.model_config or {}).get("use_lstm"):
+        raise SettingsError("recurrent policies of several agents can't act through the broker yet: no use_lstm")
     check_module_ids(sorted(map(str, config.policies)))
 
 
@@ -210,4 +217,9 @@ def _export(
         )
     except PolicyError as error:
         raise PolicyError(f"the policy '{name}': {error}") from error
+    if unpack_policy(blob)[0].state:
+        raise PolicyError(
+            f"the policy '{name}' is recurrent, and those of several agents can't be yet: give the agent what it must "
+            f"remember in its observations (stacked frames, say)"
+        )
     return blob

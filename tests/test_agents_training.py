@@ -1,0 +1,174 @@
+"""Several agents trained by RLlib, from simulators behind a broker."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from fake_training import broker
+from processes import ROOT
+
+from broker.server import Server
+from rllink_zmq import connect_agents, drive_agents
+from rllink_zmq.drive_agents import agents_env
+from rllink_zmq.errors import SettingsError
+
+if TYPE_CHECKING:
+    from ray.rllib.algorithms.algorithm import Algorithm
+
+pytestmark = pytest.mark.ray
+
+sys.path.append(str(ROOT / "examples"))
+
+
+@contextmanager
+def simulators(server: Server, *make: Callable[[], Any]) -> Iterator[None]:
+    """One for each of these, in a thread of its own."""
+    stop = threading.Event()
+    failed: list[BaseException] = []
+
+    def work(i: int, env: Any) -> None:
+        agents = agents_env(env)
+        try:
+            with connect_agents(
+                server.frontend,
+                observation_spaces=agents.observation_spaces,
+                action_spaces=agents.action_spaces,
+                seed=i,
+            ) as client:
+                drive_agents(client, env, seed=i, stop=stop.is_set)
+        except BaseException as e:
+            failed.append(e)
+
+    threads = [threading.Thread(target=work, args=(i, one())) for i, one in enumerate(make)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failed, failed
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with broker() as running:
+        yield running
+
+
+def build(config: Any, server: Server, **options: Any) -> Algorithm:
+    from rllink_zmq.rllib import attach
+
+    return attach(config, server.backend, **options).build_algo()
+
+
+def test_a_policy_learns_against_a_frozen_one(cluster: None, server: Server, built: list[Algorithm]) -> None:
+    """PettingZoo's both forms at once. The frozen policy is published once, and RLlib's metrics are there."""
+    import rock_paper_scissors as example
+
+    with simulators(server, example.together, example.in_turn):
+        algorithm = build(example.config(), server)
+        built.append(algorithm)
+        first = algorithm.train()
+        returns: dict[str, float] = {}
+        for _ in range(25):
+            result = algorithm.train()
+            returns = result["env_runners"]["agent_episode_returns_mean"]
+            if returns["player_0"] > 7.0:
+                break
+        assert returns["player_0"] > 7.0 > -7.0 > returns["player_1"]
+        versions = server.core.module_versions  # type: ignore[union-attr]
+        assert versions["likes_rock"] == 0 < versions["learner"]
+        sampled = first["env_runners"]
+        assert sampled["num_env_steps_sampled"] >= 600
+        assert set(sampled["num_agent_steps_sampled"]) == {"player_0", "player_1"}
+        assert set(sampled["module_episode_returns_mean"]) == {"learner", "likes_rock"}
+        assert set(sampled["agent_steps"]) == {"player_0", "player_1"}
+        assert set(result["learners"]) == {"learner", "__all_modules__"}
+        dropped = result["rllink"]["ledger"]["dropped"]
+        assert not dropped.keys() - {"stale"}, dropped
+
+
+def test_each_agent_has_its_policy(cluster: None, server: Server, built: list[Algorithm], tmp_path: Path) -> None:
+    """MultiAgentCartPole, whose agents end one by one. A checkpoint brings the policies back."""
+    import multi_agent_cartpole as example
+
+    config = example.config().env_runners(num_env_runners=0)
+    with simulators(server, example.make, example.make):
+        algorithm = build(config, server)
+        built.append(algorithm)
+        best = 0.0
+        for _ in range(8):
+            result = algorithm.train()
+            best = max(best, result["env_runners"]["episode_return_mean"])
+        assert best > 60.0, "two random policies come to 45"
+        assert result["rllink"]["version"] >= 7
+        before = algorithm.get_module("pole_0").get_state()
+        path = algorithm.save_to_path(str(tmp_path / "checkpoint"))
+        algorithm.restore_from_path(path)
+        run = algorithm.rllink_trainer.run
+        after = algorithm.get_module("pole_0").get_state()
+        assert all((before[name] == after[name]).all() for name in before)
+        result = algorithm.train()
+        assert result["rllink"]["run_id"] == run
+        assert result["env_runners"]["num_env_steps_sampled"] >= 1000
+
+
+def test_appo_trains_several_agents(cluster: None, server: Server, built: list[Algorithm]) -> None:
+    import multi_agent_cartpole as example
+    from ray.rllib.algorithms.appo import APPOConfig
+    from ray.rllib.examples.envs.classes.multi_agent import MultiAgentCartPole
+
+    config = (
+        APPOConfig()
+        .environment(MultiAgentCartPole, env_config={"num_agents": 2})
+        .multi_agent(policies={"p", "q"}, policy_mapping_fn=lambda agent, episode, **_: "pq"[hash(episode.id_) % 2])
+        .env_runners(num_env_runners=1, rollout_fragment_length=50)
+        .training(train_batch_size_per_learner=200)
+        .rl_module(model_config={"fcnet_hiddens": [16]})
+        .reporting(min_time_s_per_iteration=2)
+    )
+    with simulators(server, example.make, example.make):
+        algorithm = build(config, server)
+        built.append(algorithm)
+        for _ in range(3):
+            result = algorithm.train()
+        assert result["rllink"]["version"] > 2
+        assert set(result["env_runners"]["module_episode_returns_mean"]) == {"p", "q"}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda c: c.evaluation(evaluation_interval=1), "evaluation with several agents can't go"),
+        (lambda c: c.env_runners(env_to_module_connector=lambda *_: []), "connectors of one's own with several agents"),
+        (lambda c: c.multi_agent(policies={"a/b"}), "the policy id 'a/b'"),
+        (lambda c: c.rl_module(model_config={"use_lstm": True}), "recurrent policies"),
+        (lambda c: c.multi_agent(count_steps_by="agent_steps"), "count_steps_by"),
+    ],
+)
+def test_what_can_not_be_trained_is_refused_in_words(change: Callable[[Any], Any], why: str) -> None:
+    import multi_agent_cartpole as example
+
+    from rllink_zmq.rllib import attach
+
+    with pytest.raises(SettingsError, match=why):
+        attach(change(example.config()), "tcp://127.0.0.1:5556")
+
+
+def test_algorithms_that_can_not_have_several_agents_yet() -> None:
+    from ray.rllib.algorithms.dqn import DQNConfig
+    from ray.rllib.examples.envs.classes.multi_agent import MultiAgentCartPole
+
+    from rllink_zmq.rllib import attach
+
+    config = DQNConfig().environment(MultiAgentCartPole).multi_agent(policies={"p"}, policy_mapping_fn=lambda *_: "p")
+    with pytest.raises(SettingsError, match="DQN with several agents can't be trained through the broker yet"):
+        attach(config, "tcp://127.0.0.1:5556")
