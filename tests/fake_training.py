@@ -69,12 +69,16 @@ class Training:
         fragment_steps: int = 8,
         run: str = RUNS[0],
         spaces: Spaces | None = None,
+        needs_logp: bool = True,
     ) -> None:
         self.taken: list[tuple[FRAGMENT, dict[str, Any]]] = []
         self.paused = False
         self.run = run
         spaces = spaces or spaces_to_wire(observation_space, action_space)
-        terms = TrainerHello(run, 1000, 1_000_000, steps_ahead, 1, fragment_steps, spaces, policy_hash(blob), len(blob))
+        terms = TrainerHello(
+            run, 1000, 1_000_000, steps_ahead, 1, fragment_steps, spaces, policy_hash(blob), len(blob),
+            needs_logp=needs_logp,
+        )  # fmt: skip
         self.trainer = TrainerSession(os.urandom(16), terms, blob, name="fake")
         self.runner = RunnerSession(os.urandom(16), run, name="fake")
         self._connections = [Connection(self.trainer, backend), Connection(self.runner, backend)]

@@ -196,6 +196,31 @@ def test_actions_of_the_simulators_own(world):
         assert {(h.run, h.version) for h, _ in fake.taken} == {(RUNS[0], 0)}
 
 
+def test_actions_whose_probability_nobody_knows(served):
+    """A training with a replay buffer takes them; where one is known it travels, in a fragment of its own."""
+    with connect(served.frontend, **SPACES) as client, training(served, needs_logp=False) as fake:
+        episode = client.start_episode()
+        for i in range(3):
+            episode.log_action(obs(i), i % 2)
+        episode.log_action(obs(3), 1, -0.7)
+        step(episode, 4)
+        episode.log_action(obs(5), 0)
+        episode.end_episode(obs(6))
+        finished(client, fake, 4)
+        shown = [(h.t0, h.steps, "action_logp" in arrays) for h, arrays in fake.taken]
+        assert shown == [(0, 3, False), (3, 1, True), (4, 1, True), (5, 1, False)]
+        assert fake.taken[0][1]["actions"].tolist() == [0, 1, 0]
+
+
+def test_an_algorithm_that_needs_the_probability_says_so_at_once(served):
+    with connect(served.frontend, **SPACES) as client, training(served):
+        episode = client.start_episode()
+        episode.log_action(obs(), 0, -0.5)
+        with pytest.raises(EpisodeError, match=r"PPO, APPO, IMPALA\): give action_logp"):
+            episode.log_action(obs(1), 0)
+        episode.log_action(obs(1), 0, -0.5)
+
+
 def test_logging_actions_needs_no_policy(served):
     with connect(served.frontend, **SPACES) as client, training(served, version=None) as fake:
         episode = client.start_episode()
