@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rllink_zmq import wire
 from rllink_zmq.arrays import ITEM_BYTES
+from rllink_zmq.client import connect
 from rllink_zmq.errors import SpaceError
 from rllink_zmq.messages import (
     HELLO,
@@ -208,3 +209,30 @@ def test_any_wire_space_gives_a_space_or_a_space_error(space: Space) -> None:
     except SpaceError:
         return
     assert isinstance(made, gym.Space)
+
+
+@pytest.mark.parametrize(
+    ("observed", "acted", "text"),
+    [
+        (
+            gym.spaces.Dict({"camera": gym.spaces.Tuple([gym.spaces.Text(3)])}),
+            gym.spaces.Discrete(2),
+            r"observation\['camera'\]\[0\]: a Text space",
+        ),
+        (gym.spaces.Sequence(gym.spaces.Discrete(2)), gym.spaces.Discrete(2), r"observation: a Sequence space"),
+        (gym.spaces.Discrete(2), gym.spaces.OneOf([gym.spaces.Discrete(2)]), r"action: a OneOf space"),
+        (
+            gym.spaces.Discrete(2),
+            gym.spaces.Dict({"lamps": gym.spaces.MultiBinary(2)}),
+            r"action\['lamps'\]: actions of MultiBinary\(2\): RLlib has no distribution",
+        ),
+        (
+            gym.spaces.Tuple([gym.spaces.Discrete(2)] * 300),
+            gym.spaces.Discrete(2),
+            r"observation: a Tuple of 301 spaces",
+        ),
+    ],
+)
+def test_a_simulator_is_told_which_part_does_not_travel(observed: gym.Space, acted: gym.Space, text: str) -> None:
+    with pytest.raises(SpaceError, match=text):
+        connect("tcp://127.0.0.1:1", observation_space=observed, action_space=acted, timeout=0.1)
