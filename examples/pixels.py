@@ -1,8 +1,7 @@
 """A module for images that travel as bytes.
 
-RLlib's CNNs take pixels as they come, 0 to 255, and learn little from numbers that large. Scaled before (by a wrapper
-around the environment) they would be floats, and each step four times as many bytes; scaled by a connector in RLlib's
-pipelines, simulators couldn't act by themselves. So the module does it.
+RLlib's CNNs take floats alone. Made of pixels before (by a wrapper around the environment) each step has four times as
+many bytes; by a connector in RLlib's pipelines, simulators couldn't act by themselves. So the module does it.
 """
 
 from __future__ import annotations

@@ -50,6 +50,11 @@ def observation_misfit(space: gym.Space[Any]) -> str:
     if len(space.shape) not in (1, 3):
         shape = list(space.shape)
         return f"its models take a Box of one dimension, or of three for images, not of shape {shape}: {FLATTEN}"
+    if len(space.shape) == 3 and np.dtype(space.dtype) == np.uint8:
+        return (
+            "its models take floats, and bytes reach them as they are: give config.rl_module a module that makes "
+            "floats of pixels, as examples/pixels.py has one, or have the environment give float32, four times as much"
+        )
     if np.dtype(space.dtype) not in (np.float32, np.float64):
         return (
             f"its models take floats, and {np.dtype(space.dtype)} reaches them as it is: have the environment give "
