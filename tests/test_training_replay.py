@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
-from processes import REAL_RAY, balanced, simulators, status, until
+from processes import REAL_RAY, balanced, process, simulators, status, until
 from ray.rllib.algorithms.algorithm import Algorithm
 from small_dqn import dqn, sac
 from small_ppo import appo, only_staleness, ppo, streams
@@ -118,7 +119,19 @@ def test_sac_trains_with_two_learners(addresses: dict[str, str], built: list[Alg
     assert not status(addresses)["ledger"]["dropped"]
 
 
-@pytest.mark.parametrize("name", ["PPO", "APPO"])
+def test_the_example_trains(addresses: dict[str, str]) -> None:
+    with (
+        simulators(addresses, 2, "Pendulum-v1"),
+        process(
+            "examples/train_sac.py", "--broker", addresses["backend"], "--iterations", "2", stderr=subprocess.DEVNULL
+        ) as training,
+    ):
+        out, _ = training.communicate(timeout=180)
+    assert training.returncode == 0, out
+    assert "steps 1,000 " in out and "2 simulators" in out, out
+
+
+@pytest.mark.parametrize("name", ["PPO", pytest.param("APPO", marks=pytest.mark.long)])
 def test_they_train_with_two_learners(name: str, addresses: dict[str, str], built: list[Algorithm]) -> None:
     config = ppo(batch=250) if name == "PPO" else appo()
     config.learners(num_learners=2).env_runners(num_env_runners=1)

@@ -368,9 +368,10 @@ class Filters:
 
     def _note(self, known: dict[int, bytes], version: int, state: bytes) -> None:
         with self._lock:
+            known.pop(version, None)
             known[version] = state
-            for old in [v for v in known if v < version - self._keep]:
-                del known[old]
+            while (oldest := next(iter(known))) < version - self._keep:  # they come in their order
+                del known[oldest]
 
     def at(self, version: int) -> bytes | None:
         """The state at this version. What was published goes before what this runner would have published."""

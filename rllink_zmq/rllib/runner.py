@@ -86,6 +86,10 @@ TIMED = 16
 """Values that one call of `sample()` logs for a timer, at most."""
 
 
+FILTERS_KEPT = 10_000
+"""Versions back whose filters a runner knows: DQN makes hundreds a second, and allows any lag."""
+
+
 class Held(NamedTuple):
     """The newest weights that a runner has (parameter name -> array), and the state of the connectors with them."""
 
@@ -143,7 +147,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         evaluates = self.config.in_evaluation  # nothing is cut into rows then, and the audit is of what is trained on
         self._pipelines: Pipelines | None = None
         self._rules = sampling_rules(self.config, self.num_workers, self.worker_index or 0)
-        self._filters = Filters(trainer_terms(self.config).lag_limit + 2)
+        self._filters = Filters(min(trainer_terms(self.config).lag_limit + 2, FILTERS_KEPT))
         self._connectors = b""
         connectors = None
         if has_own_connectors(self.config):
