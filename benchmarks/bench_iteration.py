@@ -35,7 +35,7 @@ class Size(NamedTuple):
     minibatch: int
 
 
-SIZES = {"large": Size(4000, 16, 128), "small": Size(1000, 6, 128)}
+SIZES = {"large": Size(4000, 12, 128), "small": Size(1000, 6, 128)}
 SIDES = ("rllink-zmq", "ready-made")
 
 
