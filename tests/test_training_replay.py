@@ -96,13 +96,13 @@ def test_a_script_teaches_dqn(addresses: dict[str, str], built: list[Algorithm])
                 steps += 1
                 done = terminated or truncated
             episode.end_episode(observation)
-        until(lambda: status(addresses)["ledger"]["received"]["steps"] >= 100, "they have arrived")
-        for _ in range(20):
+        until(lambda: status(addresses)["ledger"]["received"]["steps"] >= 48, "they have arrived")
+        for _ in range(12):
             algorithm.training_step()
     ledger = status(addresses)["ledger"]
-    assert balanced(ledger) and ledger["delivered"]["steps"] >= 60
+    assert balanced(ledger) and ledger["delivered"]["steps"] >= 16
     assert "malformed" not in ledger["dropped"]
-    assert algorithm.local_replay_buffer.get_num_timesteps() == 80
+    assert algorithm.local_replay_buffer.get_num_timesteps() == 48
 
 
 def test_sac_trains_with_two_learners(addresses: dict[str, str], built: list[Algorithm]) -> None:
