@@ -1,0 +1,147 @@
+"""Loops for environments of several agents, against a broker and a learner's side that is not RLlib."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from fake_training import OBSERVATIONS, Training, broker, training, until
+from processes import ROOT
+from test_policy import BODY, discrete_blob
+
+from broker.server import Server
+from rllink_zmq.cli import main as cli
+from rllink_zmq.client_agents import connect_agents
+from rllink_zmq.drive_agents import agents_env, drive_agents, find_agents_env
+from rllink_zmq.errors import SettingsError
+from rllink_zmq.messages import AgentId
+from rllink_zmq.policy_agents import Crew, CrewModule, Draw, pack_crew
+from rllink_zmq.spaces import agents_to_wire
+
+sys.path.append(str(ROOT / "tests"))
+
+
+class Relay:
+    """As RLlib's `MultiAgentEnv`: a runs 4 steps alone, then b appears and both go on to step 6; b then goes on alone
+    to step 8. Observations are the number of the env step, three times."""
+
+    possible_agents = ("a", "b")
+
+    def get_observation_space(self, agent: str) -> gym.Space[Any]:
+        return OBSERVATIONS
+
+    def get_action_space(self, agent: str) -> gym.Space[Any]:
+        return gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        self.t = 0
+        return {"a": self._seen()}, {}
+
+    def step(self, actions: dict[str, int]) -> Any:
+        expected = {"a"} if self.t < 4 else {"a", "b"} if self.t < 6 else {"b"}
+        assert set(actions) == expected, (self.t, actions)
+        self.t += 1
+        seen = {"a"} if self.t < 4 else {"a", "b"} if self.t <= 6 else {"b"}
+        terminateds = {"a": self.t == 6, "__all__": self.t == 8}
+        return {a: self._seen() for a in seen}, dict.fromkeys(actions, 1.0), terminateds, {"__all__": False}, {}
+
+    def _seen(self) -> np.ndarray:
+        return np.full(3, self.t, np.float32)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def trained_on(server: Server, agents: list[AgentId], run: int, space: Any, action: Any) -> Any:
+    module = (CrewModule("m", 0, True),)
+    draws = (Draw(1, (0,) * len(agents)),)
+    spaces = agents_to_wire(dict.fromkeys(agents, space), dict.fromkeys(agents, action))
+    blob = pack_crew(Crew(1, spaces.agents, module, draws), [discrete_blob()])
+    return training(server, version=None, blob=blob, spaces=spaces, run=f"{run:012x}-aaaaaaaa", fragment_steps=100)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with broker() as running:
+        yield running
+
+
+def played(fake: Training, steps: int) -> dict[Any, int]:
+    until(lambda: fake.steps >= steps, "all env steps are taken")
+    found: dict[Any, int] = {}
+    for header, _ in fake.taken:
+        for rows in header.agents:
+            found[rows.agent] = found.get(rows.agent, 0) + rows.steps
+    return found
+
+
+def test_agents_of_rllibs_kind_come_and_go(server: Server) -> None:
+    env = Relay()
+    with trained_on(server, ["a", "b"], 1, OBSERVATIONS, gym.spaces.Discrete(2)) as fake:
+        fake.publish(0, BODY, "m")
+        agents = agents_env(env)
+        observed, acted = agents.observation_spaces, agents.action_spaces
+        with connect_agents(server.frontend, observation_spaces=observed, action_spaces=acted) as client:
+            summary = drive_agents(client, env, episodes=2, seed=3)
+            assert (summary.episodes, summary.steps, summary.episode_return_mean) == (2, 16, 10.0)
+            assert drive_agents(client, env, steps=5).steps == 5
+        assert played(fake, 21) == {"a": 6 + 6 + 5, "b": 4 + 4 + 1}
+        ends = [header.end for header, _ in fake.taken]
+        assert ends.count("terminated") == 2 and ends[-1] == "truncated"
+
+
+def test_pettingzoos_forms_come_to_the_same(server: Server) -> None:
+    """Rock-paper-scissors of 15 rounds: both move at once, or one after the other. Rewards add up to nothing."""
+    pytest.importorskip("pettingzoo")
+    sys.path.append(str(ROOT / "examples"))
+    import rock_paper_scissors as example
+
+    run = 2
+    for make, per_round in ((example.together, 1), (example.in_turn, 2)):
+        agents = agents_env(make())
+        observed, acted = agents.observation_spaces, agents.action_spaces
+        assert list(observed) == ["player_0", "player_1"]
+        with trained_on(server, list(observed), run, example.SEEN, gym.spaces.Discrete(3)) as fake:
+            run += 1
+            with connect_agents(server.frontend, observation_spaces=observed, action_spaces=acted) as client:
+                episode = client.start_episode()
+                outcome = agents.reset(1)
+                rounds = 0
+                assert set(outcome) == ({"player_0", "player_1"} if per_round == 1 else {"player_0"})
+                episode.abandon()
+                step = agents.step(dict.fromkeys(outcome, 0))
+                while not step.over:
+                    rounds += 1
+                    step = agents.step({agent: 0 for agent in step.observations if not step.terminateds.get(agent)})
+                assert rounds + 1 == 15 * per_round
+                assert step.truncateds["__all__"] and set(step.observations) == {"player_0", "player_1"}
+            assert fake.trainer.refusal is None
+
+
+def test_command_line_runs_several_agents(server: Server) -> None:
+    with trained_on(server, ["a", "b"], 20, OBSERVATIONS, gym.spaces.Discrete(2)) as fake:
+        fake.publish(0, BODY, "m")
+        arguments = ["simulate", "--env", "test_drive_agents:Relay", "--broker", server.frontend, "--num", "2"]
+        result = CliRunner().invoke(cli, [*arguments, "--episodes", "3", "--seed", "1", "--json"])
+        assert result.exit_code == 0, result.output
+        assert '"episodes": 6' in result.output and '"env_steps": 48' in result.output
+        assert played(fake, 48) == {"a": 36, "b": 24}
+        refused = CliRunner().invoke(cli, [*arguments, "--vector", "4"])
+        assert refused.exit_code != 0
+        assert "has several agents, which can't go with --vector yet" in f"{refused.output}{refused.exception}"
+
+
+def test_names_on_the_command_line() -> None:
+    assert find_agents_env("CartPole-v1") is None
+    assert find_agents_env("gymnasium:CartPole-v1") is None
+    made = find_agents_env("test_drive_agents:Relay")
+    assert made is not None and made().possible_agents == ("a", "b")
+    with pytest.raises(SettingsError, match="the module can't be imported"):
+        find_agents_env("pettingzoo:classic/no_such_v9")
+    with pytest.raises(SettingsError, match="expected an environment of several agents"):
+        agents_env(gym.make("CartPole-v1"))
