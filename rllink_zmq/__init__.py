@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from rllink_zmq.client_agents import AgentsClient as AgentsClient
     from rllink_zmq.client_agents import AgentsEpisode as AgentsEpisode
     from rllink_zmq.client_agents import connect_agents as connect_agents
-    from rllink_zmq.drive_agents import drive_agents as drive_agents
     from rllink_zmq.drive_loops import drive as drive
     from rllink_zmq.drive_loops import drive_vector as drive_vector
+    from rllink_zmq.drive_loops_agents import drive_agents as drive_agents
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,7 +27,7 @@ _HOME = {
     "AgentsClient": "client_agents",
     "AgentsEpisode": "client_agents",
     "connect_agents": "client_agents",
-    "drive_agents": "drive_agents",
+    "drive_agents": "drive_loops_agents",
     "Client": "client",
     "Episode": "client",
     "connect": "client",

@@ -4,10 +4,12 @@ learner gets must be the same, column by column, wherever fragments and calls ar
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
+import msgspec
 import numpy as np
 import pytest
 from ray.rllib.algorithms.ppo import PPOConfig
@@ -17,11 +19,14 @@ from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
-from rllink_zmq.arrays import to_buffers
+from rllink_zmq.arrays import from_body, to_buffers
+from rllink_zmq.errors import PolicyError, SettingsError
 from rllink_zmq.fragments import Cut, Layout, Row
 from rllink_zmq.fragments_agents import ALL, AgentsBuilder, AgentsOrigin, Member, Turn, whole
-from rllink_zmq.messages import FRAGMENT, AgentId
+from rllink_zmq.messages import FRAGMENT, AgentId, AgentRows
+from rllink_zmq.policy_agents import NOBODY, unpack_crew
 from rllink_zmq.rllib.multi_agent_episodes import MultiAgentEpisodeBuilder
+from rllink_zmq.rllib.multi_agent_policies import EPISODES, ask_mapping, crew_of
 from rllink_zmq.session_runner import Lease
 
 MODULE_OF: dict[AgentId, str] = {"a": "p", "b": "q", "c": "p", 7: "q"}
@@ -321,3 +326,115 @@ def test_chunks_of_agents_that_act_together_are_rllibs(module: MultiRLModule, se
     for one, other in zip(mine, theirs, strict=True):
         assert (one.env_t_started, one.env_t) == (other.env_t_started, other.env_t)
         assert_same(learner_batch(module, [one]), learner_batch(module, [other]))
+
+
+# ---- what doesn't fit
+
+
+def changed(one: Lease, **changes: Any) -> Lease:
+    return Lease(msgspec.structs.replace(one.message, **changes), one.body)
+
+
+def renamed(one: Lease) -> tuple[AgentRows, ...]:
+    rows = one.message.agents
+    return (msgspec.structs.replace(rows[0], agent="x"), *rows[1:])
+
+
+def with_columns(one: Lease, change: Callable[[dict[str, np.ndarray]], None]) -> Lease:
+    arrays = {name: array.copy() for name, array in from_body(one.message.columns, one.body).items()}
+    change(arrays)
+    columns, body = to_buffers(arrays)
+    return Lease(msgspec.structs.replace(one.message, columns=columns), [bytes(b) for b in body])
+
+
+def nan(arrays: dict[str, np.ndarray]) -> None:
+    arrays["q/rewards"][0] = np.nan
+
+
+def no_logp(arrays: dict[str, np.ndarray]) -> None:
+    del arrays["p/action_logp"]
+
+
+def backwards(arrays: dict[str, np.ndarray]) -> None:
+    arrays["p/t"][:2] = 1, 0
+
+
+def shorter(arrays: dict[str, np.ndarray]) -> None:
+    arrays["q/actions"] = arrays["q/actions"][:-1]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda one: changed(one, modules={"p": 4, "gone": 4}), "there is no policy 'gone' in this training"),
+        (
+            lambda one: changed(one, modules={}, agents=()),
+            "the training has several agents, and this fragment is of one",
+        ),
+        (lambda one: changed(one, agents=renamed(one)), "there is no agent 'x' in this training"),
+        (lambda one: with_columns(one, nan), "agent 'b' .module 'q'.: 'rewards' must be one finite number a step"),
+        (lambda one: with_columns(one, no_logp), "agent 'a' .module 'p'.: .*a fragment needs 'action_logp'"),
+        (lambda one: with_columns(one, backwards), "agent 'a': 'p/t' must be one rising integer"),
+        (lambda one: with_columns(one, shorter), "'actions'"),
+    ],
+    ids=["module", "single", "agent", "nan", "missing", "times", "length"],
+)
+def test_a_fragment_that_does_not_fit_is_refused_by_name_and_nothing_else_is(
+    module: MultiRLModule, spoil: Callable[[Lease], Lease], why: str
+) -> None:
+    first, made = trajectory(1, 6, "together")
+    before, one, after = fragments(first, made, (2, 4))
+    bad = spoil(one)
+    builder = MultiAgentEpisodeBuilder(*SPACES, module, mapping)
+    built, refused = builder.build([before, bad, after])
+    assert [message.number for message, _ in refused] == [2]
+    assert re.search(why, str(refused[0].error)), refused[0].error
+    chunks = [chunk.episode for chunk in built]
+    assert [len(chunk) for chunk in chunks if chunk is not None] == [2, 2]
+    assert chunks[1] is not None and chunks[1].id_.endswith("@4"), "the rest after a gap has another id"
+
+
+# ---- the mapping
+
+
+def asked(function: Callable[..., Any]) -> Any:
+    config_ = config().multi_agent(policies={"p", "q"}, policy_mapping_fn=function)
+    return ask_mapping(config_, ["a", "b"], ["p", "q"])
+
+
+def test_draws_are_what_the_mapping_answers() -> None:
+    draws, failures = asked(lambda agent, episode, **_: "p" if agent == "a" else "q")
+    assert ([(d.weight, d.modules) for d in draws], failures) == ([(EPISODES, (0, 1))], {})
+    sides, failures = asked(lambda agent, episode, **_: "pq"[(hash(episode.id_) + (agent == "a")) % 2])
+    assert {d.modules for d in sides} == {(0, 1), (1, 0)} and not failures, "self-play, with random sides"
+    assert sum(d.weight for d in sides) == EPISODES
+
+
+def test_an_agent_that_the_mapping_fails_for_is_left_out_with_its_reason() -> None:
+    draws, failures = asked(lambda agent, episode, **_: {"a": "p"}[agent])
+    assert [d.modules for d in draws] == [(0, NOBODY)]
+    assert failures == {"b": "policy_mapping_fn('b', episode) raises KeyError: 'b'"}
+    _, failures = asked(lambda agent, episode, **_: "p" if agent == "a" else "r")
+    assert failures == {"b": "policy_mapping_fn('b', episode) answers 'r', which is none of the policies: p, q"}
+    with pytest.raises(SettingsError, match="no agent is mapped to a policy: policy_mapping_fn"):
+        asked(lambda agent, episode, **_: None)
+
+
+def test_a_policy_that_can_not_be_exported_is_named(module: MultiRLModule) -> None:
+    strange = config().environment(
+        observation_space=gym.spaces.Dict(SPACES[0]),  # type: ignore[arg-type]
+        action_space=gym.spaces.Dict(dict.fromkeys(MODULE_OF, gym.spaces.MultiBinary(2))),  # type: ignore[arg-type]
+    )
+    with pytest.raises(PolicyError, match="the policy 'p': "):
+        crew_of(strange, module)
+
+
+def test_a_crew_has_each_architecture_once(module: MultiRLModule) -> None:
+    frozen = config().multi_agent(policies={"p", "q"}, policy_mapping_fn=mapping, policies_to_train=["q"])
+    crew, policies = unpack_crew(crew_of(frozen, module))
+    assert crew.agents == (7, "a", "b", "c") or set(crew.agents) == set(MODULE_OF)
+    assert len(policies) == 1 and [(m.id, m.policy, m.trained) for m in crew.modules] == [
+        ("p", 0, False),
+        ("q", 0, True),
+    ]
+    assert crew.needed(["a", "c"]) == ["p"] and crew.needed([7, "a"]) == ["p", "q"]

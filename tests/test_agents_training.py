@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fake_training import broker
-from processes import ROOT
+from processes import REAL_RAY, ROOT
 
 from broker.server import Server
 from rllink_zmq import connect_agents, drive_agents
-from rllink_zmq.drive_agents import agents_env
+from rllink_zmq.drive_loops_agents import agents_env
 from rllink_zmq.errors import SettingsError
 
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm import Algorithm
 
-pytestmark = pytest.mark.ray
+pytestmark = REAL_RAY
 
 sys.path.append(str(ROOT / "examples"))
 
@@ -43,6 +44,7 @@ def simulators(server: Server, *make: Callable[[], Any]) -> Iterator[None]:
             ) as client:
                 drive_agents(client, env, seed=i, stop=stop.is_set)
         except BaseException as e:
+            traceback.print_exc()  # the training waits for its steps, and shows no reason
             failed.append(e)
 
     threads = [threading.Thread(target=work, args=(i, one())) for i, one in enumerate(make)]
@@ -149,7 +151,7 @@ def test_appo_trains_several_agents(cluster: None, server: Server, built: list[A
     [
         (lambda c: c.evaluation(evaluation_interval=1), "evaluation with several agents can't go"),
         (lambda c: c.env_runners(env_to_module_connector=lambda *_: []), "connectors of one's own with several agents"),
-        (lambda c: c.multi_agent(policies={"a/b"}), "the policy id 'a/b'"),
+        (lambda c: c.multi_agent(policies={41 * "a"}), "1 to 40 characters"),
         (lambda c: c.rl_module(model_config={"use_lstm": True}), "recurrent policies"),
         (lambda c: c.multi_agent(count_steps_by="agent_steps"), "count_steps_by"),
     ],

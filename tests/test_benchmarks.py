@@ -18,6 +18,7 @@ KEYS = {"name", "date", "quick", "seconds", "machine", "load_before", "targets",
 TARGET_KEYS = {"what", "figure", "sense", "limit", "spread", "met"}
 FIGURES = {
     "actions": {"one", "many", "images", "tail"},
+    "agents": {"simulators", "RLlib", "together", "in_turn"},
     "algorithms": {"PPO", "APPO", "IMPALA", "DQN", "SAC"},
     "broker": {"small", "large", "core"},
     "bytes": {
@@ -39,6 +40,7 @@ FIGURES = {
 }
 TARGETS = {
     "actions": 6,
+    "agents": 3,
     "algorithms": 10,
     "broker": 3,
     "bytes": 4,
@@ -69,6 +71,7 @@ def run(name: str, results: Path) -> dict[str, Any]:
     "name",
     [
         pytest.param("actions", marks=[pytest.mark.ray, pytest.mark.long]),
+        pytest.param("agents", marks=[pytest.mark.ray, pytest.mark.long]),
         pytest.param("algorithms", marks=[pytest.mark.ray, pytest.mark.long]),
         "broker",
         "bytes",

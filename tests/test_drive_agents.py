@@ -17,7 +17,7 @@ from test_policy import BODY, discrete_blob
 from broker.server import Server
 from rllink_zmq.cli import main as cli
 from rllink_zmq.client_agents import connect_agents
-from rllink_zmq.drive_agents import agents_env, drive_agents, find_agents_env
+from rllink_zmq.drive_loops_agents import agents_env, drive_agents, find_agents_env
 from rllink_zmq.errors import SettingsError
 from rllink_zmq.messages import AgentId
 from rllink_zmq.policy_agents import Crew, CrewModule, Draw, pack_crew
@@ -134,6 +134,12 @@ def test_command_line_runs_several_agents(server: Server) -> None:
         refused = CliRunner().invoke(cli, [*arguments, "--vector", "4"])
         assert refused.exit_code != 0
         assert "has several agents, which can't go with --vector yet" in f"{refused.output}{refused.exception}"
+
+
+def test_the_package_has_functions_under_these_names() -> None:
+    import rllink_zmq
+
+    assert callable(rllink_zmq.drive_agents) and callable(rllink_zmq.connect_agents)
 
 
 def test_names_on_the_command_line() -> None:
