@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -14,9 +15,11 @@ from ray.rllib.algorithms.marwil import MARWILConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.algorithms.sac import SACConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rllink_zmq.errors import ConnectionTimeout, SettingsError, SpaceError
 from rllink_zmq.rllib import ZmqEnvRunner, attach
+from rllink_zmq.rllib.policies import policy_of
 from rllink_zmq.rllib.settings import LinkSettings, sampling_rules, trainer_terms
 from rllink_zmq.rllib.trainer import TrainerCallback, new_run_id
 
@@ -73,6 +76,17 @@ def test_rules_of_ppo_and_appo() -> None:
     assert (rules.style, rules.share, rules.quota, rules.timeout) == ("round", 1001, 2001, 10.0)
     config = APPOConfig().environment("CartPole-v1").env_runners(num_envs_per_env_runner=4)
     assert sampling_rules(attach(config, NOWHERE), 3)[:2] == ("stream", 200)
+
+
+def test_what_a_replay_buffer_cant_do_with_is_refused(tmp_path: Path) -> None:
+    config = DQNConfig().environment("CartPole-v1").rl_module(model_config={"use_lstm": True, "max_seq_len": 4})
+    with pytest.raises(SettingsError, match="an audit proves that each was trained on once"):
+        attach(config, NOWHERE, audit=tmp_path)
+    attach(config, NOWHERE)
+    spaces = {DEFAULT_MODULE_ID: (config.observation_space, config.action_space)}
+    module = config.get_rl_module_spec(spaces=spaces, inference_only=True).build()
+    with pytest.raises(SettingsError, match=r"has a memory \(use_lstm\), and with a replay buffer"):
+        policy_of(config, module)
 
 
 def test_dqn_and_sac_get_what_rllibs_own_runner_returns() -> None:

@@ -76,6 +76,15 @@ def test_without_simulators_and_env_it_waits_for_the_first_ones_spaces() -> None
     assert training.returncode == 143
 
 
+@pytest.mark.parametrize(
+    ("algo", "env"), [("IMPALA", "CartPole-v1"), ("DQN", "CartPole-v1"), ("SAC", "Pendulum-v1"), ("SAC", "CartPole-v1")]
+)
+def test_rllib_takes_what_train_sets(algo: str, env: str) -> None:
+    config = make_config(TrainOptions(broker=NOWHERE, env=env, algo=algo, runners=1))
+    config.copy(copy_frozen=False).validate()
+    assert type(config).__name__ == f"{algo}Config" and "fcnet_hiddens" in config.model_config
+
+
 def test_an_env_that_does_not_exist(tmp_path: Path) -> None:
     with broker() as addresses:
         result = CliRunner().invoke(main, ["train", "--broker", addresses["backend"], "--env", "CartPole-v11"])

@@ -139,11 +139,6 @@ def _refuse_unsupported(config: AlgorithmConfig) -> None:
     if config.is_multi_agent:
         check_multi_agent(config)
     check_evaluation(config)
-    if style_of(config) == "exact" and dict(config.model_config).get("use_lstm"):
-        raise SettingsError(
-            "use_lstm: memory together with a replay buffer (DQN, SAC) can't be trained through the broker yet: leave "
-            "it out, or use PPO, APPO or IMPALA"
-        )
     if config.batch_mode != "truncate_episodes":
         raise SettingsError(
             f"batch_mode={config.batch_mode!r}: simulators send fragments as they come; use 'truncate_episodes'"
