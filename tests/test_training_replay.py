@@ -119,16 +119,16 @@ def test_sac_trains_with_two_learners(addresses: dict[str, str], built: list[Alg
     assert not status(addresses)["ledger"]["dropped"]
 
 
-def test_the_example_trains(addresses: dict[str, str]) -> None:
+def test_the_example_runs(addresses: dict[str, str]) -> None:
     with (
         simulators(addresses, 2, "Pendulum-v1"),
         process(
-            "examples/train_sac.py", "--broker", addresses["backend"], "--iterations", "2", stderr=subprocess.DEVNULL
+            "examples/train_sac.py", "--broker", addresses["backend"], "--iterations", "1", stderr=subprocess.DEVNULL
         ) as training,
     ):
         out, _ = training.communicate(timeout=180)
     assert training.returncode == 0, out
-    assert "steps 1,000 " in out and "2 simulators" in out, out
+    assert "steps 500 " in out and "2 simulators" in out, out
 
 
 @pytest.mark.parametrize("name", ["PPO", pytest.param("APPO", marks=pytest.mark.long)])
