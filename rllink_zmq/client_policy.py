@@ -16,6 +16,7 @@ from rllink_zmq.fragments import Layout, Origin, Row, StateRow
 from rllink_zmq.packing import packing_of
 from rllink_zmq.packing_actions import action_packing
 from rllink_zmq.policy import Policy, PolicyManifest, policy_hash
+from rllink_zmq.policy_agents import is_crew
 from rllink_zmq.session import ReaderSession, SimulatorSession, State
 from rllink_zmq.spaces import from_wire
 from rllink_zmq.transport import Connection, Subscription, beside
@@ -190,6 +191,11 @@ class PolicyReader:
             wanted.blob, wanted.blob_hash = b"", ""
             return
         self.policy, self.origin = None, None
+        if is_crew(wanted.blob):
+            raise PolicyError(
+                "the training at this broker has several agents: a simulator of theirs uses connect_agents(), with the "
+                "spaces of each"
+            )
         policy = Policy.load(wanted.blob, self._threads, self._seed)
         self.policy, self.layout, self._loaded = policy, layout_of_policy(policy.manifest), wanted.blob_hash
 

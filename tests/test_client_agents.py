@@ -15,8 +15,9 @@ from fake_training import ACTIONS, OBSERVATIONS, Training, broker, training, unt
 from test_policy import BODY, B, W, discrete_blob
 
 from broker.server import Server
+from rllink_zmq.client import connect
 from rllink_zmq.client_agents import AgentsClient, connect_agents
-from rllink_zmq.errors import EpisodeError, RefusedError, SpaceError
+from rllink_zmq.errors import EpisodeError, PolicyError, RefusedError, SpaceError
 from rllink_zmq.fragments_agents import ALL
 from rllink_zmq.messages import AgentId
 from rllink_zmq.policy_agents import NOBODY, Crew, CrewModule, Draw, pack_crew
@@ -276,3 +277,11 @@ def test_agents_that_the_trainer_does_not_have_are_refused(server: Server) -> No
         connect_agents(
             server.frontend, observation_spaces={"left": gym.spaces.Text(3)}, action_spaces={"left": ACTIONS}
         )
+
+
+def test_a_client_of_one_agent_is_told_what_it_needs(server: Server) -> None:
+    with trained(server), connect(server.frontend) as one, one.start_episode() as episode:
+        with pytest.raises(PolicyError, match="has several agents: a simulator of theirs uses connect_agents"):
+            episode.get_action(seen(0))
+    with trained(server), pytest.raises(RefusedError, match="has several agents, this simulator's has one"):
+        connect(server.frontend, observation_space=OBSERVATIONS, action_space=ACTIONS)
