@@ -2,7 +2,7 @@
 
     from recorded import parser, train
 
-A line of the file that is written has all that a plot needs (`plot.py`), and what was run to get it.
+The file that is written has all that a plot needs (`plot.py`), and what was run to get it.
 """
 
 from __future__ import annotations

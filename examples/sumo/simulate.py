@@ -1,8 +1,11 @@
 """Traffic lights that ask for what to do: SUMO runs its own loop, and this script is a part of it.
 
-python simulate.py --seed 1                           # lights that learn: needs a broker and train.py
-python simulate.py --program fixed --episodes 20      # half a minute of green each, without a broker
-python simulate.py --program random --episodes 20
+With a broker and `train.py` they learn; without, they can be compared with programs that don't::
+
+    python simulate.py --seed 1
+    python simulate.py --program fixed --episodes 20      # half a minute of green each
+    python simulate.py --program longest --episodes 20    # green where more vehicles stand
+    python simulate.py --program random --episodes 20
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """A player in Doom that asks for what to do: ViZDoom's engine runs its own loop, and this script is a part of it.
 
-python simulate.py --seed 1                           # players that learn: needs a broker and train.py
-python simulate.py --policy random --episodes 50      # without a broker
+With a broker and `train.py` it learns; without, it can be compared with chance::
+
+    python simulate.py --seed 1
+    python simulate.py --policy random --episodes 100
 """
 
 from __future__ import annotations
