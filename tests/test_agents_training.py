@@ -7,6 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -94,6 +95,54 @@ def test_a_policy_learns_against_a_frozen_one(cluster: None, server: Server, bui
         assert set(sampled["agent_steps"]) == {"player_0", "player_1"}
         dropped = result["rllink"]["ledger"]["dropped"]
         assert not dropped.keys() - {"stale"}, dropped
+
+
+def test_each_agent_has_its_policy(cluster: None, server: Server, built: list[Algorithm], tmp_path: Path) -> None:
+    """MultiAgentCartPole, whose agents end one by one. A checkpoint brings the policies back."""
+    import multi_agent_cartpole as example
+
+    config = example.config().env_runners(num_env_runners=0)
+    with simulators(server, example.make, example.make):
+        algorithm = build(config, server)
+        built.append(algorithm)
+        best = 0.0
+        for _ in range(8):
+            result = algorithm.train()
+            best = max(best, result["env_runners"]["episode_return_mean"])
+        assert best > 60.0, "two random policies come to 45"
+        assert result["rllink"]["version"] >= 7
+        before = algorithm.get_module("pole_0").get_state()
+        path = algorithm.save_to_path(str(tmp_path / "checkpoint"))
+        algorithm.restore_from_path(path)
+        run = algorithm.rllink_trainer.run
+        after = algorithm.get_module("pole_0").get_state()
+        assert all((before[name] == after[name]).all() for name in before)
+        result = algorithm.train()
+        assert result["rllink"]["run_id"] == run
+        assert result["env_runners"]["num_env_steps_sampled"] >= 1000
+
+
+def test_appo_trains_several_agents(cluster: None, server: Server, built: list[Algorithm]) -> None:
+    import multi_agent_cartpole as example
+    from ray.rllib.algorithms.appo import APPOConfig
+    from ray.rllib.examples.envs.classes.multi_agent import MultiAgentCartPole
+
+    config = (
+        APPOConfig()
+        .environment(MultiAgentCartPole, env_config={"num_agents": 2})
+        .multi_agent(policies={"p", "q"}, policy_mapping_fn=lambda agent, episode, **_: "pq"[hash(episode.id_) % 2])
+        .env_runners(num_env_runners=1, rollout_fragment_length=50)
+        .training(train_batch_size_per_learner=200)
+        .rl_module(model_config={"fcnet_hiddens": [16]})
+        .reporting(min_time_s_per_iteration=2)
+    )
+    with simulators(server, example.make, example.make):
+        algorithm = build(config, server)
+        built.append(algorithm)
+        for _ in range(3):
+            result = algorithm.train()
+        assert result["rllink"]["version"] > 2
+        assert set(result["env_runners"]["module_episode_returns_mean"]) == {"p", "q"}
 
 
 @pytest.mark.parametrize(
