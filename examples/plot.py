@@ -24,7 +24,7 @@ def draw(directory: Path) -> None:
     baselines = [json.loads(line) for line in (directory / "baselines.json").read_text().splitlines()]
     figure, axes = pyplot.subplots(figsize=(7, 4))
     steps, _, returns = zip(*run["points"], strict=True)
-    axes.plot(steps, returns, label=f"{run['algorithm']}, seed {run['seed']}, {run['wall_s'] / 60:.0f} minutes")
+    axes.plot(steps, returns, label=f"{run['algorithm']}, seed {run['seed']}, {run['wall_s'] / 60:.1f} minutes")
     for baseline, style in zip(baselines, ("--", ":", "-."), strict=False):
         axes.axhline(baseline["return_mean"], color="tab:gray", linestyle=style, label=baseline["name"])
     axes.set(xlabel="env steps", ylabel="mean return of the last episodes", title=directory.resolve().name)
