@@ -18,8 +18,9 @@ import numpy as np
 
 from rllink_zmq import __version__
 from rllink_zmq.audit import Log
-from rllink_zmq.client import Backpressure, Client, Stats
+from rllink_zmq.client import Backpressure, Client, Inference, Stats
 from rllink_zmq.client_agents_policy import AgentsReader
+from rllink_zmq.client_agents_remote import PendingAgents, RemoteAgents
 from rllink_zmq.client_episode import explores
 from rllink_zmq.client_flow import Flow
 from rllink_zmq.client_remote import Pairs
@@ -28,7 +29,7 @@ from rllink_zmq.fragments import Kind, Layout, Origin
 from rllink_zmq.fragments_agents import ALL, AgentsBuilder, AgentsOrigin, Turn
 from rllink_zmq.messages import AgentId
 from rllink_zmq.policy import Policy
-from rllink_zmq.session import SimulatorSession
+from rllink_zmq.session import SimulatorSession, State
 from rllink_zmq.spaces import agents_to_wire
 from rllink_zmq.transport import Connection, parse_address
 
@@ -42,18 +43,22 @@ def connect_agents(
     threads: int = 1,
     seed: int | None = None,
     on_backpressure: Backpressure = "pause",
+    inference: Inference = "local",
     timeout: float | None = 5.0,
 ) -> AgentsClient:
     """`connect` for a simulator of several agents.
 
     `observation_spaces`, `action_spaces`: of each agent that may ever take part, by its id (an int, or text of 1 to 64
-    characters). They may be fewer than the trainer knows. The other arguments are those of `connect`. Actions are
-    computed here, by the policies of the modules that these agents may be mapped to; no others are fetched.
+    characters). They may be fewer than the trainer knows. The other arguments are those of `connect`. With `inference`
+    "local" actions are computed here, by the policies of the modules that these agents may be mapped to; no others are
+    fetched. With "remote" runners are asked: one request an env step for each module that acts in it, all at once.
     Raises ConnectionTimeout, RefusedError, SettingsError, SpaceError (with the agent's name).
     """
     parse_address(address)
     if on_backpressure not in ("pause", "drop"):
         raise SettingsError(f"expected on_backpressure 'pause' or 'drop', got {on_backpressure!r}")
+    if inference not in ("local", "remote", "auto"):
+        raise SettingsError(f"expected inference 'local', 'remote' or 'auto', got {inference!r}")
     spaces = agents_to_wire(observation_spaces, action_spaces)
     session = SimulatorSession(
         os.urandom(16),
@@ -63,10 +68,13 @@ def connect_agents(
     )
     reader = AgentsReader.join(address, threads, seed)
     reader.admit(spaces.agents)
-    client = AgentsClient(AgentsFlow(Connection(session, address), session, reader), spaces.agents)
+    client = AgentsClient(AgentsFlow(Connection(session, address), session, reader, spaces.agents), spaces.agents)
     client.flow.drops = on_backpressure == "drop"
+    client.flow.may_ask = inference == "auto"
     try:
         client.flow.open(timeout)
+        if inference == "remote":
+            client.flow.act_remotely()
     except BaseException:
         client.close(0)
         raise
@@ -77,11 +85,14 @@ class AgentsFlow(Flow):
     """A client's flow of env steps of several agents."""
 
     reader: AgentsReader
+    remote: RemoteAgents | None
 
     def __init__(
-        self, connection: Connection, session: SimulatorSession, reader: AgentsReader, audit: Log | None = None
-    ) -> None:
+        self, connection: Connection, session: SimulatorSession, reader: AgentsReader, agents: tuple[AgentId, ...],
+        audit: Log | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(connection, session, reader, None, audit)
+        self._agents = agents
 
     def prepare(self, pairs: Pairs, kind: Kind, *, wait: bool) -> Origin | None:
         origin = super().prepare(pairs, kind, wait=wait)
@@ -101,10 +112,32 @@ class AgentsFlow(Flow):
         if not self._reads_policy:
             self._reads_policy = True
             self.look()
-        return self.reader.origin
+        remote, told = self.remote, self.reader.origin
+        if remote is None or told is None:
+            return told
+        if remote.origin is None or remote.origin.run < told.run:
+            remote.origin = told  # until the first answer
+        return remote.origin
 
     def layout_of(self, kind: Kind) -> Layout | None:
         return self.reader.layout
+
+    def look(self) -> None:
+        super().look()
+        if self._reads_policy and self.remote is not None:
+            self.reader.look(self.session, time.monotonic())
+
+    def act_remotely(self) -> None:
+        before, self.reader = self.reader, self.reader.elsewhere()
+        self.reader.admit(self._agents)
+        before.dismiss(self._agents)
+        before.leave()
+        self.remote = RemoteAgents(self.connection.address, self.session.name)
+        self.remote.connection.open()
+
+    def why(self, kind: Kind) -> str:
+        missing = self.reader.missing() if self.remote is not None and self._reads_policy else ""
+        return missing if missing and self.session.state is State.LIVE else super().why(kind)
 
 
 class AgentsClient:
@@ -185,6 +218,7 @@ class AgentsEpisode:
         self.open = True
         self._flow = flow
         self._cost = 1 if builder.sent else 0
+        self._pending: PendingAgents | None = None
         self._started: float | None = time.monotonic()
 
     @property
@@ -221,8 +255,14 @@ class AgentsEpisode:
         flow, builder, reader = self._flow, self.builder, self._flow.reader
         turn = self._turn("get_action", observations, terminateds, truncateds)
         while True:
-            if not self._goes_on("acted"):
+            if flow.remote is None and not self._goes_on("acted"):
                 flow.prepare([(builder, turn)], "acted", wait=True)
+            if flow.remote is not None:
+                pending = self._ask(flow.remote, turn)
+                try:
+                    return pending.result()
+                finally:
+                    pending.forget()
             with reader.lock:
                 if builder.origin is reader.origin:
                     builder.observe(turn)
@@ -232,17 +272,36 @@ class AgentsEpisode:
         flow.credit -= self._cost
         return actions
 
+    def get_action_async(
+        self,
+        observations: Mapping[AgentId, Any],
+        terminateds: Mapping[AgentId, bool] | None = None,
+        truncateds: Mapping[AgentId, bool] | None = None,
+    ) -> PendingAgents:
+        """Ask the service for the actions, and go on: `result()` of what is returned are the actions, `done()` says
+        whether they are there. With `connect_agents(inference="remote")` alone; until then the episode takes no other
+        call. Waits and raises as `get_action` does, but for the answers."""
+        if self._flow.remote is None:
+            raise EpisodeError('get_action_async asks the action service: connect_agents(..., inference="remote")')
+        return self._ask(self._flow.remote, self._turn("get_action_async", observations, terminateds, truncateds))
+
     def can_act(
         self,
         observations: Mapping[AgentId, Any],
         terminateds: Mapping[AgentId, bool] | None = None,
         truncateds: Mapping[AgentId, bool] | None = None,
     ) -> bool:
-        """Whether `get_action` with the same would return at once; the next call must have the same. Never waits."""
+        """Whether `get_action` with the same would return at once; with the service: whether it may ask. The next call
+        must have the same. Never waits."""
+        flow = self._flow
         turn = self._turn("can_act", observations, terminateds, truncateds)
-        if self.builder.origin is self._flow.reader.origin and self._goes_on("acted"):
+        if flow.remote is not None and not flow.remote.room:
+            flow.look_if_due()
+            return False
+        acts = flow.reader if flow.remote is None else flow.remote
+        if self.builder.origin is acts.origin and self._goes_on("acted"):
             return True
-        return self._flow.prepare([(self.builder, turn)], "acted", wait=False) is not None
+        return flow.prepare([(self.builder, turn)], "acted", wait=False) is not None
 
     def log_action(
         self,
@@ -320,6 +379,8 @@ class AgentsEpisode:
     def abandon(self) -> None:
         """End the episode as if the simulator had been lost: what isn't sent yet is discarded and counted."""
         if self.open:
+            if self._pending is not None:
+                self._pending.forget()
             self._flow.abandon(self.builder)
             self._leave()
 
@@ -329,6 +390,8 @@ class AgentsEpisode:
             raise EpisodeError(f"{call} of episode '{self.id}', whose client is closed: connect_agents() again")
         if not self.open:
             raise EpisodeError(f"{call} after the end of episode '{self.id}': start another one with start_episode()")
+        if self.builder.asked:
+            raise EpisodeError(f"{call}: episode '{self.id}' has asked for actions already: take their result() first")
 
     def __enter__(self) -> AgentsEpisode:
         return self
@@ -353,6 +416,14 @@ class AgentsEpisode:
             if flags and flags.get(ALL):
                 raise EpisodeError(f"{call}: episode '{self.id}' is over for all agents: call end_episode")
         return Turn(observations, terminateds or {}, truncateds or {})
+
+    def _ask(self, remote: RemoteAgents, turn: Turn) -> PendingAgents:
+        self._goes_on("acted")
+        self._flow.prepare([(self.builder, turn)], "acted", wait=True)
+        self.builder.observe(turn)
+        self._check_alive()
+        self._pending = PendingAgents(self._flow, remote, self.builder, turn)
+        return self._pending
 
     def _goes_on(self, kind: Kind) -> bool:
         builder, flow = self.builder, self._flow

@@ -83,16 +83,25 @@ class AgentsReader(PolicyReader):
         """The version by which the lag of what begins now with these weights is counted: that of the oldest module that
         is trained and not at its newest. A module that had nothing to learn from for a while is not old."""
         with self.lock:
-            wanted, crew, versions = self._wanted, self.crew, origin.versions
+            crew, versions = self.crew, origin.versions
             trained = {module.id for module in crew.modules if module.trained} if crew is not None else set()
             late = [
                 version
                 for module, version in versions.items()
-                if module in trained and module in wanted.modules and version < wanted.modules[module].version
+                if module in trained and version < self._newest_of(module)
             ]
-            return min(late, default=max(wanted.newest_told, *versions.values()))
+            return min(late, default=max(self._wanted.newest_told, *versions.values()))
+
+    def elsewhere(self) -> AgentsReader:
+        """The reader of clients like this one's for which runners act."""
+        return AgentsRoster.join(self.address, self._threads, self._seed)
 
     # ---- inside
+
+    def _newest_of(self, module: str) -> int:
+        """The newest version of this module that is known."""
+        wanted = self._wanted.modules.get(module)
+        return -1 if wanted is None else wanted.version
 
     def _tell(self, session: SimulatorSession, now: float) -> None:
         if self._subscription is None:
@@ -125,11 +134,15 @@ class AgentsReader(PolicyReader):
         about = manifests(crew, blobs)
         needed = crew.needed([agent for agent, count in self._agents.items() if count > 0])
         places = {module.id: module.policy for module in crew.modules}
-        self.policies = {module: Policy.load(blobs[places[module]], self._threads, self._seed) for module in needed}
+        self._hold({module: blobs[places[module]] for module in needed})
         self._layouts = {module: layout_of_policy(about[module]) for module in needed}
-        wanted.want(needed)
         self.layout = whole(self._widest(crew))
         self.crew, self._loaded = crew, wanted.blob_hash
+
+    def _hold(self, blobs: Mapping[str, bytes]) -> None:
+        """Make these policies ready to act, by module, and want their weights."""
+        self.policies = {module: Policy.load(blob, self._threads, self._seed) for module, blob in blobs.items()}
+        self._wanted.want(blobs)
 
     def _widest(self, crew: Crew) -> list[Layout]:
         """For each agent of this process the largest of the layouts that it may have."""
@@ -171,3 +184,30 @@ class AgentsReader(PolicyReader):
             return
         self.origin = AgentsOrigin.of(wanted.run, max(versions.values()), versions)
         self._switched, self._fresh_since = now, None
+
+
+class AgentsRoster(AgentsReader):
+    """For clients for which runners act: how agents are mapped to modules, and what their rows are like. There are no
+    policies and no weights here. `origin`: which there were when the run was heard of, for who has had no answer yet.
+    """
+
+    _told: Mapping[str, int] = {}
+
+    def _tell(self, session: SimulatorSession, now: float) -> None:
+        super()._tell(session, now)
+        if session.run == self._wanted.run:
+            self._told = session.modules
+
+    def _newest_of(self, module: str) -> int:
+        return self._told.get(module, -1)
+
+    def _hold(self, blobs: Mapping[str, bytes]) -> None:
+        pass
+
+    def _switch(self, now: float) -> None:
+        wanted = self._wanted
+        if self.crew is None or wanted.blob_hash != wanted.policy:
+            self.origin = None
+        elif self.origin is None or self.origin.run != wanted.run:
+            versions = {module: max(0, self._told.get(module, 0)) for module in self._layouts}
+            self.origin = AgentsOrigin.of(wanted.run, max(0, wanted.newest_told), versions)

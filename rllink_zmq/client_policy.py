@@ -14,7 +14,7 @@ from rllink_zmq import __version__
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.fragments import Layout, Origin, Row, StateRow
 from rllink_zmq.packing import packing_of
-from rllink_zmq.packing_actions import action_packing
+from rllink_zmq.packing_actions import action_packing, env_packing
 from rllink_zmq.policy import Policy, PolicyManifest, policy_hash
 from rllink_zmq.policy_agents import is_crew
 from rllink_zmq.session import ReaderSession, SimulatorSession, State
@@ -38,6 +38,7 @@ IDLE = 5.0
 def layout_of_policy(manifest: PolicyManifest) -> Layout:
     """The layout of fragments whose actions the policy chose."""
     obs, action = manifest.observation, manifest.action
+    packed = None if manifest.packed_action is None else from_wire(manifest.packed_action)
     return Layout(
         Row(obs.shape, np.dtype(obs.dtype)),
         Row(action.shape, np.dtype(action.dtype)),
@@ -46,7 +47,8 @@ def layout_of_policy(manifest: PolicyManifest) -> Layout:
         None if manifest.packed is None else packing_of(from_wire(manifest.packed)),
         tuple(StateRow(state.name, Row(state.shape, np.dtype(state.dtype))) for state in manifest.state),
         tuple(state.start for state in manifest.state),
-        actions=None if manifest.packed_action is None else action_packing(from_wire(manifest.packed_action)),
+        actions=None if packed is None else action_packing(packed),
+        env_actions=None if packed is None else env_packing(packed),
     )
 
 

@@ -95,13 +95,15 @@ class RemotePolicy:
         session = self.session
         return session.state is State.LIVE and len(session.open_acts) < max(1, session.requests)
 
-    def ask(self, arrays: dict[str, NDArray[Any]], *, explore: bool | None, evaluation: bool) -> int:
-        """Request actions for `obs`, (B, *shape), with what else the request has; the number of the request."""
+    def ask(self, arrays: dict[str, NDArray[Any]], *, explore: bool | None, evaluation: bool, module: str = "") -> int:
+        """Request actions for `obs`, (B, *shape), with what else the request has, of `module` if there are several;
+        the number of the request."""
         columns, body = to_buffers(arrays)
         copied = [bytes(buffer) for buffer in body]  # kept until the answer is there: the rows are the builder's
         request = self.session.act(
-            columns, len(arrays["obs"]), copied, self.connection.clock(), explore=explore, evaluation=evaluation
-        )
+            columns, len(arrays["obs"]), copied, self.connection.clock(), explore=explore, evaluation=evaluation,
+            module=module,
+        )  # fmt: skip
         self.connection.flush()
         return request
 
@@ -133,12 +135,17 @@ class RemotePolicy:
             self.answers[message.request] = Answer(Origin("", -1), {}, "malformed", str(e))
             return
         origin = Origin(message.run, message.version)
-        if not message.code:
-            if self.origin == origin:
-                origin = self.origin
-            elif self.origin is None or origin > self.origin:
-                self.origin = origin
-        self.answers[message.request] = Answer(origin, arrays, message.code, message.text)
+        self.answers[message.request] = Answer(
+            origin if message.code else self.known(origin), arrays, message.code, message.text
+        )
+
+    def known(self, origin: Origin) -> Origin:
+        """The weights that have answered: the same object for the same ones."""
+        if self.origin == origin:
+            return self.origin
+        if self.origin is None or origin > self.origin:
+            self.origin = origin
+        return origin
 
 
 class PendingActions:
@@ -263,12 +270,12 @@ class PendingActions:
                 builder.remember([before[STATE_IN + name][i] for name in after])
             builder.act(actions[i], logps[i], dist_inputs[i], [array[i] for array in after.values()])
         if layout.env_actions is not None:
-            return layout.env_actions.unpack(_packed(answer.arrays, layout.env_actions, len(self._rows)))
+            return layout.env_actions.unpack(packed_for_env(answer.arrays, layout.env_actions, len(self._rows)))
         # A copy is the caller's own: the message's bytes can't be written.
         return answer.arrays.get("env_actions", actions).copy()
 
 
-def _packed(arrays: dict[str, NDArray[Any]], packing: Packing, rows: int) -> NDArray[np.uint8]:
+def packed_for_env(arrays: dict[str, NDArray[Any]], packing: Packing, rows: int) -> NDArray[np.uint8]:
     """The answer's `env_actions`, of several parts. Raises PolicyError where they are none of this space."""
     found = arrays.get("env_actions")
     if found is None or found.dtype != np.uint8 or found.shape != (rows, packing.nbytes):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import gymnasium as gym
 
-from rllink_zmq.client_agents import AgentsClient
+from rllink_zmq.client_agents import AgentsClient, AgentsFlow
 from rllink_zmq.client_flow import WAIT_SLICE, Waiting
 from rllink_zmq.drive_loops import TURN_SECONDS, Stop, Summary, Tally
 from rllink_zmq.errors import SettingsError
@@ -214,8 +214,8 @@ def drive_agents_many(
             now = time.monotonic()
             waiting = waiting or Waiting(now)
             flows = [pairs[i][0].flow for i in loops]
-            waiting.say(lambda flow=flows[0]: flow.why("acted"), now)  # type: ignore[misc]
-            poll([flow.connection for flow in flows], None, WAIT_SLICE)
+            waiting.say(lambda flow=flows[0]: _why(flow), now)  # type: ignore[misc]
+            poll([connection for flow in flows for connection in flow.connections], None, WAIT_SLICE)
     finally:
         for loop in loops.values():
             loop.close()
@@ -244,7 +244,15 @@ def _seat(
                 while not episode.can_act(*_turn(outcome)):
                     yield True
                     until = time.monotonic() + TURN_SECONDS
-                outcome = agents.step(episode.get_action(*_turn(outcome)))
+                if client.flow.remote is None:
+                    actions = episode.get_action(*_turn(outcome))
+                else:
+                    asked = episode.get_action_async(*_turn(outcome))
+                    while not asked.done():
+                        yield True
+                        until = time.monotonic() + TURN_SECONDS
+                    actions = asked.result()
+                outcome = agents.step(actions)
                 episode.log_returns(outcome.rewards)
                 count.steps += 1
                 left[1] -= 1
@@ -260,6 +268,12 @@ def _seat(
                 if time.monotonic() >= until:
                     yield False
                     until = time.monotonic() + TURN_SECONDS
+
+
+def _why(flow: AgentsFlow) -> str:
+    """What it waits for."""
+    remote = flow.remote
+    return remote.why() if remote is not None and remote.session.open_acts else flow.why("acted")
 
 
 def _turn(outcome: Outcome) -> tuple[Any, Any, Any]:

@@ -199,7 +199,9 @@ class Subscription:
         self.address = address
         self.topics = tuple(topics)
         self.socket: zmq.Socket[Any] = zmq.Context.instance().socket(zmq.SUB)
-        set_options(self.socket, rcvhwm=4 * max(1, len(topics)), sndhwm=1, heartbeats=False)
+        # Subscriptions are sent, too: what is over the limit never reaches the broker, and nobody says so.
+        count = max(1, len(topics))
+        set_options(self.socket, rcvhwm=4 * count, sndhwm=count, heartbeats=False)
         for topic in topics or ("",):
             self.socket.subscribe(topic.encode())
         self.socket.connect(address)

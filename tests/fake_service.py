@@ -25,6 +25,7 @@ class Service:
     """Answers with the parity of the first number of an observation, as the weights `version`. `asked`: (request, rows)
     of all that came, `beside`: their other columns; `how`: whether it is to explore, and for evaluation. `lookback`:
     how many earlier observations it says it looks at. `held`: answers nothing meanwhile; `refuses`: with this code.
+    `versions`: of each module, if there are several; others are refused. `modules`: of all requests.
     """
 
     def __init__(self, backend: str, run: str = RUNS[0]) -> None:
@@ -35,6 +36,8 @@ class Service:
         self.beside: list[dict[str, NDArray[Any]]] = []
         self.how: list[tuple[bool | None, bool]] = []
         self.lookback = 0
+        self.versions: dict[str, int] = {}
+        self.modules: list[str] = []
         self.session = ServiceSession(os.urandom(16), run, name="fake service")
         self._connection = Connection(self.session, backend)
         self._stop = False
@@ -71,17 +74,20 @@ class Service:
                 self.beside.append({name: array.copy() for name, array in arrays.items()})
                 self.asked.append((message.request, rows))
                 self.how.append((message.explore, message.evaluation))
+                self.modules.append(message.module)
                 now = time.monotonic()
-                if self.refuses:
+                refuses = self.refuses or ("no_module" if self.versions and message.module not in self.versions else "")
+                if refuses:
                     session.answer(
-                        ACTION(message.session, message.request, code=self.refuses, text="no such thing"), (), now
+                        ACTION(message.session, message.request, code=refuses, text="no such thing"), (), now
                     )
                     continue
                 answer = self.answer(message, rows)
                 if self.lookback:
                     answer[LOOKBACK] = np.full(len(rows), self.lookback, np.int32)
                 columns, buffers = to_buffers(answer)
-                header = ACTION(message.session, message.request, session.my_run, self.version, columns)
+                version = self.versions.get(message.module, self.version)
+                header = ACTION(message.session, message.request, session.my_run, version, columns)
                 session.answer(header, buffers, now)
             self._connection.flush()
         self._connection.close()

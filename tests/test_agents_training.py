@@ -16,6 +16,7 @@ from processes import REAL_RAY, ROOT
 
 from broker.server import Server
 from rllink_zmq import connect_agents, drive_agents
+from rllink_zmq.client import Inference
 from rllink_zmq.drive_loops_agents import agents_env
 from rllink_zmq.errors import SettingsError
 
@@ -28,7 +29,7 @@ sys.path.append(str(ROOT / "examples"))
 
 
 @contextmanager
-def simulators(server: Server, *make: Callable[[], Any]) -> Iterator[None]:
+def simulators(server: Server, *make: Callable[[], Any], inference: Inference = "local") -> Iterator[None]:
     """One for each of these, in a thread of its own."""
     stop = threading.Event()
     failed: list[BaseException] = []
@@ -41,6 +42,7 @@ def simulators(server: Server, *make: Callable[[], Any]) -> Iterator[None]:
                 observation_spaces=agents.observation_spaces,
                 action_spaces=agents.action_spaces,
                 seed=i,
+                inference=inference,
             ) as client:
                 drive_agents(client, env, seed=i, stop=stop.is_set)
         except BaseException as e:
@@ -143,6 +145,26 @@ def test_appo_trains_several_agents(cluster: None, server: Server, built: list[A
             result = algorithm.train()
         assert result["rllink"]["version"] > 2
         assert set(result["env_runners"]["module_episode_returns_mean"]) == {"p", "q"}
+
+
+def test_runners_act_for_several_agents(cluster: None, server: Server, built: list[Algorithm]) -> None:
+    """The one that learns and the frozen one, each by the version of it that is published."""
+    import rock_paper_scissors as example
+
+    with simulators(server, example.together, example.in_turn, inference="remote"):
+        algorithm = build(example.config(), server)
+        built.append(algorithm)
+        first = algorithm.train()["env_runners"]["agent_episode_returns_mean"]["player_0"]
+        for _ in range(25):
+            result = algorithm.train()
+            last = result["env_runners"]["agent_episode_returns_mean"]["player_0"]
+            if last > first + 3.0:
+                break
+        assert last > first + 3.0, "it learns"
+        acts = server.core.acts  # type: ignore[union-attr]
+        assert acts["answered"] >= 1000 and acts["refused"] == 0
+        dropped = result["rllink"]["ledger"]["dropped"]
+        assert not dropped.keys() - {"stale"}, dropped
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from rllink_zmq.messages import (
     PING,
     PROTOCOL_VERSION,
     REFUSED,
+    STATE,
     WELCOME,
     BoxSpace,
     Column,
@@ -220,6 +221,30 @@ def test_fragments_get_through(server: Server) -> None:
         found = arrays.from_body(lease.message.columns, [bytes(b) for b in lease.body])
         np.testing.assert_array_equal(found["obs"], np.full((4, 4), lease.message.number - 1, np.float32))
     assert ledger(server)["delivered"] == {"fragments": 3, "steps": 9}
+
+
+def test_each_of_several_topics_is_subscribed_to(server: Server) -> None:
+    """And no other."""
+    topics = ("first", "second", "third")
+    news = Subscription(server.weights, topics)
+    try:
+        trainer = Trainer(server)
+        version = 0
+        found: set[str] = set()
+
+        def heard() -> bool:
+            # A subscription takes a moment: what was published before it is gone.
+            nonlocal version
+            found.update(message.module for message, _ in news.read() if isinstance(message, STATE))
+            version += 1
+            for topic in ("other", *topics):
+                trainer.runner.offer(version, 5, lambda: b"newer", time.monotonic(), topic)
+            return len(found) == len(topics)
+
+        until(heard, *trainer.connections)
+        assert found == set(topics)
+    finally:
+        news.close()
 
 
 def test_a_large_fragment_arrives_as_it_was(server: Server) -> None:

@@ -170,7 +170,7 @@ class Work:
         plan = self._plan
         for wanted, option in (
             (plan.vector, "--vector"), (plan.evaluate, "--evaluate"), (plan.audit, "--audit"),
-            (plan.inference == "remote", "--inference remote"), (plan.compression, "--compression"),
+            (plan.compression, "--compression"),
         ):  # fmt: skip
             if wanted:
                 raise SettingsError(f"--env {plan.env} has several agents, which can't go with {option} yet")
@@ -183,6 +183,7 @@ class Work:
                 name=f"{host}/{os.getpid()}/{i}",
                 seed=None if plan.seed is None else plan.seed + plan.first,
                 on_backpressure=plan.on_backpressure,
+                inference=plan.inference,
                 timeout=None,
             )
             self._agents.append((client, env))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -27,7 +28,11 @@ from rllink_zmq.rllib.link import RunnerLink
 from rllink_zmq.rllib.multi_agent_episodes import AgentsFinished, MultiAgentEpisodeBuilder
 from rllink_zmq.rllib.multi_agent_policies import CrewManifest, agents_of, is_trained
 from rllink_zmq.rllib.runner import Held, ZmqEnvRunner
-from rllink_zmq.rllib.settings import longest_chunk
+from rllink_zmq.rllib.service import MAX_ROWS, ModuleActor
+from rllink_zmq.rllib.service_agents import AgentsActService
+from rllink_zmq.rllib.settings import explores, longest_chunk
+
+logger = logging.getLogger("rllink_zmq")
 
 
 class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
@@ -58,7 +63,25 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
         self._builder.dist_inputs = {name: each.action_dist_inputs for name, each in manifest.modules.items()}
 
     def _serve_actions(self, link: RunnerLink, manifest: Any) -> None:
-        """There is no service of several modules: simulators act by themselves."""
+        """Answer simulators that ask for single actions: each module by its weights that are published."""
+        multi: Any = self.module
+        if multi is None:
+            return
+        config, settings = self.config, self.settings
+        normalize, clip = bool(config.normalize_actions), bool(config.clip_actions)
+        try:
+            actors = {
+                name: ModuleActor(multi[name], about, multi[name].action_space, normalize, clip, self._device)
+                for name, about in manifest.modules.items()
+            }
+        except Exception as e:  # a module of the user's that can't be copied, say
+            logger.warning("runner %s computes no single actions: %s: %s", self.worker_index, type(e).__name__, e)
+            return
+        self._service = AgentsActService(
+            settings.broker, link.run, link.session.name, actors, max_rows=settings.act_rows or MAX_ROWS,
+            max_wait=settings.act_wait_s, explores=explores(config)[0],
+        )  # fmt: skip
+        link.on_left = self._service.stop
 
     def _hold(self, weights: StateDict) -> Held:
         """RLlib hands out the weights of those modules alone that have learned."""

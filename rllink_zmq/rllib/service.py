@@ -12,7 +12,7 @@ import copy
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import gymnasium as gym
 import numpy as np
@@ -67,6 +67,10 @@ NEWS_INTERVAL = 0.05
 
 def _said(columns: dict[str, tuple[str, tuple[int, ...]]]) -> str:
     return ", ".join(f"{name} {np.dtype(dtype)}{list(shape)}" for name, (dtype, shape) in columns.items())
+
+
+Asked: TypeAlias = tuple[ACT, Sequence[Buffer]]
+"""A request, and its body."""
 
 
 class OwnPolicy(Wanted):
@@ -263,7 +267,11 @@ class PipelineActor(ModuleActor):
 
 class ActService:
     """Answers ACT for one run. `max_rows`: observations of one batch; `max_wait`: seconds that its first request may
-    wait for company. `explores`: whether training draws its actions; evaluation does as the manifest says."""
+    wait for company. `explores`: whether training draws its actions; evaluation does as the manifest says. `module`:
+    the name that requests give to what `actor` has."""
+
+    module = ""
+    _topics: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -284,12 +292,12 @@ class ActService:
         self._max_rows = max_rows
         self._max_wait = max_wait
         self._first_at: float | None = None
-        self._wanted = OwnPolicy()
+        self._wanted = self._wants()
         self._subscription: Subscription | None = None
         self._asked_greeting = 0
         self._switched = float("-inf")
         self._news_at = 0.0
-        self._columns: dict[tuple[int, tuple[str, ...]], tuple[Column, ...]] = {}
+        self._columns: dict[tuple[str, int, tuple[str, ...]], tuple[Column, ...]] = {}
         self.session = ServiceSession(secrets.token_bytes(16), run, name=name, package=__version__)
         self.session.on_message = self._wanted.answer
         self._thread = ConnectionThread(Connection(self.session, address), self._step, f"{name}-acting")
@@ -309,29 +317,36 @@ class ActService:
         if session.asked or now >= self._news_at:
             self._news_at = now + NEWS_INTERVAL
             self._read_weights(now)
-        if not session.asked or self.actor.version < 0:
+        asked = self._answerable()
+        if not asked:
             self._first_at = None
             return self._news_at
         if self._first_at is None:
             self._first_at = now
-        pending = sum(message.rows for message, _ in session.asked.values())
+        pending = sum(message.rows for message, _ in asked.values())
         if now < self._first_at + self._max_wait and pending < self._max_rows:
             return self._first_at + self._max_wait
         self._first_at = None
         rows = count = 0
-        for message, _ in session.asked.values():
+        for message, _ in asked.values():
             if count and rows + message.rows > self._max_rows:
                 break
             rows += message.rows
             count += 1
-        batch = [session.asked.pop(key) for key in list(session.asked)[:count]]
+        self._answer_all([session.asked.pop(key) for key in list(asked)[:count]], now)
+        return now if self._answerable() else self._news_at
+
+    def _answerable(self) -> dict[tuple[bytes, int], Asked]:
+        """What is asked of a module whose weights are here."""
+        return self.session.asked if self.actor.version >= 0 else {}
+
+    def _answer_all(self, batch: Sequence[Asked], now: float) -> None:
         for explore in (True, False):
             some = [(message, body) for message, body in batch if self._draws(message) is explore]
             if some:
                 self._answer(some, explore, now)
-        return now if session.asked else self._news_at
 
-    def _answer(self, batch: Sequence[tuple[ACT, Sequence[Buffer]]], explore: bool, now: float) -> None:
+    def _answer(self, batch: Sequence[Asked], explore: bool, now: float) -> None:
         """One forward pass for all that fits; a reason for each that doesn't."""
         actor = self.actor
         fit: list[ACT] = []
@@ -339,7 +354,7 @@ class ActService:
         for message, body in batch:
             why = self._misfit(message, body)
             if why:
-                self._say(message, ACTION(message.session, message.request, code="malformed", text=why), b"", now)
+                self._refuse(message, "malformed", why, now)
                 continue
             fit.append(message)
             bodies.append(body)
@@ -389,7 +404,7 @@ class ActService:
 
     def _without(
         self, fit: Sequence[ACT], bodies: Sequence[Sequence[Buffer]], bad: NDArray[np.bool_], now: float
-    ) -> list[tuple[ACT, Sequence[Buffer]]]:
+    ) -> list[Asked]:
         """The requests that have no row of these; the others are told."""
         rest = []
         first = 0
@@ -434,7 +449,7 @@ class ActService:
         return columns
 
     def _columns_of(self, arrays: dict[str, NDArray[Any]], rows: int) -> tuple[Column, ...]:
-        key = (rows, tuple(arrays))
+        key = (self.module, rows, tuple(arrays))
         columns = self._columns.get(key)
         if columns is None:
             columns = tuple(column_of(name, array[:1].repeat(rows, 0)) for name, array in arrays.items())
@@ -444,6 +459,9 @@ class ActService:
 
     def _give(self, message: ACT, columns: tuple[Column, ...], body: bytes, now: float) -> None:
         self._say(message, ACTION(message.session, message.request, self.run, self.actor.version, columns), body, now)
+
+    def _refuse(self, message: ACT, code: str, text: str, now: float) -> None:
+        self._say(message, ACTION(message.session, message.request, code=code, text=text), b"", now)
 
     def _say(self, message: ACT, answer: ACTION, body: bytes, now: float) -> None:
         self.session.answer(answer, [body] if body else [], now)
@@ -456,7 +474,7 @@ class ActService:
     def _misfit(self, message: ACT, body: Sequence[Buffer]) -> str:
         """Why this request can't be answered; '' when it can."""
         actor, column = self.actor, message.columns[0]
-        if message.module:
+        if message.module != self.module:
             return f"there is no module '{message.module}' here: leave it out"
         rest = message.columns[1:]
         if column.name != "obs" or (rest and not actor.memory and not actor.lookback):
@@ -500,13 +518,13 @@ class ActService:
         session, wanted = self.session, self._wanted
         if session.state is not State.LIVE:
             return
-        wanted.told(session.run, session.version, "", now)
+        self._tell(now)
         address = beside(self._address, session.weights_address) if session.weights_address else ""
         if self._subscription is not None and self._subscription.address != address:
             self._subscription.close()
             self._subscription = None
         if self._subscription is None and address:
-            self._subscription = Subscription(address)
+            self._subscription = Subscription(address, self._topics)
         if self._subscription is not None:
             for message, body in self._subscription.read():
                 wanted.news(message, body, now)
@@ -515,6 +533,19 @@ class ActService:
             self._asked_greeting = session.greeting
             wanted.restart(now)
         session.ask(wanted.asks(now), now)
+        self._switch(now)
+
+    def _wants(self) -> Wanted:
+        """What it is to hear of, from the beginning."""
+        return OwnPolicy()
+
+    def _tell(self, now: float) -> None:
+        self._wanted.told(self.session.run, self.session.version, "", now)
+
+    def _switch(self, now: float) -> None:
+        """Act by the newest weights from now on."""
+        wanted = self._wanted
+        assert isinstance(wanted, OwnPolicy)
         newest = wanted.newest
         if newest is None or wanted.run != self.run or newest[0] <= self.actor.version:
             return
