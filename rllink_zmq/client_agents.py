@@ -250,7 +250,9 @@ class AgentsEpisode:
 
         Waits, and says why in the log every 5 s, while there is no policy or no room for another step. Raises
         EpisodeError, with the agent's name, for an agent that isn't there, that has ended, or whose observation doesn't
-        fit, and when all have ended; RefusedError when the broker refuses this simulator.
+        fit, and when all have ended (`all_ended`): nothing of the call counts then, and it may be made again as it
+        should be. RemovedError, when the policy of an agent that takes part was removed: abandon the episode.
+        RefusedError when the broker refuses this simulator.
         """
         flow, builder, reader = self._flow, self.builder, self._flow.reader
         turn = self._turn("get_action", observations, terminateds, truncateds)
@@ -266,7 +268,6 @@ class AgentsEpisode:
             with reader.lock:
                 if builder.origin is reader.origin:
                     builder.observe(turn)
-                    self._check_alive()
                     actions = self._act()
                     break
         flow.credit -= self._cost
@@ -319,7 +320,6 @@ class AgentsEpisode:
         if not self._goes_on("logged"):
             self._flow.prepare([(builder, turn)], "logged", wait=True)
         builder.observe(turn)
-        self._check_alive()
         waiting = [agent for agents in builder.to_act().values() for agent in agents]
         for agent in actions:
             if agent not in waiting:
@@ -333,6 +333,16 @@ class AgentsEpisode:
             builder.logged(agent, actions[agent], action_logps[agent])
         builder.stepped()
         self._flow.credit -= self._cost
+
+    def all_ended(
+        self,
+        observations: Mapping[AgentId, Any],
+        terminateds: Mapping[AgentId, bool] | None = None,
+        truncateds: Mapping[AgentId, bool] | None = None,
+    ) -> bool:
+        """Whether all agents that have taken part have ended, with these at the latest. The episode is over then, as
+        RLlib has it, whatever `__all__` says."""
+        return self.builder.over_with(Turn(observations, terminateds or {}, truncateds or {}))
 
     def log_returns(self, rewards: Mapping[AgentId, float]) -> None:
         """Add to the rewards of the agents' last actions. Several calls add up; none means 0. A reward that comes while
@@ -371,6 +381,8 @@ class AgentsEpisode:
             )
         terminateds, truncateds = terminateds or {}, truncateds or {}
         cut_short = bool(truncateds.get(ALL)) and not terminateds.get(ALL)
+        if cut_short:
+            truncateds = {**truncateds, **dict.fromkeys(builder.agents, True)}
         builder.observe(Turn(observations, terminateds, truncateds))
         builder.finish("truncated" if cut_short else "terminated")
         self._flow.cut(builder, "truncated" if cut_short else "terminated")
@@ -415,7 +427,10 @@ class AgentsEpisode:
         for flags in (terminateds, truncateds):
             if flags and flags.get(ALL):
                 raise EpisodeError(f"{call}: episode '{self.id}' is over for all agents: call end_episode")
-        return Turn(observations, terminateds or {}, truncateds or {})
+        turn = Turn(observations, terminateds or {}, truncateds or {})
+        if self.builder.over_with(turn):
+            raise EpisodeError(f"episode '{self.id}': all its agents have ended: call end_episode")
+        return turn
 
     def _ask(self, remote: RemoteAgents, turn: Turn) -> PendingAgents:
         self._goes_on("acted")
@@ -433,10 +448,6 @@ class AgentsEpisode:
                 f"(get_action)"
             )
         return 0 < builder.steps < builder.limit and flow.credit > 0 and time.monotonic() < flow.look_at
-
-    def _check_alive(self) -> None:
-        if self.builder.ended and not self.builder.alive:
-            raise EpisodeError(f"episode '{self.id}': all its agents have ended: call end_episode")
 
     def _act(self) -> dict[AgentId, Any]:
         builder, policies = self.builder, self._flow.reader.policies

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from rllink_zmq.client_policy import SWITCH_INTERVAL, PolicyReader, layout_of_policy
-from rllink_zmq.errors import EpisodeError, PolicyError
+from rllink_zmq.errors import PolicyError, RemovedError
 from rllink_zmq.fragments import Layout
 from rllink_zmq.fragments_agents import AgentsOrigin, Member, whole
 from rllink_zmq.messages import AgentId
@@ -56,7 +56,7 @@ class AgentsReader(PolicyReader):
 
     def cast(self, fixed: Mapping[AgentId, str]) -> dict[AgentId, Member]:
         """How agents take part in an episode: one of the crew's draws, in which those of `fixed` are of these modules.
-        Raises EpisodeError when there is none."""
+        Raises RemovedError when there is none."""
         with self.lock:
             crew = self.crew
             assert crew is not None
@@ -68,7 +68,7 @@ class AgentsReader(PolicyReader):
             ]
             if not fitting:
                 agent, module = next(iter(fixed.items()))
-                raise EpisodeError(
+                raise RemovedError(
                     f"the policy '{module}' by which agent {agent!r} acts was removed from the training, or is "
                     f"another agent's now: abandon this episode, and start another one"
                 )

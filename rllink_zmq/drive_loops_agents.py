@@ -256,7 +256,7 @@ def _seat(
                 episode.log_returns(outcome.rewards)
                 count.steps += 1
                 left[1] -= 1
-                if outcome.over:
+                if outcome.over or episode.all_ended(*_turn(outcome)):
                     episode.finish(*_turn(outcome))
                     count.ended(episode.episode_return)
                     left[0] -= 1

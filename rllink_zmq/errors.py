@@ -8,7 +8,8 @@
     ├── ConnectionTimeout    a wait with a deadline ended (also a `TimeoutError`)
     ├── PolicyError          a policy that can't be exported, loaded, fed or that has no weights yet
     ├── EpisodeError         a call out of order, or data that doesn't fit the spaces (also a `ValueError`)
-    │   └── VectorError      a policy that the vector form of a client can't serve
+    │   ├── VectorError      a policy that the vector form of a client can't serve
+    │   └── RemovedError     the policy of an agent was removed while its episode went on
     ├── SpaceError           a Gymnasium space that this package can't carry (also a `ValueError`)
     └── SettingsError        a setting out of its range, an address that can't be used (also a `ValueError`)
 
@@ -52,6 +53,11 @@ class EpisodeError(RllinkError, ValueError):
 
 class VectorError(EpisodeError):
     """A policy that the vector form of a client can't serve; an episode for each world can."""
+
+
+class RemovedError(EpisodeError):
+    """The policy by which an agent acts was removed from the training, or is another agent's now: the episode can't go
+    on, and the next one can."""
 
 
 class SpaceError(RllinkError, ValueError):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rllink_zmq.arrays import Array
-from rllink_zmq.errors import EpisodeError
+from rllink_zmq.errors import EpisodeError, RemovedError
 from rllink_zmq.fragments import Cut, End, FragmentBuilder, Kind, Layout, Origin, Row
 from rllink_zmq.messages import AgentId, AgentRows
 
@@ -122,42 +122,42 @@ class AgentsBuilder(FragmentBuilder):
             agent.rows.origin, agent.rows.limit = origin, limit + 1
 
     def recast(self, cast: Mapping[AgentId, Member], failures: Mapping[AgentId, str]) -> None:
-        """How agents take part from now on. Raises `EpisodeError`, with its name, for one in the episode whose module
+        """How agents take part from now on. Raises `RemovedError`, with its name, for one in the episode whose module
         has gone or has become another."""
         for name, agent in self.agents.items():
             member = cast.get(name)
             if member is None or member.module != agent.module or member.layout != agent.rows.layout:
-                raise EpisodeError(
+                raise RemovedError(
                     f"{self._where}: the policy '{agent.module}' by which agent {name!r} acts was removed from the "
                     f"training, or is another one now: abandon this episode, and start another one"
                 )
         self.cast, self.failures = cast, failures
 
     def observe(self, observation: Any) -> Array:
-        """Take in a `Turn`, once for each env step. Raises `EpisodeError`, with the agent's name, for an agent that
-        nobody knows, has ended or has not acted, and for what `FragmentBuilder.observe` refuses."""
+        """Take in a `Turn`, once for each env step, or again with the same. Raises `EpisodeError`, with the agent's
+        name, for an agent that nobody knows, has ended or has not acted, for one that is truncated without an
+        observation, and for what `FragmentBuilder.observe` refuses: nothing of the turn is taken in then."""
         turn: Turn = observation
         now = self.t0 + self.steps
         again = self._seen == now
-        for name, value in turn.observations.items():
+        new: list[AgentId] = []
+        try:
+            for name, value in turn.observations.items():
+                if name not in self.agents:
+                    if again and name in self.ended:
+                        continue
+                    self._enter(name)
+                    new.append(name)
+                self._see(self.agents[name], name, value, again)
+            self._check_ends(turn)
+        except EpisodeError:
+            for name in new:
+                del self.agents[name]
+            raise
+        for name in turn.observations:
             agent = self.agents.get(name)
             if agent is None:
-                if again and name in self.ended:
-                    continue
-                agent = self._enter(name)
-            elif agent.end != "no" and not again:
-                raise self._has_ended(name)
-            elif not again and not agent.acted:
-                raise EpisodeError(
-                    f"{self._where}: agent {name!r} was given an observation in env step {agent.times[-1]}, has not "
-                    f"acted on it, and is given another one"
-                )
-            if again and agent.acted:
-                raise EpisodeError(
-                    f"{self._where}: other agents had observations in env step {now} before, without {name!r}: call "
-                    f"again with those"
-                )
-            agent.rows.observe(value)
+                continue  # it had ended with this turn already
             if not again or not agent.times or agent.times[-1] != now:
                 agent.times.append(now)
             agent.acted = False
@@ -168,14 +168,55 @@ class AgentsBuilder(FragmentBuilder):
                     self._end(name, end)  # type: ignore[arg-type]
         return NOTHING
 
-    def _enter(self, name: AgentId) -> _Agent:
+    def _see(self, agent: _Agent, name: AgentId, value: Any, again: bool) -> None:
+        """Write this agent's observation where the next one belongs, if it may have one now."""
+        if not again:
+            if agent.end != "no":
+                raise self._has_ended(name)
+            if agent.times and not agent.acted:
+                raise EpisodeError(
+                    f"{self._where}: agent {name!r} was given an observation in env step {agent.times[-1]}, has not "
+                    f"acted on it, and is given another one"
+                )
+        elif agent.acted:
+            raise EpisodeError(
+                f"{self._where}: other agents had observations in env step {self._seen} before, without {name!r}: call "
+                f"again with those"
+            )
+        agent.rows.observe(value)
+
+    def _check_ends(self, turn: Turn) -> None:
+        for flags in (turn.terminateds, turn.truncateds):
+            for name, flag in flags.items():
+                if flag and name != ALL and name not in self.known:
+                    raise self._unknown(name)
+        for name, flag in turn.truncateds.items():
+            agent = self.agents.get(name)
+            if not flag or agent is None or turn.terminateds.get(name) or name in turn.observations:
+                continue
+            if agent.acted and agent.end == "no":
+                raise EpisodeError(
+                    f"{self._where}: agent {name!r} has acted and was truncated, and there is no observation after its "
+                    f"action: the learner needs one"
+                )
+
+    def over_with(self, turn: Turn) -> bool:
+        """Whether all agents that have taken part have ended, with this turn at the latest: RLlib ends the episode
+        then."""
+        if not (turn.terminateds or turn.truncateds or self.ended):
+            return False
+        ended = {name for flags in (turn.terminateds, turn.truncateds) for name, flag in flags.items() if flag}
+        ended |= self.ended.keys()
+        present = self.agents.keys() | turn.observations.keys()
+        return present <= ended and bool(present or self.ended)
+
+    def _enter(self, name: AgentId) -> None:
         if name in self.ended:
             raise self._has_ended(name)
         member = self._member(name)
         rows = FragmentBuilder(f"{self.episode}', agent '{name}")
         rows.begin(member.layout, self.kind, self.origin, self.limit + 1)
-        agent = self.agents[name] = _Agent(member.module, rows)
-        return agent
+        self.agents[name] = _Agent(member.module, rows)
 
     def _has_ended(self, name: AgentId) -> EpisodeError:
         return EpisodeError(
@@ -185,26 +226,24 @@ class AgentsBuilder(FragmentBuilder):
 
     def _member(self, name: AgentId) -> Member:
         if name not in self.known:
-            raise EpisodeError(
-                f"{self._where}: there is no agent {name!r}: connect_agents() was told of "
-                f"{', '.join(sorted(map(repr, self.known))[:8])}"
-            )
+            raise self._unknown(name)
         member = self.cast.get(name)
         if member is None:
             why = self.failures.get(name, "the trainer doesn't know it")
             raise EpisodeError(f"{self._where}: agent {name!r} is mapped to no module: {why}")
         return member
 
+    def _unknown(self, name: AgentId) -> EpisodeError:
+        return EpisodeError(
+            f"{self._where}: there is no agent {name!r}: connect_agents() was told of "
+            f"{', '.join(sorted(map(repr, self.known))[:8])}"
+        )
+
     def _end(self, name: AgentId, end: End) -> None:
         agent = self.agents.get(name)
         if agent is None or agent.end != "no":
             return
         if agent.acted:
-            if end == "truncated":
-                raise EpisodeError(
-                    f"{self._where}: agent {name!r} has acted and was truncated, and there is no observation after its "
-                    f"action: the learner needs one"
-                )
             # What a terminated agent would have seen is never used: as RLlib does, the last one once more.
             agent.rows.observe(agent.newest)
             agent.times.append(self.t0 + self.steps)
@@ -214,14 +253,9 @@ class AgentsBuilder(FragmentBuilder):
             del self.agents[name]  # it has never acted
 
     def finish(self, end: End) -> None:
-        """The episode is over, for all agents. Raises `EpisodeError` as `observe` does."""
+        """The episode is over, for all agents; `observe` was given the turn with which it is."""
         for name in list(self.agents):
             self._end(name, end)
-
-    @property
-    def alive(self) -> bool:
-        """Whether any agent goes on."""
-        return any(agent.end == "no" for agent in self.agents.values())
 
     def to_act(self) -> dict[str, list[AgentId]]:
         """Module -> the agents that it is to act for now."""

@@ -147,9 +147,15 @@ def _check_agents(message: FRAGMENT) -> None:
         expected = steps[module] + (agents[module] if name in ("obs", "t") else 0)
         if not column.shape or column.shape[0] != expected:
             raise ProtocolError(
-                f"column '{column.name}' of {agents[module]} agents with {steps[module]} steps must have {expected} "
+                f"column '{column.name}' of {_named(message, module)} with {steps[module]} steps must have {expected} "
                 f"rows, its shape is {list(column.shape)}"
             )
+
+
+def _named(message: FRAGMENT, module: str) -> str:
+    names = [repr(rows.agent) for rows in message.agents if rows.module == module]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"agent{'s' * (len(names) > 1)} {', '.join(names[:8])}{more}"
 
 
 def _check_rows(message: ACT | ACTION, size: int) -> None:

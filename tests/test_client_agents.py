@@ -17,7 +17,7 @@ from test_policy import BODY, B, W, discrete_blob
 from broker.server import Server
 from rllink_zmq.client import connect
 from rllink_zmq.client_agents import AgentsClient, connect_agents
-from rllink_zmq.errors import EpisodeError, PolicyError, RefusedError, SpaceError
+from rllink_zmq.errors import EpisodeError, PolicyError, RefusedError, RemovedError, SpaceError
 from rllink_zmq.fragments_agents import ALL
 from rllink_zmq.messages import AgentId
 from rllink_zmq.policy_agents import NOBODY, Crew, CrewModule, Draw, pack_crew
@@ -249,6 +249,66 @@ def test_when_all_have_ended_the_episode_is_to_be(server: Server) -> None:
             episode.get_action({}, {ALL: True})
 
 
+def test_when_all_have_ended_at_a_cut_the_episode_can_still_be_ended(server: Server) -> None:
+    with trained(server, fragment_steps=1) as fake, client(server) as mine, mine.start_episode() as episode:
+        for t in range(2):
+            episode.get_action({"left": seen(t), "right": seen(t)})
+            episode.log_returns({"left": 1.0, "right": 1.0})
+        ends = {"left": True}, {"right": True}
+        last = {"left": seen(2), "right": seen(2)}
+        assert episode.all_ended(last, *ends)
+        for call in (episode.get_action, episode.can_act):
+            with pytest.raises(EpisodeError, match="all its agents have ended: call end_episode"):
+                call(last, *ends)
+        episode.end_episode(last, *ends)
+        until(lambda: fake.steps == 2, "both env steps are taken")
+        assert {(r.agent, r.end) for r in fake.taken[-1][0].agents} == {("left", "terminated"), ("right", "truncated")}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (({"left": seen(1), "right": np.zeros(4)},), "agent 'right': expected one observation of shape"),
+        (({0: seen(1), "left": np.full(3, np.nan)},), "agent 'left'.*finite"),
+        (({"left": seen(1), "centre": seen(1)},), "there is no agent 'centre'"),
+        (({"left": seen(1)}, {"centre": True}), "there is no agent 'centre'"),
+        (({"left": seen(1)}, {}, {"right": True}), "agent 'right' has acted and was truncated, and there is no"),
+    ],
+    ids=["shape", "nan", "unknown", "unknown ends", "truncated"],
+)
+def test_a_call_that_is_refused_counts_for_nobody(server: Server, wrong: Any, why: str) -> None:
+    with trained(server) as fake, client(server, (0, "left", "right")) as mine, mine.start_episode() as episode:
+        episode.get_action({"left": seen(0), "right": seen(0)})
+        episode.log_returns({"left": 1.0})
+        for call in (episode.get_action, episode.end_episode):
+            with pytest.raises(EpisodeError, match=why):
+                call(*wrong)
+        assert sorted(episode.get_action({"left": seen(1), "right": seen(1)})) == ["left", "right"]
+        with pytest.raises(EpisodeError, match="agent 'right' has acted and was truncated"):
+            episode.end_episode({"left": seen(2)}, {}, {ALL: True})
+        episode.end_episode({"left": seen(2), "right": seen(2)}, {}, {ALL: True})
+        until(lambda: fake.steps == 2, "both env steps are taken")
+        ((header, columns),) = fake.taken
+        assert [(r.agent, r.steps, r.end) for r in header.agents] == [("left", 2, "truncated"), ("right", 2, "truncated")]
+        np.testing.assert_array_equal(columns["frozen/obs"][:, 0], [0, 1, 2])
+
+
+def test_env_steps_in_which_nobody_acts(server: Server) -> None:
+    with trained(server, fragment_steps=2) as fake, client(server) as mine, mine.start_episode() as episode:
+        for _ in range(3):
+            assert episode.get_action({}) == {}
+        assert list(episode.get_action({"right": seen(3)})) == ["right"]
+        assert episode.get_action({}) == {}
+        episode.log_returns({"right": 2.0})
+        episode.end_episode({}, {ALL: True})
+        until(lambda: fake.steps == 5, "all env steps are taken")
+    assert [(h.steps, [(r.agent, r.steps) for r in h.agents]) for h, _ in fake.taken] == [
+        (2, []), (2, []), (1, [("right", 1)]),
+    ]  # fmt: skip
+    np.testing.assert_array_equal(fake.taken[-1][1]["learner/t"], [-1, 1])
+    np.testing.assert_array_equal(fake.taken[-1][1]["learner/rewards"], [2.0])
+
+
 def test_a_policy_that_was_removed(server: Server) -> None:
     with client(server) as mine:
         with trained(server):
@@ -257,7 +317,7 @@ def test_a_policy_that_was_removed(server: Server) -> None:
         fewer = crew([Draw(1, (0, 0, NOBODY, 0))], ["learner"])
         with trained(server, fewer, {"learner": 0}) as fake:
             until(lambda: mine.ready and mine.flow.session.run == fake.run, "the next run's weights are here")
-            with pytest.raises(EpisodeError, match="the policy 'frozen' by which agent 'left' acts was removed"):
+            with pytest.raises(RemovedError, match="the policy 'frozen' by which agent 'left' acts was removed"):
                 episode.get_action({"left": seen(1), "right": seen(1)})
             episode.abandon()
             episode = mine.start_episode()

@@ -107,6 +107,14 @@ def test_agents_of_a_simulator_are_the_trainers_or_fewer(benches: Make) -> None:
     assert refusal("s-wrong", wrong) == "the agents are 'a', and the spaces are of others"
 
 
+def test_a_simulator_of_several_agents_at_a_training_of_one_is_refused(benches: Make) -> None:
+    bench = benches()
+    bench.trainer(spaces=Spaces(BoxSpace((3,), "<f4", (-1.0,), (1.0,)), DiscreteSpace(2)))
+    (refused,) = messages(bench.hello("s", SimulatorHello(spaces=spaces(a=3))), REFUSED, "s")
+    assert (refused.code, refused.fatal) == ("spaces", True)
+    assert "has one agent, this simulator's has several: 'a'" in refused.text
+
+
 def test_a_trainer_whose_agents_are_not_those_of_its_spaces_is_refused(benches: Make) -> None:
     bench = benches()
     bad = Spaces(spaces(a=3).observation, spaces(a=3).action, ("b",))
@@ -142,8 +150,8 @@ def test_rows_are_those_of_all_agents_of_a_module() -> None:
 @pytest.mark.parametrize(
     ("agents", "rows", "modules", "why"),
     [
-        ((A, B), {"m/obs": 5, "m/actions": 4}, {"m": 0}, "column 'm/actions' of 2 agents with 3 steps must have 3"),
-        ((A, B), {"m/obs": 3}, {"m": 0}, "column 'm/obs' of 2 agents with 3 steps must have 5 rows"),
+        ((A, B), {"m/obs": 5, "m/actions": 4}, {"m": 0}, "column 'm/actions' of agents 'a', 'b' with 3 steps"),
+        ((A, B), {"m/obs": 3}, {"m": 0}, "column 'm/obs' of agents 'a', 'b' with 3 steps must have 5"),
         ((A,), {"m/obs": 3, "n/obs": 3}, {"m": 0, "n": 0}, "column 'n/obs' is of none of the fragment's agents'"),
         ((A,), {"m/obs": 3}, {"n": 0}, "agent 'a' of a fragment is module 'm', which is not in it"),
         ((A, A), {"m/obs": 6}, {"m": 0}, "an agent of a fragment is there twice"),
