@@ -67,9 +67,11 @@ class AgentsReader(PolicyReader):
                 if all(agent in mapping and mapping[agent].id == module for agent, module in fixed.items())
             ]
             if not fitting:
-                agent, module = next(iter(fixed.items()))
+                answers = [{agent: module.id for agent, module in mapping.items()} for _, mapping in known]
+                gone = [agent for agent, module in fixed.items() if all(one.get(agent) != module for one in answers)]
+                agent = gone[0] if gone else next(iter(fixed))
                 raise RemovedError(
-                    f"the policy '{module}' by which agent {agent!r} acts was removed from the training, or is "
+                    f"the policy '{fixed[agent]}' by which agent {agent!r} acts was removed from the training, or is "
                     f"another agent's now: abandon this episode, and start another one"
                 )
             (mapping,) = self._random.choices([m for _, m in fitting], [w for w, _ in fitting])

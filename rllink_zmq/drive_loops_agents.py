@@ -6,6 +6,7 @@ in turn: one env step is one agent's action.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from importlib import import_module
@@ -16,10 +17,12 @@ import gymnasium as gym
 from rllink_zmq.client_agents import AgentsClient, AgentsFlow
 from rllink_zmq.client_flow import WAIT_SLICE, Waiting
 from rllink_zmq.drive_loops import TURN_SECONDS, Stop, Summary, Tally
-from rllink_zmq.errors import SettingsError
+from rllink_zmq.errors import RemovedError, SettingsError
 from rllink_zmq.fragments_agents import ALL
 from rllink_zmq.messages import AgentId
 from rllink_zmq.transport import poll
+
+log = logging.getLogger("rllink_zmq")
 
 Spaces: TypeAlias = Mapping[AgentId, gym.Space[Any]]
 
@@ -177,8 +180,8 @@ def drive_agents(
     many `episodes`, or env `steps`, or until `stop()`; for ever with none. Returns count all agents' rewards.
 
     `seed`: of the first reset. An episode that is cut off by `steps` is ended as truncated where every agent has an
-    observation to end with, and is abandoned otherwise. Raises what `AgentsEpisode.get_action` does, and SettingsError
-    for another environment."""
+    observation to end with, and is abandoned otherwise; so is one in which an agent's policy is removed. Raises what
+    `AgentsEpisode.get_action` does, and SettingsError for another environment."""
     return drive_agents_many(
         [(client, env)], episodes=episodes, steps=steps, seed=seed, stop=stop, training_enabled=training_enabled,
         tally=tally,
@@ -239,35 +242,38 @@ def _seat(
         episode = client.start_episode(training_enabled=training_enabled)
         outcome = Outcome(agents.reset(seed), {}, {}, {})
         seed = None
-        with episode:
-            while True:
-                while not episode.can_act(*_turn(outcome)):
-                    yield True
-                    until = time.monotonic() + TURN_SECONDS
-                if client.flow.remote is None:
-                    actions = episode.get_action(*_turn(outcome))
-                else:
-                    asked = episode.get_action_async(*_turn(outcome))
-                    while not asked.done():
+        try:
+            with episode:
+                while True:
+                    while not episode.can_act(*_turn(outcome)):
                         yield True
                         until = time.monotonic() + TURN_SECONDS
-                    actions = asked.result()
-                outcome = agents.step(actions)
-                episode.log_returns(outcome.rewards)
-                count.steps += 1
-                left[1] -= 1
-                if outcome.over or episode.all_ended(*_turn(outcome)):
-                    episode.finish(*_turn(outcome))
-                    count.ended(episode.episode_return)
-                    left[0] -= 1
-                    break
-                if left[1] <= 0:
-                    if episode.waiting <= outcome.observations.keys():
-                        episode.finish(outcome.observations, outcome.terminateds, {**outcome.truncateds, ALL: True})
-                    return
-                if time.monotonic() >= until:
-                    yield False
-                    until = time.monotonic() + TURN_SECONDS
+                    if client.flow.remote is None:
+                        actions = episode.get_action(*_turn(outcome))
+                    else:
+                        asked = episode.get_action_async(*_turn(outcome))
+                        while not asked.done():
+                            yield True
+                            until = time.monotonic() + TURN_SECONDS
+                        actions = asked.result()
+                    outcome = agents.step(actions)
+                    episode.log_returns(outcome.rewards)
+                    count.steps += 1
+                    left[1] -= 1
+                    if outcome.over or episode.all_ended(*_turn(outcome)):
+                        episode.finish(*_turn(outcome))
+                        count.ended(episode.episode_return)
+                        left[0] -= 1
+                        break
+                    if left[1] <= 0:
+                        if episode.waiting <= outcome.observations.keys():
+                            episode.finish(outcome.observations, outcome.terminateds, {**outcome.truncateds, ALL: True})
+                        return
+                    if time.monotonic() >= until:
+                        yield False
+                        until = time.monotonic() + TURN_SECONDS
+        except RemovedError as e:
+            log.warning("%s", e)
 
 
 def _why(flow: AgentsFlow) -> str:

@@ -94,6 +94,17 @@ class Training:
         """Offer weights; the broker fetches and publishes them."""
         self._todo.put(lambda: self.runner.offer(version, len(body), lambda: body, time.monotonic(), module))
 
+    def recast(self, blob: bytes) -> None:
+        """The trainer has another policy, in the same run."""
+        trainer = self.trainer
+        terms = msgspec.structs.replace(trainer.terms, policy=policy_hash(blob), policy_bytes=len(blob))
+
+        def change() -> None:
+            trainer.blob = blob
+            trainer.change(terms, time.monotonic())
+
+        self._todo.put(change)
+
     def start(self) -> None:
         self._thread.start()
         until(lambda: all(c.endpoint.state is State.LIVE for c in self._connections), "the learner's side greets")

@@ -289,7 +289,10 @@ def test_a_call_that_is_refused_counts_for_nobody(server: Server, wrong: Any, wh
         episode.end_episode({"left": seen(2), "right": seen(2)}, {}, {ALL: True})
         until(lambda: fake.steps == 2, "both env steps are taken")
         ((header, columns),) = fake.taken
-        assert [(r.agent, r.steps, r.end) for r in header.agents] == [("left", 2, "truncated"), ("right", 2, "truncated")]
+        assert [(r.agent, r.steps, r.end) for r in header.agents] == [
+            ("left", 2, "truncated"),
+            ("right", 2, "truncated"),
+        ]
         np.testing.assert_array_equal(columns["frozen/obs"][:, 0], [0, 1, 2])
 
 
@@ -324,6 +327,37 @@ def test_a_policy_that_was_removed(server: Server) -> None:
             episode.get_action({"left": seen(0), "right": seen(0)})
             episode.end_episode({"left": seen(1), "right": seen(1)}, {ALL: True})
             until(lambda: any(header.run == fake.run for header, _ in fake.taken), "the new policy's steps are taken")
+
+
+def test_policies_are_added_and_removed_in_mid_run(server: Server) -> None:
+    """`right` changes over to a new module; `left`, and an episode without `right`, go on as if nothing were."""
+    every = agents_to_wire(*spaces())
+    run = f"{next(NUMBERS):012x}-aaaaaaaa"
+    with training(server, version=None, blob=crew(), spaces=every, run=run, fragment_steps=4) as fake:
+        for module in MODULES:
+            fake.publish(2, BODY, module)
+        with client(server) as mine, client(server, ("left",)) as other:
+            both, alone = mine.start_episode(), other.start_episode("alone")
+            both.get_action({"left": seen(0), "right": seen(0)})
+            alone.get_action({"left": seen(0)})
+            fake.recast(crew([Draw(1, (0, 0, NOBODY, 1))], ["frozen", "new"]))
+            until(lambda: mine.ready is False, "the new policies are here, and the new module's weights are not")
+            fake.publish(3, STRONG, "new")
+            until(lambda: mine.ready, "they are")
+            with pytest.raises(RemovedError, match="the policy 'learner' by which agent 'right' acts was removed"):
+                both.get_action({"left": seen(1), "right": seen(1)})
+            both.abandon()
+            for t in range(1, 6):
+                alone.get_action({"left": seen(t)})
+            alone.end_episode({"left": seen(6)}, {ALL: True})
+            with mine.start_episode("after") as episode:
+                episode.get_action({"left": seen(0), "right": seen(0)})
+                episode.end_episode({"left": seen(1), "right": seen(1)}, {ALL: True})
+            until(lambda: fake.steps == 8, "all env steps are taken, of before and of after")
+            (after,) = [header for header, _ in fake.taken if header.episode == "after"]
+            assert after.modules == {"frozen": 2, "new": 3}
+            assert sum(header.steps for header, _ in fake.taken if header.episode == "alone") == 6
+            assert {header.run for header, _ in fake.taken} == {run}
 
 
 def test_agents_that_the_trainer_does_not_have_are_refused(server: Server) -> None:

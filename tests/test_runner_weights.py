@@ -6,11 +6,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
+from ray.rllib.algorithms.ppo import PPOConfig
 from small_dqn import dqn
 
 from rllink_zmq.policy import Policy, unpack_policy
 from rllink_zmq.rllib import attach, runner
+from rllink_zmq.rllib.multi_agent_policies import CrewManifest, crew_of
+from rllink_zmq.rllib.multi_agent_runner import ZmqMultiAgentEnvRunner
 from rllink_zmq.rllib.policies import policy_of
 from rllink_zmq.rllib.runner import ZmqEnvRunner
 
@@ -53,3 +58,55 @@ def test_weights_that_nobody_fetches_are_not_encoded(monkeypatch: pytest.MonkeyP
     Policy.load(blob).apply(version, body)
     print(f"{seconds * 1e6:.0f} us of CPU for a state that nobody fetches")
     assert seconds < 0.01
+
+
+class ModuleLink(Link):
+    """Keeps each offer, by module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[str, int]] = []
+
+    def offer(self, version: int, size: int, load: Callable[[], bytes], module: str = "") -> None:
+        assert len(load()) == size
+        self.told.append((module, version))
+
+
+def test_each_module_is_offered_when_it_has_changed() -> None:
+    """A frozen one once, and again when it gets other weights, alone or with the others; a new one as of now."""
+    spaces = gym.spaces.Dict(a=gym.spaces.Box(-1, 1, (3,)), b=gym.spaces.Box(-1, 1, (3,)))
+    actions = gym.spaces.Dict(a=gym.spaces.Discrete(2), b=gym.spaces.Discrete(2))
+    config = PPOConfig().environment(observation_space=spaces, action_space=actions)
+    config.multi_agent(
+        policies={"learns", "stays"}, policies_to_train=["learns"],
+        policy_mapping_fn=lambda agent, *_, **__: "learns" if agent == "a" else "stays",
+    )  # fmt: skip
+    config.rl_module(model_config={"fcnet_hiddens": [4]})
+    one = ZmqMultiAgentEnvRunner(config=attach(config, "tcp://127.0.0.1:9"), worker_index=0, num_workers=0)
+    assert one.module is not None
+    manifest = CrewManifest.of(crew_of(one.config, one.module))
+    link = ModuleLink()
+    one._take_manifest(manifest)
+    one._link = link  # type: ignore[assignment]
+
+    def given(version: int, **weights: Any) -> list[tuple[str, int]]:
+        """What is offered when RLlib hands this out."""
+        link.told = []
+        one.set_state({"rl_module": weights, "weights_seq_no": version})
+        return sorted(link.told)
+
+    learned, stays = ({k: np.array(v) for k, v in one.module[m].get_state().items()} for m in ("learns", "stays"))
+    other = {name: value + 1.0 for name, value in stays.items()}
+    assert given(0, learns=learned, stays=stays) == [("learns", 0), ("stays", 0)]
+    assert given(1, learns=learned) == [("learns", 1)]
+    assert given(2, learns=learned, stays=stays) == [("learns", 2)]
+    assert given(3, learns=learned, stays=other) == [("learns", 3), ("stays", 3)]
+    assert given(4, stays=stays) == [("stays", 4)]
+    assert given(5, stays=stays) == []
+    # A frozen module comes, and one goes; the other's version stands.
+    one.module.add_module("new", one.module["stays"])
+    one.module.remove_module("stays")
+    link.told = []
+    given(5, learns=learned, new=other)
+    one.recast(CrewManifest({"learns": manifest.modules["learns"], "new": manifest.modules["stays"]}))
+    assert sorted(link.told) == [("learns", 5), ("new", 5)]

@@ -130,9 +130,10 @@ class MultiAgentEpisodeBuilder:
         arrays = arrays_of(message, lease.body)
         for module in message.modules:
             if module not in self.module:
+                whose = ", ".join(repr(rows.agent) for rows in message.agents if rows.module == module)
                 raise ProtocolError(
-                    f"there is no policy '{module}' in this training (any more?); there are "
-                    f"{', '.join(self.module.keys())}"
+                    f"there is no policy '{module}'{' of agent ' * bool(whose)}{whose} in this training (any more?); "
+                    f"there are {', '.join(self.module.keys())}"
                 )
         agents: dict[AgentId, tuple[AgentRows, Piece, NDArray[np.int64]]] = {}
         at: dict[str, tuple[int, int]] = {}
@@ -164,6 +165,8 @@ class MultiAgentEpisodeBuilder:
             raise ProtocolError(f"agent {rows.agent!r}: '{prefix}t' must be one rising integer for each observation")
         if times[-1] > message.steps:
             raise ProtocolError(f"agent {rows.agent!r}: '{prefix}t' goes past the fragment's {message.steps} env steps")
+        if times[0] < -message.t0:
+            raise ProtocolError(f"agent {rows.agent!r}: '{prefix}t' begins before the episode does")
         columns, body = to_buffers(mine)
         version = message.modules[rows.module]
         header = FRAGMENT(

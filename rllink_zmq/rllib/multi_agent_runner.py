@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -37,7 +38,7 @@ logger = logging.getLogger("rllink_zmq")
 
 class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
     """Hands RLlib the multi-agent episodes that simulators sent to the broker, and offers each module's weights by
-    itself: one that isn't trained once."""
+    itself: one that isn't trained once, and again when it is given other weights."""
 
     kin = MultiAgentEnvRunner
 
@@ -57,10 +58,26 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
     # ---- weights
 
     def _take_manifest(self, manifest: Any) -> None:
+        self._versions: dict[str, int] = {}
+        self._frozen: dict[str, int] = {}
+        self._since = 0
+        self._know(manifest)
+
+    def _know(self, manifest: Any) -> None:
         assert isinstance(manifest, CrewManifest)
         self._manifest = manifest  # type: ignore[assignment]
-        self._versions: dict[str, int] = {}
         self._builder.dist_inputs = {name: each.action_dist_inputs for name, each in manifest.modules.items()}
+
+    def recast(self, manifest: CrewManifest) -> None:
+        """The run goes on with these modules. One that is new is offered with the version of the newest weights."""
+        self._know(manifest)
+        if self.held is not None:
+            self._since = self.held.version
+            self._offer(self.held)
+        if self._service is not None and self._link is not None:
+            self._service.stop()
+            self._service = None
+            self._serve_actions(self._link, manifest)
 
     def _serve_actions(self, link: RunnerLink, manifest: Any) -> None:
         """Answer simulators that ask for single actions: each module by its weights that are published."""
@@ -95,18 +112,18 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
             return
         for name, about in manifest.modules.items():
             known = self._versions.get(name)
-            if name not in held.weights or (known is not None and name not in self._given):
+            if name not in held.weights or (known is not None and (name not in self._given or held.version <= known)):
                 continue
-            if not is_trained(self.config, name):
-                if known is not None and self._given == frozenset(held.weights):
-                    continue  # all were handed out, with this one as it was
-                version = 0 if known is None else held.version
-            else:
-                version = held.version
-            if known is not None and version <= known:
-                continue
-            self._versions[name] = version
+            version = held.version
             load = partial(weights_body, about, held.weights[name])
+            if not is_trained(self.config, name):
+                # It is handed out as it was with the others, or with weights that somebody has set.
+                checksum = zlib.crc32(load())
+                if known is not None and checksum == self._frozen[name]:
+                    continue
+                self._frozen[name] = checksum
+                version = self._since if known is None else held.version
+            self._versions[name] = version
             self._link.offer(version, about.weights_bytes, load, name)
 
     # ---- metrics

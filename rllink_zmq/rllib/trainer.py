@@ -5,6 +5,7 @@ RLlib makes the runners before anything of ours can know the Algorithm; `Trainer
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 import time
@@ -65,6 +66,7 @@ class Trainer:
         self._terms = trainer_terms(config)
         local = self._local = algorithm.env_runner
         self._spaces, blob, self.manifest = _offered(algorithm)
+        self._modules = self._modules_ever()
         self.run = new_run_id()
         self.pool = Pool(self, self._group, self.settings.runner_timeout_s or RUNNER_TIMEOUT, self.settings.runners)
         self._policy, self._policy_bytes = policy_hash(blob), len(blob)
@@ -245,6 +247,49 @@ class Trainer:
         self._tell(None, state)
         self._tell_evaluators(None, state)
 
+    def _modules_ever(self, before: frozenset[str] = frozenset()) -> frozenset[str]:
+        """The modules that this run has had, of a training with several agents."""
+        return before | self.manifest.modules.keys() if isinstance(self.manifest, CrewManifest) else before
+
+    def following(self, change: Callable[..., Any]) -> Callable[..., Any]:
+        """`algorithm.add_module` or `remove_module`: simulators and runners follow it, before it returns."""
+
+        @functools.wraps(change)
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            result = change(*args, **kwargs)
+            self.recast()
+            return result
+
+        return changed
+
+    def recast(self) -> None:
+        """Policies were added or removed, or agents are mapped to others: the run goes on, and what is on its way
+        stays. Where a policy comes back under an id that this run has had, a new run begins: version numbers must not
+        mean two things. Raises `PolicyError` for a module that can't be exported, `SettingsError` for a mapping or an
+        id that can't be used: simulators go on with what they have."""
+        before = self.manifest.modules
+        spaces, blob, manifest = _offered(self._owner)
+        if policy_hash(blob) == self._policy:
+            return
+        self._spaces, self.manifest = spaces, manifest
+        self._policy, self._policy_bytes = policy_hash(blob), len(blob)
+        come = manifest.modules.keys() - before.keys()
+        others = any(about != before[name] for name, about in manifest.modules.items() if name in before)
+        self.session.blob = blob
+        if others or come & self._modules:
+            self._modules = frozenset()
+            self.begin_run()
+        else:
+            terms = self._hello()
+            self._thread.call(lambda now: self.session.change(terms, now)).result(timeout=10)
+            self._await_welcome()
+            self._first = self._learned()
+            self._group.foreach_env_runner(lambda runner: runner.recast(manifest) if runner.joined else None)
+        self._modules = self._modules_ever(self._modules)
+        gone = before.keys() - manifest.modules.keys()
+        logger.info("policies: %s; new: %s; removed: %s", *(", ".join(sorted(n)) or "none" for n in (
+            manifest.modules.keys(), come, gone)))  # fmt: skip
+
     def runners_recreated(self, indices: list[int], is_evaluation: bool) -> None:
         """Restarted runners are new sessions of the same run."""
         if is_evaluation:
@@ -329,6 +374,9 @@ class TrainerCallback(RLlibCallback):
     def on_algorithm_init(self, *, algorithm: Algorithm, **kwargs: Any) -> None:
         self.trainer = Trainer(algorithm)
         algorithm.rllink_trainer = self.trainer
+        if algorithm.config.is_multi_agent:
+            algorithm.add_module = self.trainer.following(algorithm.add_module)
+            algorithm.remove_module = self.trainer.following(algorithm.remove_module)
 
     def on_checkpoint_loaded(self, *, algorithm: Algorithm, **kwargs: Any) -> None:
         if self.trainer is not None:
