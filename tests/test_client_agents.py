@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from fake_training import ACTIONS, OBSERVATIONS, Training, broker, training, until
+from fake_training import ACTIONS, OBSERVATIONS, Restartable, Training, broker, training, until
 from test_policy import BODY, B, W, discrete_blob
 
 from broker.server import Server
@@ -194,6 +196,89 @@ def test_what_the_simulator_chose_itself_comes_without_dist_inputs(server: Serve
         ((_, columns),) = fake.taken
         assert "frozen/action_dist_inputs" not in columns
         np.testing.assert_array_equal(columns["frozen/actions"], [1, 0])
+
+
+def test_the_broker_may_be_restarted() -> None:
+    """Weights of each module are offered and published again, and the episode goes on."""
+    broker = Restartable()
+    try:
+        with trained(broker.server, fragment_steps=2) as fake, client(broker.server) as mine:
+            episode = mine.start_episode()
+            for t in range(5):
+                episode.get_action({"left": seen(t), "right": seen(t)})
+            broker.restart()
+            fake.publish(3, STRONG, "learner")
+            reader = mine.flow.reader
+            until(
+                lambda: mine.ready and reader.origin is not None and reader.origin.versions["learner"] == 3,
+                "it is back",
+            )
+            for t in range(5, 8):
+                episode.get_action({"left": seen(t), "right": seen(t)})
+            episode.end_episode({"left": seen(8), "right": seen(8)}, {ALL: True})
+            until(lambda: {h.t0 for h, _ in fake.taken} >= {0, 2, 4, 5}, "all env steps are taken")
+            assert broker.server.core is not None
+            assert broker.server.core.module_versions == {"frozen": 0, "learner": 3, "other": 2}
+            with client(broker.server, (0,)) as late, late.start_episode() as another:
+                assert another.get_action({0: seen(0)})[0] in (0, 1)
+    finally:
+        broker.stop()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_lost_wherever_it_is_cut(seed: int) -> None:
+    """Agents come, go, wait and end at random, in small windows, while weights change and the learner pauses: each
+    agent's steps and rewards arrive once, in fragments that are no larger than they may be."""
+    rng = random.Random(seed)
+    agents: tuple[AgentId, ...] = (0, "left", "right")
+    with broker(fragment_bytes=4096) as server:
+        steps_ahead, fragment_steps = rng.choice([0, 40]), rng.choice([1, 3, 50])
+        with (
+            trained(server, crew(DRAWS), steps_ahead=steps_ahead, fragment_steps=fragment_steps) as fake,
+            client(server, agents) as mine,
+        ):
+            acted: Counter[AgentId] = Counter()
+            total = steps = 0.0
+            for number in range(8):
+                fake.publish(3 + number, rng.choice([BODY, STRONG]), rng.choice(["learner", "other"]))
+                fake.paused = number % 3 == 1
+                episode = mine.start_episode()
+                waiting: set[AgentId] = set()
+                ended: set[AgentId] = set()
+                present = set(rng.sample(agents, 2))
+                now, ends = {name: seen(rng.random()) for name in present}, dict[AgentId, bool]()
+                for t in range(rng.choice([1, 2, 60])):
+                    if t and not present:
+                        break
+                    if rng.random() < 0.3:
+                        episode.can_act(now, ends)
+                    fake.paused = fake.paused and rng.random() < 0.95
+                    acting = set(episode.get_action(now, ends))
+                    assert acting == {name for name in now if name not in ends}
+                    acted.update(acting)
+                    waiting |= acting
+                    rewards = {name: rng.random() for name in waiting if rng.random() < 0.7}
+                    episode.log_returns(rewards)
+                    total, steps = total + sum(rewards.values()), steps + 1
+                    come = {name for name in agents if name not in present | ended and rng.random() < 0.1}
+                    present |= come
+                    seeing = come | {name for name in waiting if rng.random() < 0.5}
+                    ends = {name: True for name in waiting if rng.random() < 0.03}
+                    seeing -= {name for name in ends if rng.random() < 0.5}
+                    present -= ends.keys()
+                    ended |= ends.keys()
+                    waiting -= seeing | ends.keys()
+                    now = {name: seen(rng.random()) for name in seeing}
+                episode.end_episode(now, {**ends, ALL: True})
+            fake.paused = False
+            until(lambda: fake.steps == steps, "all env steps are taken")
+    taken: Counter[AgentId] = Counter()
+    for header, columns in fake.taken:
+        assert sum(array.nbytes for array in columns.values()) <= 4096
+        taken.update({rows.agent: rows.steps for rows in header.agents})
+    assert taken == acted
+    arrived = [columns[name].sum() for _, columns in fake.taken for name in columns if name.endswith("/rewards")]
+    assert sum(arrived) == pytest.approx(total, rel=1e-5)
 
 
 # ---- what doesn't fit
