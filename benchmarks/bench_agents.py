@@ -3,11 +3,12 @@ PettingZoo's rock-paper-scissors against a frozen policy, in its parallel and in
 
 The same config for both, and a budget of env steps. Simulators are processes of their own; RLlib's own runner steps as
 many environments in its. The mean return (of all agents together) after each iteration; they take turns; a plot goes
-beside the JSON.
+beside the JSON. Each curve is kept in `results/agents` and not made again: a run that was ended goes on from there.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -62,6 +63,17 @@ def train(pipe: Any, backend: str | None, game: str, simulators: int, seed: int,
     pipe.send((points, took))
 
 
+def kept(folder: Path, env: str, game: str, way: str, seed: int, steps: int, simulators: int) -> tuple[Curve, float]:
+    """`curve`, from its file if there is one."""
+    path = folder / f"{game or 'poles'}-{way}-{seed}.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(curve(env, game, way, seed, steps, simulators)))
+        print(f"{path.stem}: done", flush=True)
+    points, took = json.loads(path.read_text())
+    return [Point(*point) for point in points], took
+
+
 def curve(env: str, game: str, way: str, seed: int, steps: int, simulators: int) -> tuple[Curve, float]:
     """The learning curve of one training, and its seconds."""
     patience = 60 + steps / 50
@@ -89,14 +101,14 @@ def main() -> None:
     steps, game_steps, simulators, seeds = (
         (2_000, 1_200, 2, 1) if options.quick else (STEPS, GAME_STEPS, SIMULATORS, SEEDS)
     )
-    poles = "multi_agent_cartpole:make"
-    curves = Curves(WAYS, seeds, lambda way, seed: curve(poles, "", way, seed, steps, simulators))
+    poles, folder = "multi_agent_cartpole:make", options.results / "agents"
+    curves = Curves(WAYS, seeds, lambda way, seed: kept(folder, poles, "", way, seed, steps, simulators))
     title = f"PPO, MultiAgentCartPole, 2 agents, {simulators} environments, {steps:,} env steps, {seeds} seeds"
     late = curves.report(report, title, "late return", "late_return", _late)
     ratio = measure.median(late["simulators"]) / measure.median(late["RLlib"])
     games = {
         game: [
-            curve(f"rock_paper_scissors:{game}", game, "simulators", seed, game_steps, simulators)[0]
+            kept(folder, f"rock_paper_scissors:{game}", game, "simulators", seed, game_steps, simulators)[0]
             for seed in range(seeds)
         ]
         for game in GAMES

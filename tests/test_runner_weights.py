@@ -10,6 +10,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from small_dqn import dqn
 
 from rllink_zmq.policy import Policy, unpack_policy
@@ -104,8 +106,9 @@ def test_each_module_is_offered_when_it_has_changed() -> None:
     assert given(4, stays=stays) == [("stays", 4)]
     assert given(5, stays=stays) == []
     # A frozen module comes, and one goes; the other's version stands.
-    one.module.add_module("new", one.module["stays"])
-    one.module.remove_module("stays")
+    was = {"learns": one.module["learns"], "new": one.module["stays"]}
+    one.have_modules(MultiRLModuleSpec(rl_module_specs={n: RLModuleSpec.from_module(m) for n, m in was.items()}))
+    assert set(one.module.keys()) == {"learns", "new"}
     link.told = []
     given(5, learns=learned, new=other)
     one.recast(CrewManifest({"learns": manifest.modules["learns"], "new": manifest.modules["stays"]}))

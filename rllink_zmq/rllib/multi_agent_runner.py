@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import gymnasium as gym
+from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
 from ray.rllib.env.multi_agent_env_runner import MultiAgentEnvRunner
 from ray.rllib.utils.metrics import (
     NUM_AGENT_STEPS_SAMPLED,
@@ -67,6 +68,14 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
         assert isinstance(manifest, CrewManifest)
         self._manifest = manifest  # type: ignore[assignment]
         self._builder.dist_inputs = {name: each.action_dist_inputs for name, each in manifest.modules.items()}
+
+    def have_modules(self, spec: MultiRLModuleSpec) -> None:
+        """Those of the training as it is now; this runner was made with those that it began with."""
+        module: Any = self.module
+        for name in set(module.keys()) - spec.rl_module_specs.keys():
+            module.remove_module(name)
+        for name in spec.rl_module_specs.keys() - set(module.keys()):
+            module.add_module(name, spec.rl_module_specs[name].build())
 
     def recast(self, manifest: CrewManifest) -> None:
         """The run goes on with these modules. One that is new is offered with the version of the newest weights."""

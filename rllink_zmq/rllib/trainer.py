@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE
+from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
@@ -67,6 +68,7 @@ class Trainer:
         local = self._local = algorithm.env_runner
         self._spaces, blob, self.manifest = _offered(algorithm)
         self._modules = self._modules_ever()
+        self._module_specs: MultiRLModuleSpec | None = None
         self.run = new_run_id()
         self.pool = Pool(self, self._group, self.settings.runner_timeout_s or RUNNER_TIMEOUT, self.settings.runners)
         self._policy, self._policy_bytes = policy_hash(blob), len(blob)
@@ -184,11 +186,14 @@ class Trainer:
     def joining(self) -> Callable[[Any], bytes]:
         """What a new runner has to do before RLlib sees it: what RLlib did with its first ones, and `join`."""
         run, manifest, first = self.run, self.manifest, self._first
+        modules = self._module_specs
         server = getattr(self._owner, "_env_runner_state_server", None)
         held = self._local.held if self._local is not None else None
         pieces = self._local.connectors() if self._local is not None else {}
 
         def join(runner: Any) -> bytes:
+            if modules is not None:
+                runner.have_modules(modules)
             runner.set_state({**first, **pieces})
             if held is not None:
                 runner.set_state({COMPONENT_RL_MODULE: held.weights, WEIGHTS_SEQ_NO: held.version})
@@ -272,6 +277,7 @@ class Trainer:
         if policy_hash(blob) == self._policy:
             return
         self._spaces, self.manifest = spaces, manifest
+        self._module_specs = self._owner.config.rl_module_spec
         self._policy, self._policy_bytes = policy_hash(blob), len(blob)
         come = manifest.modules.keys() - before.keys()
         others = any(about != before[name] for name, about in manifest.modules.items() if name in before)
