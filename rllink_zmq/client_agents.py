@@ -436,7 +436,6 @@ class AgentsEpisode:
         self._goes_on("acted")
         self._flow.prepare([(self.builder, turn)], "acted", wait=True)
         self.builder.observe(turn)
-        self._check_alive()
         self._pending = PendingAgents(self._flow, remote, self.builder, turn)
         return self._pending
 
