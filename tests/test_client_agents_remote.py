@@ -169,7 +169,7 @@ def test_simulators_of_one_process_wait_together(server: Server) -> None:
     agents = agents_env(envs[0])
     observed, acted = agents.observation_spaces, agents.action_spaces
     with (
-        trained_on(server, ["a", "b"], 1 << 40, OBSERVATIONS, gym.spaces.Discrete(2)) as fake,
+        trained_on(server, ["a", "b"], OBSERVATIONS, gym.spaces.Discrete(2)) as fake,
         service(server, run=fake.run) as acting,
         ExitStack() as stack,
     ):
