@@ -240,7 +240,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         if trainer is None or (self.holding and not self._release(now)):
             return
         waiting, limit = self.waiting, self.settings.lease_bytes
-        most_steps = self.trainer.hello.lease_steps if self.trainer is not None else 0
+        most_steps = self.lease_steps()
         while waiting:
             fragment = waiting[0]
             if fragment.state is not State.QUEUED:
@@ -493,6 +493,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         assert self.episodes_apart == sum(
             s.episodes for s in self.simulators.values() if s.only_evaluates and s.state is not peers.State.GONE
         )
+        assert self.episodes - self.episodes_apart == sum(width * many for width, many in self.widths.items())
         self.check_acting()
         for r in self.runners.values():
             places = r.evaluation.open if r.evaluation is not None else {}

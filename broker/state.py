@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -37,6 +37,7 @@ class BrokerState:
         self.simulators_live = 0
         self.episodes = 0  # that are open at once, and of these the ones of simulators that only evaluate
         self.episodes_apart = 0
+        self.widths: Counter[int] = Counter()  # of the other simulators: how many have so many episodes at once
         self.windows = 0
         # what is in flight
         self.ledger = Ledger()
@@ -148,14 +149,35 @@ class BrokerState:
         n = max(1, self.episodes - self.episodes_apart)
         if not ahead:
             return 0, longest
-        length = max(1, min(longest, ahead // (2 * n)))
-        return sim.taken_steps + max(length, ahead // n) * sim.episodes, length
+        if not trainer.hello.lease_steps:
+            length = max(1, min(longest, ahead // (2 * n)))
+            return sim.taken_steps + max(length, ahead // n) * sim.episodes, length
+        # Each runner waits for its own share, and all for the last: one of the largest fragments for each.
+        parts = self._runners_wanted() + 1
+        length = max(1, min(longest, ahead // (parts * n)))
+        each = max(length, ahead // n, -(-parts * length * max(self.widths, default=1) // n))
+        return sim.taken_steps + each * sim.episodes, length
+
+    def lease_steps(self) -> int:
+        """Env steps that one runner may have been leased and not taken, 0 = any number: so few that the others' leases
+        together never hold all that simulators may have on their way."""
+        hello = self.trainer.hello if self.trainer is not None else None
+        if hello is None or not hello.lease_steps or not hello.steps_ahead:
+            return 0 if hello is None else hello.lease_steps
+        return max(1, min(hello.lease_steps, hello.steps_ahead // (self._runners_wanted() + 1)))
+
+    def _runners_wanted(self) -> int:
+        return max(1, self.trainer.hello.runners) if self.trainer is not None else 1
 
     def _count(self, sim: Simulator, sign: int) -> None:
         """Its episodes come (1) or go (-1)."""
         self.episodes += sign * sim.episodes
         if sim.only_evaluates:
             self.episodes_apart += sign * sim.episodes
+            return
+        self.widths[sim.episodes] += sign
+        if not self.widths[sim.episodes]:
+            del self.widths[sim.episodes]
 
     def _mark(self, sim: Simulator, now: float, wait: float | None = None) -> None:
         """This simulator is owed an ACK, within `wait` seconds; None = `ack_interval`."""

@@ -142,6 +142,25 @@ def test_after_an_answer_that_may_be_lost_no_episode_goes_on_under_its_id(kind: 
     buffer.add([named.episode])
 
 
+@pytest.mark.parametrize("kind", BUFFERS)
+@pytest.mark.parametrize("together", [False, True], ids=["two answers", "one answer"])
+def test_where_the_row_that_two_fragments_share_differs_the_rest_is_another_episode(kind: str, together: bool) -> None:
+    """A filter has learned between the two, say: RLlib's buffers would stop the training."""
+    buffer, builder = BUFFERS[kind](), builder_of()
+    rows = np.random.default_rng(0).standard_normal((13, 4)).astype(np.float32)
+    parts = [rows[:5], rows[4:9] * np.float32(1.01), rows[8:] * np.float32(1.01)]
+    pieces = [
+        checked(builder, lease(4, t0, number=i + 1, obs=obs, action_logp=None, action_dist_inputs=None))[0]
+        for i, (t0, obs) in enumerate(zip((0, 4, 8), parts, strict=True))
+    ]
+    answers_ = [pieces] if together else [[piece] for piece in pieces]
+    episodes = [chunk.episode for answer in answers_ for chunk in builder.join(answer)]
+    buffer.add(episodes)
+    assert buffer.get_num_timesteps() == 12
+    ids = [episode.id_.partition("@")[2] for episode in episodes]
+    assert ids == (["", "4"] if together else ["", "4", "4"])
+
+
 def test_the_episodes_of_a_vector_are_cut_one_by_one() -> None:
     """A fragment may hold steps of several episodes."""
     several = lease(7, obs=np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32))

@@ -58,6 +58,29 @@ def test_fragments_that_are_cut_to_fit_keep_every_promise(kind: str, first: int)
     assert delivered > 10 * CHUNK
 
 
+CROWDS = ((1, 1, 6), (1, 12, 2), (2, 12, 5), (4, 6, 2), (7, 1, 3))
+"""Simulators, episodes that each steps together, runners: often more runners than fragments within the limits."""
+
+
+@pytest.mark.parametrize("crowd", CROWDS, ids=str)
+def test_no_runner_goes_without_while_others_sit_on_what_there_is(crowd: tuple[int, int, int]) -> None:
+    """RLlib waits for every runner of DQN's and SAC's. None of these seeds wants more than simulators make in time."""
+    for seed in range(6):
+        world = World(seed, style="exact", crowd=crowd)
+        world.until(world.now + 40.0)
+        judge(world)
+        told = f"seed {seed}, {world.rules}, {world.ahead} ahead, {len(world.lacking)} calls lacked steps"
+        assert not world.lacking, told
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mixed"])
+def test_a_crowd_keeps_every_promise(kind: str) -> None:
+    for seed in range(3):
+        for crowd in CROWDS:
+            options: dict[str, Any] = {"style": "exact", "crowd": crowd}
+            judge(mixed(seed, **options) if kind == "mixed" else World(seed, (kind,), **options))
+
+
 @pytest.mark.parametrize("first", range(0, 200, CHUNK))
 def test_scaling_alone_drops_nothing(first: int) -> None:
     """To 0 and back, too: training waits, and goes on."""

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 from world_driver import Driver, ExactDriver, RoundDriver, StreamDriver
 from world_faults import AIMS, KINDS, Fault, draw, draw_apart
 from world_links import NEVER, Connection, Links
-from world_nodes import RUN, RunnerNode, SimulatorNode, TrainerNode
+from world_nodes import RUN, RUNNERS, RunnerNode, SimulatorNode, TrainerNode
 from world_pool import Pool
 
 from broker.core import Broker
@@ -40,7 +40,7 @@ from rllink_zmq.session_runner import RunnerSession, TrainerSession
 
 __all__ = ["AIMS", "KINDS", "Fault", "Verdict", "World", "judge", "mixed"]
 
-SIMULATORS, RUNNERS = 3, 2
+SIMULATORS = 3
 SPACES = Spaces(BoxSpace((), "|u1", (0.0,), (255.0,)), DiscreteSpace(2))
 PATIENCE = 200.0
 """Virtual seconds after the faults in which the system must be training again, and once more to settle everything."""
@@ -72,8 +72,10 @@ class Verdict(NamedTuple):
 class World(Links):
     """One run. `faults`: kinds to draw a schedule from, or a schedule. `apart`: each fault begins when the one before
     has healed. `style`: "round", "stream", "exact"; by default one of the first two, by the seed; `lag_limit` likewise.
+    `crowd`: how many simulators, episodes that each of them steps together, and runners at the start.
     `parts`: of fragments that are handed over in parts, which steps RLlib has; `short`: answers that
-    lacked steps since none came any more."""
+    lacked steps since none came any more; `lacking`: when others lacked steps, or had
+    none, while simulators went on."""
 
     def __init__(
         self,
@@ -83,6 +85,7 @@ class World(Links):
         apart: bool = False,
         style: str | None = None,
         lag_limit: int = 0,
+        crowd: tuple[int, int, int] = (SIMULATORS, 1, RUNNERS),
         broker_class: type[Broker] = Broker,
         runner_class: type[RunnerSession] = RunnerSession,
         simulator_class: type[SimulatorSession] = SimulatorSession,
@@ -97,11 +100,13 @@ class World(Links):
             repeats=repeats,
         )
         self.seed, self.apart = seed, apart
+        simulators, self.width, self.crew = crowd
         self.kinds = tuple(faults)
         self.classes = broker_class, runner_class, simulator_class
         self.got: Counter[tuple[bytes, int]] = Counter()
         self.parts: dict[tuple[bytes, int], set[int]] = {}
         self.short = 0
+        self.lacking: list[float] = []
         self.settled: dict[tuple[bytes, int], str] = {}
         self.struck: Counter[str] = Counter()
         self.producing = True
@@ -109,15 +114,17 @@ class World(Links):
         self.longest, self.ahead, self.lag_limit, self.rules = self.draw_terms(style, lag_limit)
         lease_bytes = self.random.choice((24, 100, 8 << 20))
         self.settings = Settings(fragment_bytes=16, memory=32 * (SIMULATORS + 20), lease_bytes=lease_bytes)
+        if crowd != (SIMULATORS, 1, RUNNERS):  # windows that don't matter
+            self.settings = Settings(fragment_bytes=64, memory=1 << 20)
         self.start_broker()
-        session = TrainerSession(self.id(), self.terms(RUNNERS), b"blob", name="trainer")
+        session = TrainerSession(self.id(), self.terms(self.crew), b"blob", name="trainer")
         self.runners: list[RunnerNode] = []
         drivers: dict[str, type[Driver]] = {"round": RoundDriver, "stream": StreamDriver, "exact": ExactDriver}
         self.driver = drivers[self.rules.style](self)
         self.trainer = TrainerNode(self, "trainer", session)
-        self.pool = Pool(self, RUNNERS, self.random.choice((10.0, NEVER)))
+        self.pool = Pool(self, self.crew, self.random.choice((10.0, NEVER)))
         self.trainer.start()
-        self.simulators = [self.new_simulator(i) for i in range(SIMULATORS)]
+        self.simulators = [self.new_simulator(i) for i in range(simulators)]
         self.schedule = self.draw_schedule()
         self.faults_end = self.now + 1.5
         if not apart:
@@ -137,10 +144,10 @@ class World(Links):
         ahead = r.choice((0, quota, lag * quota))
         timeout, longest = r.choice((10.0, 30.0)), r.choice((4, 8, 12))
         if rounds:
-            return longest, ahead, lag, SamplingRules("round", -(-quota // RUNNERS), quota, timeout, 0.2)
+            return longest, ahead, lag, SamplingRules("round", -(-quota // self.crew), quota, timeout, 0.2)
         if style == "exact":
             share = r.choice((1, 3, 10, 20))
-            rules = SamplingRules(style, share, RUNNERS * share, timeout, 0.0, longest)
+            rules = SamplingRules(style, share, self.crew * share, timeout, 0.0, longest)
             return longest, ahead, r.choice((20, 1000)), rules
         return longest, ahead, lag, SamplingRules("stream", r.choice((4, 6, 10)), quota, timeout, 0.2)
 
@@ -168,7 +175,7 @@ class World(Links):
 
     def new_simulator(self, i: int) -> SimulatorNode:
         rng = random.Random(self.random.random())
-        session = self.classes[2](self.id(), name=f"simulator{i}", spaces=SPACES, rng=rng)
+        session = self.classes[2](self.id(), name=f"simulator{i}", spaces=SPACES, rng=rng, episodes=self.width)
         node = SimulatorNode(self, f"simulator{i}", session)
         node.start()
         return node
@@ -229,7 +236,7 @@ class World(Links):
             else:
                 self.break_a_link(fault.victim)
         elif fault.kind == "sim":
-            i = self.simulators.index(node) if node in self.simulators else fault.victim % SIMULATORS
+            i = self.simulators.index(node) if node in self.simulators else fault.victim % len(self.simulators)
             if self.simulators[i].alive:
                 self.simulators[i].end()
                 self.after(fault.span, self.restart_simulator, i)

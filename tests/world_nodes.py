@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from world import World
 
 RUN = "018f00000000-00000001"
+RUNNERS = 2
 RETURN_DELAY = 0.5
 NOTICED = 0.5
 """Seconds until a call in a runner that has left is answered at last."""
@@ -192,7 +193,7 @@ class SimulatorNode(Node):
         self.asked = -1.0
         self.episode, self.t0 = 0, 0
         self.settled_since = 0
-        self.pace = world.random.uniform(0.2, 1.1)
+        self.pace = world.random.uniform(0.2, 1.1) * (1.0 if world.width == 1 and world.crew == RUNNERS else 0.1)
         world.after(self.pace, self.sample)
 
     def settled(self, message: FRAGMENT, outcome: str) -> None:
@@ -225,6 +226,8 @@ class SimulatorNode(Node):
         if self.version < 0:
             return
         steps = min(session.fragment_steps, world.random.randint(2, world.longest))
+        if world.width > 1:
+            steps = world.width  # a row of all its episodes
         if not session.room(steps - 1, steps + 1):
             return
         ends = world.random.random() < 0.3
@@ -375,6 +378,8 @@ class RunnerNode(Node):
         if isinstance(call, ExactCall):
             result = self.named(call.answer)
             world.short += call.short
+            if (not result or call.short) and self.session.duty == "serve" and world.producing:
+                world.lacking.append(world.now)
             if call.steps not in (0, call.rules.share) and self.session.duty == "serve" and not call.short:
                 world.broken.append(f"sample() returned {call.steps} steps, {call.rules.share} were wanted")
         world.after(world.random.uniform(0.0, 0.03), self.converted, self.call_id, result)

@@ -3,7 +3,8 @@
 Fragments of one answer that follow each other become one chunk, without a loop over steps: with hundreds of simulators
 a fragment has two or three steps, and advantages that are cut there are hardly more than what the critic says. Where a
 fragment does not continue what this runner handed over last of the same episode (a drop, a move between runners) the
-rest gets a new episode id: RLlib's replay buffers take a gap for a bug and stop the training.
+rest gets a new episode id: RLlib's replay buffers take a gap for a bug and stop the training. So they do where the row
+that two fragments share differs: a filter has learned meanwhile, or a simulator goes on from elsewhere.
 
 A fragment of several episodes is checked as a whole, and cut into views. Thousands of episodes a second go through
 here, so chunks are copies of a blank one rather than constructed: what RLlib's constructor checks has been checked.
@@ -129,7 +130,8 @@ class EpisodeBuilder:
     `audit`: tells what is handed over, and has each step say which fragment's it is (`rllink_zmq.rllib.audit`).
     `connectors`: the user's own, for what they make of a fragment's observations. `dist_inputs`: how many numbers a row
     of that column must have; 0 = any. `needs_logp`: a fragment without `action_logp` can't be used; else it is NaN
-    there. `outputs`: episodes have what actions were drawn from, and their log-probabilities; RLlib's own runner has
+    there, and chunks go into a replay buffer.
+    `outputs`: episodes have what actions were drawn from, and their log-probabilities; RLlib's own runner has
     neither for DQN.
     """
 
@@ -158,7 +160,7 @@ class EpisodeBuilder:
         self.longest = longest
         self.audit = audit
         self._blank = _Blank(observation_space, action_space)
-        self._next: OrderedDict[tuple[bytes, str], tuple[int, str, float]] = OrderedDict()
+        self._next: OrderedDict[tuple[bytes, str], tuple[int, str, float, Any]] = OrderedDict()
 
     def build(self, leases: Iterable[Lease]) -> tuple[list[Built], list[Refusal]]:
         """Chunks in the order of their first fragments, and the fragments whose columns are missing or don't fit the
@@ -213,6 +215,7 @@ class EpisodeBuilder:
             and message.t0 + message.steps - first.t0 <= self.longest
             and _dtypes(piece.observations) == _dtypes(chunk[0].observations)
             and piece.actions.dtype == chunk[0].actions.dtype
+            and (self._needs_logp or _mark(chunk[-1].observations, -1) == _mark(piece.observations, piece.back))
         )
 
     def _check_columns(self, lease: Lease) -> list[Piece]:
@@ -304,11 +307,7 @@ class EpisodeBuilder:
         steps = last.t0 + last.steps - first.t0
         rewards = _joined([p.rewards for p in pieces])
         outputs = {name: _joined([p.outputs[name] for p in pieces]) for name in pieces[0].outputs}
-        began: float | None = None
-        for i, piece in enumerate(pieces):
-            name, since = self._place(piece.message)
-            if i == 0:
-                id_, began = name, since
+        id_, began = self._place(pieces)
         episode = self._blank.copy(
             id_,
             first.t0,
@@ -346,18 +345,24 @@ class EpisodeBuilder:
         buffer.lookback = 1  # the constructor would count the dict's keys
         return {Columns.STATE_OUT: buffer}
 
-    def _place(self, message: FRAGMENT) -> tuple[str, float | None]:
+    def _place(self, pieces: Sequence[Piece]) -> tuple[str, float | None]:
         """The chunk's episode id, and when it began, in seconds since the episode did, if that is known."""
-        key = (message.session, message.episode)
+        first, last, buffered = pieces[0].message, pieces[-1].message, not self._needs_logp
+        key = (first.session, first.episode)
         known = self._next.pop(key, None)
-        name = f"{message.session.hex()[:8]}_{message.episode}"
-        began: float | None = None if message.t0 else 0.0
-        if known is not None and known[0] == message.t0:
-            name, began = known[1], known[2]
-        elif message.t0:
-            name = f"{name}@{message.t0}"
-        if message.end == "no":
-            self._next[key] = (message.t0 + message.steps, name, message.seconds)
+        name = f"{first.session.hex()[:8]}_{first.episode}"
+        began: float | None = None if first.t0 else 0.0
+        fits = known is not None and known[0] == first.t0
+        if known is not None and fits:
+            began = known[2]
+            fits = not buffered or known[3] == _mark(pieces[0].observations, pieces[0].back)
+        if known is not None and fits:
+            name = known[1]
+        elif first.t0:
+            name = f"{name}@{first.t0}"
+        if last.end == "no":
+            mark = _mark(pieces[-1].observations, -1) if buffered else None
+            self._next[key] = (last.t0 + last.steps, name, last.seconds, mark)
             if len(self._next) > REMEMBERED:
                 self._next.popitem(last=False)
         return name, began
@@ -471,6 +476,13 @@ def _dtypes(observations: Any) -> Sequence[np.dtype[Any]]:
     if isinstance(observations, np.ndarray):
         return (observations.dtype,)
     return [array.dtype for array in tree.flatten(observations)]
+
+
+def _mark(observations: Any, row: int) -> int:
+    """Tells one row of observations from another without keeping it: an image has many bytes."""
+    if isinstance(observations, np.ndarray):
+        return hash(observations[row].tobytes())
+    return hash(tuple(array[row].tobytes() for array in tree.flatten(observations)))
 
 
 def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
