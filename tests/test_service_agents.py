@@ -6,16 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from fake_training import Training, broker, training, until
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from test_export import THREE, Branches, Custom
 from test_service import BOX, Made, rows
 
 from broker.server import Server
+from rllink_zmq.client import Inference
 from rllink_zmq.client_agents import AgentsClient, connect_agents
 from rllink_zmq.client_remote import Answer, RemotePolicy
+from rllink_zmq.errors import PolicyError
 from rllink_zmq.messages import AgentId
 from rllink_zmq.policy_agents import Crew, CrewModule, Draw, pack_crew
+from rllink_zmq.rllib.export import weights_body
+from rllink_zmq.rllib.multi_agent_policies import CrewManifest, crew_of
+from rllink_zmq.rllib.service import ModuleActor
 from rllink_zmq.rllib.service_agents import AgentsActService
 from rllink_zmq.spaces import agents_to_wire
 
@@ -28,6 +38,8 @@ pytestmark = [
 AGENTS: tuple[AgentId, ...] = ("arm", "eye")
 MODULES = ("frozen", "learner")
 RUN = "000000000001-aaaaaaaa"
+TWO = gym.spaces.Discrete(2)
+MAPPED = {"a": "plain", "b": "branches"}
 
 
 @contextmanager
@@ -116,3 +128,50 @@ def test_a_module_that_is_not_there_is_named(module: str, text: str) -> None:
             assert found["learner"].code == "" and found["learner"].origin == (RUN, 0)
         finally:
             remote.close()
+
+
+def test_a_module_that_can_not_be_exported_is_asked_for() -> None:
+    """Simulators whose agents are not its may act by themselves."""
+    spaces = {"a": (THREE, TWO), "b": (THREE, TWO)}
+    config = (
+        PPOConfig()
+        .environment(
+            observation_space=gym.spaces.Dict({agent: each[0] for agent, each in spaces.items()}),
+            action_space=gym.spaces.Dict({agent: each[1] for agent, each in spaces.items()}),
+        )
+        .multi_agent(policies={"plain", "branches"}, policy_mapping_fn=lambda agent, *_, **__: MAPPED[agent])
+    )
+    specs = {
+        "plain": RLModuleSpec(module_class=Custom, observation_space=THREE, action_space=TWO),
+        "branches": RLModuleSpec(module_class=Branches, observation_space=THREE, action_space=TWO),
+    }
+    multi = MultiRLModuleSpec(rl_module_specs=specs).build()
+    blob = crew_of(config, multi)
+    about = CrewManifest.of(blob).modules
+    assert not about["plain"].remote_only and "data-dependent" in about["branches"].remote_only
+    assert about["branches"].action_dist_inputs == 2
+    actors = {name: ModuleActor(multi[name], each, TWO, True, False) for name, each in about.items()}
+    wire = agents_to_wire({"a": THREE, "b": THREE}, {"a": TWO, "b": TWO})
+    with broker() as server, training(server, version=None, blob=blob, spaces=wire, run=RUN) as fake:
+        for name in specs:
+            fake.publish(1, weights_body(about[name], multi[name].get_state()), name)
+        service = AgentsActService(server.backend, RUN, "service", actors)
+
+        def acts(agent: str, inference: Inference) -> int:
+            before = service.rows
+            with connect_agents(
+                server.frontend, observation_spaces={agent: THREE}, action_spaces={agent: TWO}, inference=inference
+            ) as mine:
+                episode = mine.start_episode()
+                assert episode.get_action({agent: np.zeros(3, np.float32)})[agent] in (0, 1)
+                episode.end_episode({agent: np.zeros(3, np.float32)}, {"__all__": True})
+            return service.rows - before
+
+        try:
+            assert [acts("a", "local"), acts("a", "auto"), acts("b", "auto"), acts("b", "remote")] == [0, 0, 1, 1]
+            with pytest.raises(PolicyError, match="can only be asked for its actions"):
+                acts("b", "local")
+            until(lambda: fake.steps == 4, "all is taken")
+            assert all(header.modules in ({"plain": 1}, {"branches": 1}) for header, _ in fake.taken)
+        finally:
+            service.stop()

@@ -7,24 +7,32 @@ draws at random, or spreads episodes by their id; one that looks into the episod
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
+import msgspec
+import numpy as np
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
+from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 
 from rllink_zmq.errors import PolicyError, SettingsError, SpaceError
 from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.messages import MAX_MODULE_ID, MAX_MODULES, AgentId
-from rllink_zmq.policy import PolicyManifest, unpack_policy
+from rllink_zmq.policy import PolicyManifest, pack_policy, unpack_policy
 from rllink_zmq.policy_agents import NOBODY, Crew, CrewModule, Draw, manifests, pack_crew, unpack_crew
 from rllink_zmq.rllib.export import export_policy
 from rllink_zmq.rllib.export_connectors import check_connectors
+from rllink_zmq.rllib.policies import remote_manifest
+from rllink_zmq.rllib.service import ModuleActor
 from rllink_zmq.rllib.settings import explores, style_of
 from rllink_zmq.spaces import agents_to_wire
+
+logger = logging.getLogger("rllink_zmq")
 
 EPISODES = 64
 """Made-up episodes that the mapping is asked for."""
@@ -44,8 +52,9 @@ class CrewManifest(NamedTuple):
 
 
 def crew_of(config: AlgorithmConfig, module: MultiRLModule) -> bytes:
-    """The blob of all modules of `module` behind the connectors of `config`, and of the mapping. Raises `PolicyError`,
-    with the module's name, for one that can't be exported, and `SettingsError`, with the agent's, for a mapping that
+    """The blob of all modules of `module` behind the connectors of `config`, and of the mapping. Where one can't be
+    exported a warning says why, and that simulators have to ask. Raises `PolicyError`, with the module's name, for one
+    that runners can't act by either, and `SettingsError`, with the agent's, for a mapping that
     names no module."""
     check_connectors(config)
     observation_spaces, action_spaces = agents_of(config)
@@ -216,10 +225,37 @@ def _export(
             evaluation_explores=explores(config)[1],
         )
     except PolicyError as error:
-        raise PolicyError(f"the policy '{name}': {error}") from error
+        blob = _remote_policy(config, single, observation_space, action_space, f"the policy '{name}': {error}")
+        logger.warning("simulators have to ask for the actions of this policy: the policy '%s': %s", name, error)
+        return blob
     if unpack_policy(blob)[0].state:
         raise PolicyError(
             f"the policy '{name}' is recurrent, and those of several agents can't be yet: give the agent what it must "
             f"remember in its observations (stacked frames, say)"
         )
     return blob
+
+
+def _remote_policy(
+    config: AlgorithmConfig,
+    module: RLModule,
+    observation_space: gym.Space[Any],
+    action_space: gym.Space[Any],
+    why: str,
+) -> bytes:
+    """The blob of a module that runners alone act by. Raises `PolicyError`, with `why` it can't be exported, where they
+    can't either."""
+    if module.is_stateful():
+        raise PolicyError(why)
+    try:
+        manifest = remote_manifest(
+            module, observation_space, action_space, why, action_dist_inputs=1, evaluation_explores=explores(config)[1]
+        )
+        normalize, clip = bool(config.normalize_actions), bool(config.clip_actions)
+        actor = ModuleActor(module, manifest, action_space, normalize, clip)
+        tried = actor.act(np.zeros((2, *actor.shape), actor.dtype), explore=True)
+    except Exception as error:  # a user's module
+        text = f"{why}; and runners can't act by it: {type(error).__name__}: {error}"
+        raise PolicyError(text) from error
+    inputs = tried["action_dist_inputs"].reshape(2, -1).shape[1]
+    return pack_policy(msgspec.structs.replace(manifest, action_dist_inputs=inputs), b"")

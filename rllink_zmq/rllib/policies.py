@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import gymnasium as gym
 import msgspec
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
@@ -64,14 +65,30 @@ def _remote_policy(config: AlgorithmConfig, module: RLModule, why: str) -> bytes
             "the configured connectors keep a state, and each runner would have one of its own: leave "
             "config.env_runners(merge_env_runner_states=..., broadcast_env_runner_states=...) as they are"
         )
-    layout = layout_of_spaces(config.observation_space, config.action_space)
+    return pack_policy(
+        remote_manifest(
+            module, config.observation_space, config.action_space, why,
+            action_dist_inputs=dist_inputs, evaluation_explores=explores(config)[1],
+            connectors=8 + 2 * len(state) + 4096 if state else 0, lookback=pipelines.lookback,
+        ),
+        b"",
+    )  # fmt: skip
+
+
+def remote_manifest(
+    module: RLModule, observation_space: gym.Space[Any], action_space: gym.Space[Any], why: str, **more: Any
+) -> PolicyManifest:
+    """Of a module that runners alone can act by, with these spaces; `more` of its fields. Raises `PolicyError` for
+    weights that can't travel."""
+    name = type(module).__name__
+    layout = layout_of_spaces(observation_space, action_space)
     weights = [
         (key, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for key, tensor in module.state_dict().items()
     ]
     action, for_env = _tensor(layout.action), layout.env_actions
     try:
-        manifest = PolicyManifest(
+        return PolicyManifest(
             format=1,
             module=name,
             observation=_tensor(layout.obs),
@@ -79,23 +96,19 @@ def _remote_policy(config: AlgorithmConfig, module: RLModule, why: str) -> bytes
             noise_shape=(),
             action=action,
             env_action=action if for_env is None else Tensor("uint8", (for_env.nbytes,)),
-            packed_action=to_wire(config.action_space) if layout.actions else None,
+            packed_action=to_wire(action_space) if layout.actions else None,
             action_parts=layout.actions.tensors if layout.actions else (),
             env_action_parts=for_env.tensors if for_env else (),
-            action_dist_inputs=dist_inputs,
             opset=OPSET,
             weights=msgspec.convert(weights, tuple[Weight, ...]),
-            evaluation_explores=explores(config)[1],
-            packed=to_wire(config.observation_space) if layout.packing else None,
+            packed=to_wire(observation_space) if layout.packing else None,
             parts=layout.packing.tensors if layout.packing else (),
             remote_only=why[:4096],
-            connectors=8 + 2 * len(state) + 4096 if state else 0,
             state=Memory(module).states(),
-            lookback=pipelines.lookback,
+            **more,
         )
     except msgspec.ValidationError as error:
         raise PolicyError(f"{name} has weights that can't travel: {error}") from error
-    return pack_policy(manifest, b"")
 
 
 def _tensor(row: Any) -> Tensor:
