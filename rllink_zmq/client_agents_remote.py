@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rllink_zmq.client_remote import AGAIN, AGAIN_MOST, OVER_CREDIT, Answer, RemotePolicy, packed_for_env
-from rllink_zmq.errors import EpisodeError, PolicyError
+from rllink_zmq.errors import EpisodeError, PolicyError, RemovedError
 from rllink_zmq.fragments import Layout, Origin
 from rllink_zmq.fragments_agents import AgentsBuilder, AgentsOrigin, Turn
 from rllink_zmq.messages import AgentId
@@ -144,7 +144,7 @@ class PendingAgents:
         self.forget()
         for one in self._asked:
             if one.answer is not None and one.answer.code:
-                error = PolicyError if one.answer.code == "failed" else EpisodeError
+                error = {"failed": PolicyError, "no_module": RemovedError}.get(one.answer.code, EpisodeError)
                 raise error(
                     f"the action service refuses ({one.answer.code}) to act for {_named(one.agents)} by module "
                     f"'{one.module}': {one.answer.text}"

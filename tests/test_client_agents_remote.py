@@ -19,7 +19,7 @@ from broker.server import Server
 from rllink_zmq.cli import main as cli
 from rllink_zmq.client_agents import connect_agents
 from rllink_zmq.drive_loops_agents import agents_env, drive_agents_many
-from rllink_zmq.errors import ConnectionTimeout, EpisodeError, PolicyError, SettingsError
+from rllink_zmq.errors import ConnectionTimeout, EpisodeError, PolicyError, RemovedError, SettingsError
 from rllink_zmq.fragments_agents import ALL
 
 
@@ -109,7 +109,7 @@ def test_a_module_that_the_service_does_not_have(server: Server) -> None:
         del acting.versions["learner"]
         with mine.start_episode() as episode:
             with pytest.raises(
-                EpisodeError, match=r"refuses \(no_module\) to act for agent 'right' by module 'learner'"
+                RemovedError, match=r"refuses \(no_module\) to act for agent 'right' by module 'learner'"
             ):
                 episode.get_action({"left": seen(1), "right": seen(1)})
             assert episode.steps == 0
