@@ -163,12 +163,13 @@ def test_where_the_policy_can_not_run_runners_are_asked(server: Server, monkeypa
         client(server, inference="elsewhere")
 
 
-def test_simulators_of_one_process_wait_together(server: Server) -> None:
+def test_simulators_of_one_process_wait_together() -> None:
     """And ask for what their agents are mapped to, as they come and go."""
     envs = [Relay(), Relay(), Relay()]
     agents = agents_env(envs[0])
     observed, acted = agents.observation_spaces, agents.action_spaces
     with (
+        broker() as server,
         trained_on(server, ["a", "b"], OBSERVATIONS, gym.spaces.Discrete(2)) as fake,
         service(server, run=fake.run) as acting,
         ExitStack() as stack,
