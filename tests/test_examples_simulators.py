@@ -6,6 +6,8 @@ SUMO's wheels are too large to be installed for that: of its crossing the rules 
 from __future__ import annotations
 
 import importlib
+import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -73,8 +75,8 @@ def simulate(address: str, env: str, directory: Path, *more: str) -> AbstractCon
 
 SIMULATORS = {
     "atari": Simulator(
-        lambda example: spaces_of(example("atari", "game").Game("Boxing")),
-        lambda address: simulate(address, "game:Boxing-84-v0", EXAMPLES / "atari", "--compression", "zstd"),
+        lambda example: spaces_of(example("atari", "game").Game("RoadRunner")),
+        lambda address: simulate(address, "game:RoadRunner-84-v0", EXAMPLES / "atari", "--compression", "zstd"),
     ),
     "mujoco": Simulator(
         lambda example: spaces_of(gym.make("HalfCheetah-v5")),
@@ -121,6 +123,21 @@ def sampled(learner: Learner, running: Any, steps: int) -> None:
     while learner.steps < steps:
         assert running.poll() is None, f"the simulator has ended with {running.returncode}"
         learner.turn()
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in EXAMPLES.glob("*/train.py")))
+def test_its_recorded_run_came_to_more_than_chance(name: str) -> None:
+    """And its README says how it was made."""
+    directory = EXAMPLES / name
+    run = json.loads((directory / "returns.json").read_text())
+    baselines = [json.loads(line) for line in (directory / "baselines.json").read_text().splitlines()]
+    chance = next(each["return_mean"] for each in baselines if each["name"] == "random")
+    returns = [value for _, _, value in run["points"]]
+    late = statistics.fmean(returns[-max(1, len(returns) // 10) :])
+    assert late > max(chance, returns[0]) and abs(late - chance) > 5 * abs(returns[0] - chance)
+    said = (directory / "README.md").read_text()
+    assert run["command"] in said and "returns.png" in said and f"seed {run['seed']}" in said
+    assert (directory / "returns.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_game_is_the_same_from_the_same_seed(example: Callable[[str, str], Any]) -> None:

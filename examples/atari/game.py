@@ -1,6 +1,6 @@
 """Atari games as a policy sees them: 84x84 grey pixels, the last four frames, an action for four frames of the game.
 
-Makes Gymnasium environments of them, so that ``rllink-zmq simulate --env game:Boxing-84-v0`` runs one; any game of
+Makes Gymnasium environments of them, so that ``rllink-zmq simulate --env game:RoadRunner-84-v0`` runs one; any game of
 ale-py has such a name. No OpenCV: a simulator's host stays small.
 """
 
@@ -22,7 +22,8 @@ class Game(gym.Env[NDArray[np.uint8], int]):
     """One game. Observations are uint8, (84, 84, 4): RLlib's CNNs want channels last.
 
     As everywhere in the literature an action is repeated for four frames, an observation is the brighter of the last
-    two (sprites flicker), and an episode begins with up to 30 frames of doing nothing.
+    two (sprites flicker), an episode begins with up to 30 frames of doing nothing, and a reward is only whether the
+    score went up or down: 1, 0 or -1.
     """
 
     def __init__(self, name: str, stacked: int = STACKED) -> None:
@@ -49,7 +50,7 @@ class Game(gym.Env[NDArray[np.uint8], int]):
             if over or cut:
                 break
         brighter = newest if before is None else np.maximum(newest, before)
-        return self._seen(brighter), total, over, cut, info
+        return self._seen(brighter), float(np.sign(total)), over, cut, info
 
     def _seen(self, screen: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The screen's middle, 168 of its 210 rows, at half the size; the newest of the frames that are seen."""

@@ -16,14 +16,14 @@ def config() -> PPOConfig:
         PPOConfig()
         .env_runners(num_env_runners=1)
         .training(
-            train_batch_size_per_learner=2048, minibatch_size=256, num_epochs=3, lr=3e-4, gamma=0.99, lambda_=0.95,
-            entropy_coeff=0.01, vf_clip_param=10.0, vf_loss_coeff=0.5, grad_clip=0.5, clip_param=0.1,
+            train_batch_size_per_learner=2048, minibatch_size=256, num_epochs=3, lr=4e-4, gamma=0.99, lambda_=0.95,
+            entropy_coeff=0.01, vf_clip_param=10.0, vf_loss_coeff=0.5, grad_clip=0.5, clip_param=0.2,
         )
         .rl_module(
             rl_module_spec=RLModuleSpec(
                 module_class=PixelModule,
                 model_config={
-                    "conv_filters": [[16, 8, 4], [32, 4, 2], [32, 3, 2]], "head_fcnet_hiddens": [256],
+                    "conv_filters": [[16, 6, 4], [32, 3, 2], [32, 3, 2]], "head_fcnet_hiddens": [256],
                     "vf_share_layers": True,
                 },
             )
