@@ -1,8 +1,8 @@
 """Weights and policies on their way from the learner's side to the simulators.
 
 Any runner may offer a version; the bytes are fetched from one of them, once, the newest only, and published: of each
-module by itself, if there are several. The policy comes from the trainer, once for each run. Both are opaque here, and
-both are served in pieces on request.
+module by itself, if there are several. The policy comes from the trainer, once for each run, and again where
+policies of several agents come or go. Both are opaque here, and both are served in pieces on request.
 """
 
 from __future__ import annotations
