@@ -359,6 +359,17 @@ def backwards(arrays: dict[str, np.ndarray]) -> None:
     arrays["p/t"][:2] = 1, 0
 
 
+def too_early(arrays: dict[str, np.ndarray]) -> None:
+    arrays["p/t"][0] = -1_000_000
+
+
+def removed(one: Lease) -> Lease:
+    first, *rest = one.message.agents
+    return changed(
+        one, agents=(msgspec.structs.replace(first, module="gone"), *rest), modules={"gone": 4, "p": 4, "q": 4}
+    )
+
+
 def shorter(arrays: dict[str, np.ndarray]) -> None:
     arrays["q/actions"] = arrays["q/actions"][:-1]
 
@@ -375,9 +386,11 @@ def shorter(arrays: dict[str, np.ndarray]) -> None:
         (lambda one: with_columns(one, nan), "agent 'b' .module 'q'.: 'rewards' must be one finite number a step"),
         (lambda one: with_columns(one, no_logp), "agent 'a' .module 'p'.: .*a fragment needs 'action_logp'"),
         (lambda one: with_columns(one, backwards), "agent 'a': 'p/t' must be one rising integer"),
-        (lambda one: with_columns(one, shorter), "'actions'"),
+        (lambda one: with_columns(one, too_early), "agent 'a': 'p/t' begins before the episode does"),
+        (removed, "there is no policy 'gone' of agent 'a' in this training"),
+        (lambda one: with_columns(one, shorter), "agent .* .module 'q'.: .*'actions'"),
     ],
-    ids=["module", "single", "agent", "nan", "missing", "times", "length"],
+    ids=["module", "single", "agent", "nan", "missing", "times", "too early", "removed", "length"],
 )
 def test_a_fragment_that_does_not_fit_is_refused_by_name_and_nothing_else_is(
     module: MultiRLModule, spoil: Callable[[Lease], Lease], why: str
