@@ -264,6 +264,8 @@ def _seat(
                         episode.finish(*_turn(outcome))
                         count.ended(episode.episode_return)
                         left[0] -= 1
+                        if left[0] <= 0:
+                            client.flow.look()  # nobody calls it any more: what is queued leaves now
                         break
                     if left[1] <= 0:
                         if episode.waiting <= outcome.observations.keys():
