@@ -134,7 +134,7 @@ def test_its_recorded_run_came_to_more_than_chance(name: str) -> None:
     chance = next(each["return_mean"] for each in baselines if each["name"] == "random")
     returns = [value for _, _, value in run["points"]]
     late = statistics.fmean(returns[-max(1, len(returns) // 10) :])
-    assert late > max(chance, returns[0]) and abs(late - chance) > 5 * abs(returns[0] - chance)
+    assert late > max(chance, returns[0]) and late - chance > 2 * abs(returns[0] - chance)
     said = (directory / "README.md").read_text()
     assert run["command"] in said and "returns.png" in said and f"seed {run['seed']}" in said
     assert (directory / "returns.png").read_bytes().startswith(b"\x89PNG")
