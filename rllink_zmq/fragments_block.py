@@ -53,6 +53,7 @@ class BlockBuilder:
         self.returns: NDArray[np.float64] = np.zeros(width)
         """Of each world's episode so far."""
         self._resting = np.zeros(width, bool)
+        self._running = np.zeros(width, bool)
         self._names = np.full(width, -1, np.int64)
         self._named = 0
         # As each world's episode was when the block began.
@@ -109,13 +110,19 @@ class BlockBuilder:
             self._obs[0] = self._next
 
     def rest(self, resting: Any) -> None:
-        """Which worlds the next row is no step of."""
+        """Which worlds the next row is no step of. Raises `EpisodeError` for one whose episode goes on."""
         if resting is None:
             self._resting[:] = False
             return
         mask = np.asarray(resting)
         if mask.shape != (self.width,) or mask.dtype != bool:
             self._shape("resting", mask, (), "bool")
+        if (mask & self._running).any():
+            world = int((mask & self._running).argmax())
+            raise EpisodeError(
+                f"world {world} is in the middle of an episode and can't rest: its next observation would pass for "
+                f"what its last action led to. A world rests from the end of its episode on; say the end with log_step"
+            )
         self._resting[:] = mask
 
     def observe(self, observations: Any) -> Array:
@@ -152,6 +159,7 @@ class BlockBuilder:
         self._actions[row], self._logp[row], self._dist[row] = actions, logps, dist_inputs
         resting = self._resting
         np.logical_not(resting, out=self._live[row])
+        self._running |= self._live[row]
         self._acted_at[row] = now
         self.rows = row + 1
         self.steps += self.width - int(np.count_nonzero(resting))
@@ -178,10 +186,9 @@ class BlockBuilder:
                     f"an episode of world {int(ended.argmax())} has ended: log_step needs the observations that the "
                     f"last actions led to"
                 )
-            last = self._cast(last_observations, "last observations", layout.obs.shape, layout.obs.dtype)[ended]
-            if self._float and not np.isfinite(last).all():
-                self._not_finite("last observation", last)
-            self._last.append((np.flatnonzero(ended) * self.limit + row, last.copy()))
+            values = self._cast(last_observations, "last observations", layout.obs.shape, layout.obs.dtype)
+            last = self._last_of(ended, values)
+            self._last.append((np.flatnonzero(ended) * self.limit + row, last))
             self._ended += len(last)
             self._end[row] = np.where(over, 1, 2) * ended
         self._rewards[row] = np.where(live, gains, 0.0)
@@ -190,23 +197,37 @@ class BlockBuilder:
         self.logged = True
         returns: NDArray[np.float64] = self.returns[ended]
         self.returns[ended] = 0.0
+        self._running[ended] = False
         return returns
 
     def cut_short(self, observations: Any) -> NDArray[np.float64]:
-        """End all episodes after the last row, as truncated there; `observations` are what it led to."""
+        """End all episodes after the last row, as truncated there; `observations` are what it led to. Raises
+        `EpisodeError`, and ends nothing, where they don't fit or aren't finite."""
         if not self.rows:
             return np.zeros(0)
         row = self.rows - 1
         running = self._live[row] & (self._end[row] == 0)
         layout = self.layout
         assert layout is not None
-        last = self._cast(observations, "observations", layout.obs.shape, layout.obs.dtype)[running]
-        self._last.append((np.flatnonzero(running) * self.limit + row, last.copy()))
+        values = self._cast(observations, "observations", layout.obs.shape, layout.obs.dtype)
+        last = self._last_of(running, values)
+        self._last.append((np.flatnonzero(running) * self.limit + row, last))
         self._ended += len(last)
         self._end[row][running] = 2
-        self._obs[self.rows] = observations
+        self._obs[self.rows] = values
         returns: NDArray[np.float64] = self.returns[running]
+        self.returns[running] = 0.0
+        self._running[running] = False
         return returns
+
+    def _last_of(self, ended: NDArray[np.bool_], values: Array) -> Array:
+        """A copy of these worlds' rows. Raises `EpisodeError` for one that isn't finite."""
+        last = values[ended]
+        if self._float and not np.isfinite(last).all():
+            spoiled = np.zeros_like(values)
+            spoiled[ended] = last
+            self._not_finite("last observation", spoiled)
+        return last
 
     # ---- cutting
 

@@ -250,6 +250,7 @@ class RunnerSession(Endpoint):
         self.leased.clear()
         self.leased_steps = 0
         self.duty = "serve"  # unless DUTY follows: this broker may never have known another one
+        self.pool = self.pool._replace(sampled=message.sampled)  # what epsilon is of, before the first PONG
         if self._pending is not None:
             self._pending, self.taken = None, []
         if self.returned != self._told_returned:

@@ -194,3 +194,21 @@ def test_a_config_that_was_not_attached() -> None:
 def test_run_ids_sort_by_time() -> None:
     ids = [new_run_id() for _ in range(5)]
     assert len(set(ids)) == 5 and [i[:12] for i in ids] == sorted(i[:12] for i in ids)
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [gym.spaces.MultiDiscrete([2, 3]), gym.spaces.Box(-1, 1, (2,)), gym.spaces.Dict(a=gym.spaces.Discrete(2))],
+    ids=["MultiDiscrete", "Box", "Dict"],
+)
+def test_dqn_has_discrete_actions(actions: gym.Space[Any]) -> None:
+    config = DQNConfig().environment(observation_space=gym.spaces.Box(-1, 1, (3,)), action_space=actions)
+    with pytest.raises(SpaceError, match="DQN has a value for each of a Discrete's actions"):
+        attach(config, NOWHERE)
+
+
+def test_actions_that_hold_nothing() -> None:
+    space = gym.spaces.Box(-1, 1, (0,))
+    config = PPOConfig().environment(observation_space=gym.spaces.Box(-1, 1, (3,)), action_space=space)
+    with pytest.raises(SpaceError, match=r"shape \[0\], which holds nothing"):
+        attach(config, NOWHERE)

@@ -7,11 +7,12 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
 from click.testing import CliRunner
 from processes import PATIENCE_S, broker, rllink, until
 
-from rllink_zmq.cli import main
+from rllink_zmq.cli import main, output
 from rllink_zmq.errors import SettingsError
 from rllink_zmq.rllib.train import TrainOptions, make_config, newest_checkpoint, read_config, save
 
@@ -160,3 +161,15 @@ def test_checkpoints_of_another_training_in_the_folder_do_not_outlive_new_ones(t
     assert make_config(TrainOptions(env=spaces, resume=tmp_path)).num_env_runners == 6, "as the pool was"
     assert make_config(TrainOptions(env=spaces, resume=tmp_path, runners=3)).num_env_runners == 3
     assert make_config(TrainOptions(env=spaces)).num_env_runners == 2
+
+
+def test_a_signal_that_comes_back_from_inside_of_ray_ends_the_command_as_any() -> None:
+    """Its compiled code makes a SystemError of what a handler raises."""
+    with pytest.raises(click.exceptions.Exit) as ended, output.ending(click.Context(click.Command("train"))):
+        try:
+            raise output.Interrupted(signal.SIGTERM)
+        except output.Interrupted as e:
+            raise SystemError("CoreWorker.wait returned a result with an exception set") from e
+    assert ended.value.exit_code == 128 + signal.SIGTERM
+    with pytest.raises(SystemError), output.ending(click.Context(click.Command("train"))):
+        raise SystemError("another")

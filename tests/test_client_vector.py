@@ -306,3 +306,36 @@ def test_rows_in_which_all_worlds_rest_are_no_steps(world: World) -> None:
     assert fake.steps == 6 * N
     assert len({header.episode for header, _ in fake.taken}) == 3 * N
     assert isinstance(client, Client)
+
+
+def test_what_all_worlds_end_with_must_be_finite_and_nothing_changes_before(world: World) -> None:
+    server, fake = world
+    zeros, never = np.zeros((N, 3), np.float32), np.zeros(N, bool)
+    with connect(server.frontend, **SPACES) as client:
+        vector = client.vector(N)
+        vector.get_actions(zeros)
+        vector.log_step(np.ones(N), never, never)
+        spoiled = zeros.copy()
+        spoiled[3, 1] = np.nan
+        with pytest.raises(EpisodeError, match="expected finite last observations, world 3's is nan"):
+            vector.end(spoiled)
+        assert vector.end(zeros).tolist() == [1.0] * N
+        assert vector.episode_returns.tolist() == [0.0] * N
+        until(lambda: sum(header.steps for header, _ in fake.taken) == N)
+    assert {header.end for header, _ in fake.taken} == {"truncated"}
+
+
+def test_a_world_whose_episode_goes_on_cant_rest(world: World) -> None:
+    server, _ = world
+    zeros, never = np.zeros((N, 3), np.float32), np.zeros(N, bool)
+    second = np.arange(N) == 2
+    with connect(server.frontend, **SPACES) as client:
+        vector = client.vector(N)
+        vector.get_actions(zeros)
+        vector.log_step(np.ones(N), never, never)
+        with pytest.raises(EpisodeError, match="world 2 is in the middle of an episode and can't rest"):
+            vector.get_actions(zeros, second)
+        vector.get_actions(zeros)
+        vector.log_step(np.ones(N), second, never, zeros)
+        vector.get_actions(zeros, second)
+        vector.log_step(np.ones(N), never, never)

@@ -471,3 +471,12 @@ def test_the_share_follows_the_number_of_runners() -> None:
     call = desk.begin()
     call.step(desk.now)
     assert sum(len(c.numbers) for t in desk.takes() for c in t.claims) == 2, "25 of 100 steps"
+
+
+def test_what_has_been_sampled_is_known_from_welcome_on() -> None:
+    """A service acts by it: before the first PONG epsilon would be the beginning's."""
+    desk = Desk()
+    desk.session.send_failed(desk.now)
+    desk.session.tick(desk.now + 1)
+    desk.receive(WELCOME(EPOCH, 2, 1000, 0, 0, 1, RUN, 0, sampled=50_000))
+    assert desk.session.pool.sampled == 50_000

@@ -98,7 +98,7 @@ def running() -> Iterator[dict[str, Any]]:
     so_far: dict[str, Any] = {}
     try:
         yield so_far
-    except (Interrupted, KeyboardInterrupt, SystemExit) as e:
+    except (Interrupted, KeyboardInterrupt, SystemExit, SystemError) as e:
         signum = _signal_of(e)
         if signum:
             last_line({**so_far, "interrupted": signal.Signals(signum).name})
@@ -117,7 +117,7 @@ def ending(ctx: click.Context) -> Iterator[None]:
             yield
     except RllinkError as e:
         raise click.ClickException(" ".join(str(e).split())) from e
-    except (Interrupted, KeyboardInterrupt, SystemExit) as e:
+    except (Interrupted, KeyboardInterrupt, SystemExit, SystemError) as e:
         signum = _signal_of(e)
         if not signum:
             raise
@@ -129,6 +129,8 @@ def _signal_of(error: BaseException) -> int:
     """The signal that ended the work, 0 for none."""
     if isinstance(error, Interrupted):
         return error.signum
+    if isinstance(error, SystemError):  # Ray's compiled code was interrupted, and tells it so
+        return error.__cause__.signum if isinstance(error.__cause__, Interrupted) else 0
     if isinstance(error, SystemExit):
         # Ray replaces our handler of SIGTERM by its own, which exits with the signal's number.
         return signal.SIGTERM if error.code == signal.SIGTERM else 0

@@ -13,6 +13,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.algorithms.dqn.dqn import DQNConfig
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 
 from rllink_zmq.errors import SpaceError
@@ -39,6 +40,11 @@ def check_trainable(config: AlgorithmConfig) -> None:
         reason = flattened_misfit(observations) if flattens else observation_misfit(observations)
         if reason:
             raise SpaceError(f"RLlib can't train on these observations: {reason}")
+    if isinstance(config, DQNConfig) and not isinstance(actions, gym.spaces.Discrete):
+        raise SpaceError(
+            f"DQN has a value for each of a Discrete's actions, and these are {_short(actions)}: give the environment "
+            f"Discrete actions, or train with PPO{' or SAC' * isinstance(actions, gym.spaces.Box)}"
+        )
     if reason := action_misfit(actions):
         raise SpaceError(f"RLlib can't train such actions: {reason}")
 
@@ -81,6 +87,8 @@ def action_misfit(space: gym.Space[Any]) -> str:
             continue
         if np.dtype(part.dtype).kind != "f":
             return f"{name} is a Box of {np.dtype(part.dtype)}, and its distributions are of floats: use MultiDiscrete"
+        if not all(part.shape):
+            return f"{name} is a Box of shape {list(part.shape)}, which holds nothing: leave it out"
         if len(part.shape) != 1:
             return (
                 f"{name} is a Box of shape {list(part.shape)}, and its distribution has one dimension: have the "
