@@ -6,6 +6,9 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+# Before anything imports torch: as many test processes as there are CPUs, and a thread of torch's each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from core_bench import Bench
 from processes import broker
