@@ -41,6 +41,9 @@ class Artifacts(BrokerState):
             self.modules, self.module_versions = {}, {}
             self.sampled_before = hello.sampled - self.taken_steps
             self.needs_logp = hello.needs_logp
+        elif hello.sampled > self.sampled:
+            # It was restored from a checkpoint, and knows only now what that training had sampled.
+            self.sampled_before = hello.sampled - self.taken_steps
         if hello.policy != self.policy_ready:
             self.policy_ready, self.policy_blob = "", b""
             self._blob = Download(hello.policy_bytes, now)

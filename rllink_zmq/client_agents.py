@@ -454,7 +454,7 @@ class AgentsEpisode:
         began = time.perf_counter()
         for module, agents in builder.to_act().items():
             policy = policies[module]
-            draws = builder.sent or explores(builder, policy)
+            draws = explores(builder, policy)
             rows = builder.rows_of(agents)
             if len(agents) == 1 or policy.manifest.packed_action is not None:
                 for agent, row in zip(agents, rows, strict=True):

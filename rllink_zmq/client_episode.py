@@ -81,7 +81,7 @@ class Episode:
                         acted = _act_timed(builder, policy, observation)
                         break
                     row = builder.observe(observation)
-                    acted = policy.act_one(row, builder.sent or explores(builder, policy), builder.state)
+                    acted = policy.act_one(row, explores(builder, policy), builder.state)
                     builder.act(acted.actions, acted.action_logp, acted.action_dist_inputs, acted.state)
                     break
         flow.credit -= self._cost
@@ -220,7 +220,7 @@ class Episode:
 def explores(builder: FragmentBuilder, policy: Policy) -> bool:
     """Whether the actions of this episode are drawn."""
     if builder.sent:
-        return True
+        return policy.manifest.explores
     return policy.manifest.evaluation_explores if builder.explore is None else builder.explore
 
 
@@ -229,7 +229,7 @@ def _act_timed(builder: FragmentBuilder, policy: Policy, observation: Any) -> Ac
     began = _clock()
     row = builder.observe(observation)
     taken = _clock()
-    acted = policy.act_one(row, builder.sent or explores(builder, policy), builder.state)
+    acted = policy.act_one(row, explores(builder, policy), builder.state)
     chosen = _clock()
     builder.act(acted.actions, acted.action_logp, acted.action_dist_inputs, acted.state)
     builder.timings |= {"observation": taken - began, "inference": chosen - taken, "action": _clock() - chosen}

@@ -153,7 +153,8 @@ class State(Struct, frozen=True, array_like=True):
 class PolicyManifest(Struct, frozen=True):
     """What a client must know to run the graph. `module` is the RLModule's class. `action` is what RLlib trains on,
     `env_action` what `env.step` wants. `action_dist_inputs`: how many for one action. `opset`: ONNX's.
-    `evaluation_explores`: whether episodes that are not trained on draw their actions, or take the most likely ones.
+    `explores`, `evaluation_explores`: whether episodes that are trained on, and those that are not, draw their actions,
+    or take the most likely ones.
     `packed`: the observations' space where they are packed, each row of `observation` being the bytes of `parts`.
     `packed_action`: the actions' space where they are packed, each row of `action` being the bytes of `action_parts`,
     and each of `env_action` those of `env_action_parts`. `noise_runs`: what a row of noise is made of, where its
@@ -173,6 +174,7 @@ class PolicyManifest(Struct, frozen=True):
     action_dist_inputs: Annotated[int, Meta(ge=1, lt=1 << 24)]
     opset: Annotated[int, Meta(ge=1, lt=1000)]
     weights: Annotated[tuple[Weight, ...], Meta(max_length=16_384)]
+    explores: bool = True
     evaluation_explores: bool = True
     packed: Space | None = None
     parts: Annotated[tuple[Tensor, ...], Meta(max_length=256)] = ()

@@ -44,10 +44,11 @@ class BatchPolicy:
         self._binding = policy.bind(self._session, inputs, outputs)
 
     def act(self, observations: NDArray[Any]) -> Actions:
-        """Actions for (rows, *observation.shape), drawn. `env_actions` is new; the rest are views that THE NEXT CALL
-        OVERWRITES."""
+        """Actions for (rows, *observation.shape), drawn unless the training takes the most likely ones.
+        `env_actions` is new; the rest are views that THE NEXT CALL OVERWRITES."""
         self._observations[...] = observations
-        self.policy.draw(self._noise)
-        self._epsilon.fill(self.policy.epsilon)
+        if self.policy.manifest.explores:  # else they stay zero
+            self.policy.draw(self._noise)
+            self._epsilon.fill(self.policy.epsilon)
         self._session.run_with_iobinding(self._binding)
         return Actions(self._env_actions.copy(), self._actions, self._logp, self._dist_inputs)

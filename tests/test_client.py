@@ -180,6 +180,23 @@ def test_evaluation_acts_as_the_trainer_says_or_as_it_is_told(served):
                 client.start_episode(explore=False)
 
 
+def test_a_training_that_does_not_explore_has_the_most_likely_actions(served):
+    """Of single episodes, of several together, and of worlds in columns."""
+    best = [int(np.argmax(obs(i / 50) @ W + B)) for i in range(30)]
+    with training(served, blob=discrete_blob(explores=False)):
+        with connect(served.frontend, seed=1, episodes=2) as client:
+            one, other = client.start_episode(), client.start_episode()
+            assert [step(one, i / 50) for i in range(30)] == best
+            both = [client.get_actions([one, other], [obs(i / 50)] * 2).tolist() for i in range(30)]
+            assert both == [[action] * 2 for action in best]
+        with connect(served.frontend, seed=1, episodes=2) as client:
+            vector, columns = client.vector(2), []
+            for i in range(30):
+                columns.append(vector.get_actions(np.stack([obs(i / 50)] * 2)).tolist())
+                vector.log_step(np.zeros(2), [False] * 2, [False] * 2)
+            assert columns == both
+
+
 def test_actions_of_the_simulators_own(world):
     server, fake = world
     with connect(server.frontend) as client:

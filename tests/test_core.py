@@ -737,6 +737,10 @@ def test_how_much_the_training_has_sampled_is_told(benches: Callable[..., Bench]
     bench.returned("r1", 1)
     (ack,) = messages(bench.tick(0.01), ACK)
     assert (ack.sampled, ack.needs_logp) == (1050, False)
+    # Restored from a checkpoint, a trainer may know it only later. Less than is known means nothing.
+    for said in (9000, 1000):
+        bench.trainer(runners=1, sampled=said, needs_logp=False)
+        assert bench.simulator("s2").sampled == 9000
 
 
 def test_dropped_steps_are_credited_too(benches: Callable[..., Bench]) -> None:

@@ -48,6 +48,7 @@ def export_policy(
     *,
     normalize_actions: bool = True,
     clip_actions: bool = False,
+    explores: bool = True,
     evaluation_explores: bool = True,
     flattening: Flattening | None = None,
 ) -> bytes:
@@ -55,9 +56,10 @@ def export_policy(
 
     The spaces are one environment's. Observations of float64 become float32, as RLlib's `NumpyToTensor` does; other
     dtypes reach the module as they are. Actions may be Discrete, MultiDiscrete or a one-dimensional float Box.
-    `normalize_actions` and `clip_actions` are those of the `AlgorithmConfig`, `evaluation_explores` is its evaluation
-    config's `explore`. `flattening`: the FlattenObservations before the module. As in RLlib, `start` of a Discrete
-    space is not added. The module is unchanged afterwards; the blob of two modules of one architecture is the same.
+    `normalize_actions` and `clip_actions` are those of the `AlgorithmConfig`, `explores` is its `explore`, and
+    `evaluation_explores` its evaluation config's. `flattening`: the FlattenObservations before the module. As in RLlib,
+    `start` of a Discrete space is not added. The module is unchanged afterwards; the blob of two modules of one
+    architecture is the same.
 
     A stateful module's state goes in and comes out with each step (`rllink_zmq.rllib.recurrent`).
 
@@ -94,6 +96,7 @@ def export_policy(
             action_dist_inputs=acting.dist_inputs,
             opset=OPSET,
             weights=weights,
+            explores=explores,
             evaluation_explores=evaluation_explores,
             packed=to_wire(observation_space) if example.packing else None,
             parts=example.parts,

@@ -222,6 +222,7 @@ def _export(
             action_space,
             normalize_actions=bool(config.normalize_actions),
             clip_actions=bool(config.clip_actions),
+            explores=explores(config)[0],
             evaluation_explores=explores(config)[1],
         )
     except PolicyError as error:

@@ -43,6 +43,7 @@ def policy_of(config: AlgorithmConfig, module: RLModule) -> bytes:
             config.action_space,
             normalize_actions=bool(config.normalize_actions),
             clip_actions=bool(config.clip_actions),
+            explores=explores(config)[0],
             evaluation_explores=explores(config)[1],
             flattening=flattening,
         )
@@ -68,7 +69,7 @@ def _remote_policy(config: AlgorithmConfig, module: RLModule, why: str) -> bytes
     return pack_policy(
         remote_manifest(
             module, config.observation_space, config.action_space, why,
-            action_dist_inputs=dist_inputs, evaluation_explores=explores(config)[1],
+            action_dist_inputs=dist_inputs, explores=explores(config)[0], evaluation_explores=explores(config)[1],
             connectors=8 + 2 * len(state) + 4096 if state else 0, lookback=pipelines.lookback,
         ),
         b"",

@@ -231,12 +231,20 @@ class Trainer:
         broker serves another trainer by now."""
         if self.session.refusal is not None:
             raise self.session.refusal
-        sampled = self._sampled_steps()
-        self._thread.call(lambda now: self.session.note(sampled))
         self.pool.sweep()
         local = self._local
         if local is not None and local.joined and self._group.num_healthy_remote_env_runners():
             local.leave()
+
+    def tell_sampled(self) -> None:
+        """Have the broker know, after it was asked how things are, how many env steps the training has sampled. It
+        counts by itself, but for what came before the checkpoint that RLlib has restored without a word."""
+        sampled = self._sampled_steps()
+        if self.session.pool.sampled < sampled:
+            terms = self._hello()
+            self._thread.call(lambda now: self.session.change(terms, now))
+        else:
+            self._thread.call(lambda now: self.session.note(sampled))
 
     def begin_run(self) -> None:
         """A new run: a checkpoint was loaded, and the weights' version numbers may have gone back."""
@@ -406,3 +414,4 @@ class TrainerCallback(RLlibCallback):
         if self.trainer is not None:
             self.trainer.sweep()
             result["rllink"] = self.trainer.status()
+            self.trainer.tell_sampled()
