@@ -188,18 +188,32 @@ def _mean(points: Curve) -> float:
     return weighed / points[-1].steps
 
 
-def report(options: argparse.Namespace, seeds: int, curves: dict[tuple[str, str, int], Curve]) -> None:
+def complete(options: argparse.Namespace, seeds: int) -> dict[tuple[str, str, int], Curve]:
+    """The curves that are there, of seeds that have all three. Raises BenchmarkError if an algorithm has none."""
+    curves = {}
+    for algorithm in TASKS:
+        for seed in range(seeds):
+            paths = {way: parts(options) / f"{algorithm}-{way}-{seed}.json" for way in WAYS}
+            if all(path.exists() for path in paths.values()):
+                curves |= {(algorithm, way, seed): measured(options, algorithm, way, seed) for way in WAYS}
+        if not any(key[0] == algorithm for key in curves):
+            raise measure.BenchmarkError(f"{algorithm} has no seed that has run in all three ways: {', '.join(WAYS)}")
+    return curves
+
+
+def report(options: argparse.Namespace, curves: dict[tuple[str, str, int], Curve]) -> None:
     """Tables, the plot, and the targets: no algorithm learns less than with RLlib's own runner, beyond its seeds."""
     found = measure.Report("algorithms", options)
     rows: list[tuple[object, ...]] = []
     for algorithm, task in TASKS.items():
-        means = {way: [_mean(curves[algorithm, way, seed]) for seed in range(seeds)] for way in WAYS}
+        seeds = sorted({key[2] for key in curves if key[0] == algorithm})
+        means = {way: [_mean(curves[algorithm, way, seed]) for seed in seeds] for way in WAYS}
         found.figures[algorithm] = {way: {"mean_return": values} for way, values in means.items()}
         found.rounds[algorithm] = {
-            way: [[tuple(point) for point in curves[algorithm, way, seed]] for seed in range(seeds)] for way in WAYS
+            way: [[tuple(point) for point in curves[algorithm, way, seed]] for seed in seeds] for way in WAYS
         }
         for way, values in means.items():
-            rows.append((algorithm, task.env, way, measure.median(values), min(values), max(values)))
+            rows.append((algorithm, task.env, way, len(seeds), measure.median(values), min(values), max(values)))
         worst = min(means["RLlib"])
         for way in WAYS[1:]:
             # Below zero: the best seed is no better than RLlib's worst one.
@@ -208,14 +222,14 @@ def report(options: argparse.Namespace, seeds: int, curves: dict[tuple[str, str,
                     f"{algorithm}, {way}: best seed less RLlib's worst", max(means[way]) - worst, "at least", 0.0
                 )
             )
-    title = f"Mean return over the budget, {seeds} seeds"
-    found.table(title, ("", "task", "runner", "median seed", "lowest", "highest"), rows)
+    title = "Mean return over the budget"
+    found.table(title, ("", "task", "runner", "seeds", "median seed", "lowest", "highest"), rows)
     if not options.quick:
-        _plot(found.path.with_suffix(".png"), seeds, curves)
+        _plot(found.path.with_suffix(".png"), curves)
     found.show()
 
 
-def _plot(path: Path, seeds: int, curves: dict[tuple[str, str, int], Curve]) -> None:
+def _plot(path: Path, curves: dict[tuple[str, str, int], Curve]) -> None:
     """A picture with one part for each algorithm."""
     import matplotlib
 
@@ -225,9 +239,9 @@ def _plot(path: Path, seeds: int, curves: dict[tuple[str, str, int], Curve]) -> 
     figure, parts_of_it = pyplot.subplots(1, len(TASKS), figsize=(18, 3.6))
     for axes, (algorithm, task) in zip(parts_of_it, TASKS.items(), strict=True):
         for way, color in zip(WAYS, ("tab:gray", "tab:blue", "tab:orange"), strict=True):
-            for seed in range(seeds):
-                line = curves[algorithm, way, seed]
-                axes.plot(*zip(*line, strict=True), color=color, alpha=0.7, label=None if seed else way)
+            lines = [line for key, line in curves.items() if key[:2] == (algorithm, way)]
+            for i, line in enumerate(lines):
+                axes.plot(*zip(*line, strict=True), color=color, alpha=0.7, label=None if i else way)
         axes.set(xlabel="env steps", title=f"{algorithm}, {task.env}")
         axes.grid(alpha=0.3)
     parts_of_it[0].set(ylabel="mean return")
@@ -243,6 +257,7 @@ def main() -> None:
     parser.add_argument("--only", choices=TASKS, action="append", help="these algorithms alone, and no report")
     parser.add_argument("--seeds", type=int, help="how many (3; 1 if quick)")
     parser.add_argument("--parts", type=Path, help="where single curves are kept, to go on from (results/algorithms)")
+    parser.add_argument("--report", action="store_true", help="run nothing: report the seeds that have run in all ways")
     parser.add_argument("--run", nargs=4, metavar=("ALGORITHM", "WAY", "SEED", "STEPS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -252,11 +267,14 @@ def main() -> None:
     if options.results is None:
         options.results = measure.RESULTS / "quick" if options.quick else measure.RESULTS
     seeds = options.seeds or (1 if options.quick else 3)
+    if options.report:
+        report(options, complete(options, seeds))
+        return
     wanted = [(a, way, seed) for a in options.only or TASKS for seed, way in measure.rounds(seeds, WAYS)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         curves = dict(zip(wanted, pool.map(lambda one: measured(options, *one), wanted), strict=True))
     if not options.only:
-        report(options, seeds, curves)
+        report(options, curves)
 
 
 if __name__ == "__main__":
