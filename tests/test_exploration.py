@@ -201,7 +201,8 @@ def test_sac_draws_from_rllibs_distribution(way: str) -> None:
     torch.manual_seed(0)
     drawn = distribution.sample().numpy()
     for quantile in (0.1, 0.5, 0.9):
-        np.testing.assert_allclose(np.quantile(actions, quantile, 0), np.quantile(drawn, quantile, 0), atol=0.05)
+        below = (actions < np.quantile(drawn, quantile, 0)).mean(0)  # of two samples of 8,000: five times its deviation
+        np.testing.assert_allclose(below, quantile, atol=0.04)
     np.testing.assert_allclose(env[:50], [unsquash_action(a, TORQUES) for a in actions[:50]], rtol=1e-5, atol=1e-5)
 
 

@@ -71,7 +71,7 @@ STARTING_POINT: dict[str, dict[str, Any]] = {
         # RLlib makes one update in each round of all runners: short rounds, so that steps are not wasted.
         "lr": 1e-3,
         "train_batch_size_per_learner": 64,
-        "rollout_fragment_length": 1,
+        "rollout_fragment_length": 2,  # at least n_step
         "n_step": 2,
         "target_network_update_freq": 200,
         "num_steps_sampled_before_learning_starts": 500,
