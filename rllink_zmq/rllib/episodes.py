@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import gymnasium as gym
 import msgspec
@@ -170,16 +170,7 @@ class EpisodeBuilder:
 
     def join(self, pieces: Iterable[Piece]) -> list[Built]:
         """Chunks of what was checked before, in the order of their first pieces."""
-        chunks: list[list[Piece]] = []
-        latest: dict[tuple[bytes, str], list[Piece]] = {}
-        for piece in pieces:
-            key = (piece.message.session, piece.message.episode)
-            chunk = latest.get(key)
-            if chunk is not None and self._continues(chunk, piece):
-                chunk.append(piece)
-            else:
-                chunks.append([piece])
-                latest[key] = chunks[-1]
+        chunks = chunks_of(pieces, self._continues)
         built = [self._chunk(chunk) for chunk in chunks]
         if self.audit is not None:
             handed: dict[tuple[bytes, int], int] = {}
@@ -493,6 +484,32 @@ def _buffer(values: Any, lookback: int = 0, space: gym.Space[Any] | None = None)
     buffer = InfiniteLookbackBuffer(data=values, space=space)
     buffer.lookback = lookback  # its constructor takes the number of a dict's keys for its length
     return buffer
+
+
+class HasMessage(Protocol):
+    """A checked fragment."""
+
+    @property
+    def message(self) -> FRAGMENT: ...
+
+
+P = TypeVar("P", bound=HasMessage)
+
+
+def chunks_of(pieces: Iterable[P], continues: Callable[[Sequence[P], P], bool]) -> list[list[P]]:
+    """Pieces that follow each other in one episode together, in the order of their first ones. `continues`: whether a
+    piece may go on with the newest chunk of its episode."""
+    chunks: list[list[P]] = []
+    latest: dict[tuple[bytes, str], list[P]] = {}
+    for piece in pieces:
+        key = (piece.message.session, piece.message.episode)
+        chunk = latest.get(key)
+        if chunk is not None and continues(chunk, piece):
+            chunk.append(piece)
+        else:
+            chunks.append([piece])
+            latest[key] = chunks[-1]
+    return chunks
 
 
 def _observations(pieces: Sequence[Piece]) -> Any:

@@ -23,7 +23,7 @@ from rllink_zmq.arrays import to_buffers
 from rllink_zmq.compression import arrays_of
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT, AgentId, AgentRows
-from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal
+from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal, chunks_of
 from rllink_zmq.session_runner import Lease
 
 SKIP = MultiAgentEpisode.SKIP_ENV_TS_TAG
@@ -103,17 +103,7 @@ class MultiAgentEpisodeBuilder:
 
     def join(self, pieces: Iterable[AgentsPiece]) -> list[AgentsBuilt]:
         """Chunks of what was checked before, in the order of their first pieces."""
-        chunks: list[list[AgentsPiece]] = []
-        latest: dict[tuple[bytes, str], list[AgentsPiece]] = {}
-        for piece in pieces:
-            key = (piece.message.session, piece.message.episode)
-            chunk = latest.get(key)
-            if chunk is not None and self._continues(chunk, piece):
-                chunk.append(piece)
-            else:
-                chunks.append([piece])
-                latest[key] = chunks[-1]
-        return [self._chunk(chunk) for chunk in chunks]
+        return [self._chunk(chunk) for chunk in chunks_of(pieces, self._continues)]
 
     def forget(self) -> None:
         """RLlib may lack what it was given: no episode goes on under its id."""
