@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -70,10 +70,7 @@ def connect(
     doesn't travel).
     """
     parse_address(address)
-    if on_backpressure not in ("pause", "drop"):
-        raise SettingsError(f"expected on_backpressure 'pause' or 'drop', got {on_backpressure!r}")
-    if inference not in ("local", "remote", "auto"):
-        raise SettingsError(f"expected inference 'local', 'remote' or 'auto', got {inference!r}")
+    check_choices(on_backpressure, inference)
     check_compression(compression)
     if not 1 <= episodes <= 1_000_000:
         raise SettingsError(f"expected episodes of 1 to 1,000,000, got {episodes}")
@@ -95,9 +92,34 @@ def connect(
     )
     reader = PolicyReader.join(address, threads, seed)
     client = Client(Flow(Connection(session, address), session, reader, layout, log_of_audit))
+    client.flow.compresses = compression is not None
+    return opened(client, on_backpressure, inference, timeout)
+
+
+def check_choices(on_backpressure: str, inference: str) -> None:
+    """Raises SettingsError for one that there isn't."""
+    if on_backpressure not in ("pause", "drop"):
+        raise SettingsError(f"expected on_backpressure 'pause' or 'drop', got {on_backpressure!r}")
+    if inference not in ("local", "remote", "auto"):
+        raise SettingsError(f"expected inference 'local', 'remote' or 'auto', got {inference!r}")
+
+
+class HasFlow(Protocol):
+    """A client, of one agent or of several."""
+
+    @property
+    def flow(self) -> Flow: ...
+
+    def close(self, timeout: float = 5.0) -> int: ...
+
+
+C = TypeVar("C", bound=HasFlow)
+
+
+def opened(client: C, on_backpressure: Backpressure, inference: Inference, timeout: float | None) -> C:
+    """`client`, once the broker has said WELCOME; closed if that fails. See `connect`."""
     client.flow.drops = on_backpressure == "drop"
     client.flow.may_ask = inference == "auto"
-    client.flow.compresses = compression is not None
     try:
         client.flow.open(timeout)
         if inference == "remote":

@@ -18,13 +18,13 @@ import numpy as np
 
 from rllink_zmq import __version__
 from rllink_zmq.audit import Log
-from rllink_zmq.client import Backpressure, Client, Inference, Stats
+from rllink_zmq.client import Backpressure, Client, Inference, Stats, check_choices, opened
 from rllink_zmq.client_agents_policy import AgentsReader
 from rllink_zmq.client_agents_remote import PendingAgents, RemoteAgents
 from rllink_zmq.client_episode import explores
 from rllink_zmq.client_flow import Flow
 from rllink_zmq.client_remote import Pairs
-from rllink_zmq.errors import EpisodeError, SettingsError
+from rllink_zmq.errors import EpisodeError
 from rllink_zmq.fragments import Kind, Layout, Origin
 from rllink_zmq.fragments_agents import ALL, AgentsBuilder, AgentsOrigin, Turn
 from rllink_zmq.messages import AgentId
@@ -55,10 +55,7 @@ def connect_agents(
     Raises ConnectionTimeout, RefusedError, SettingsError, SpaceError (with the agent's name).
     """
     parse_address(address)
-    if on_backpressure not in ("pause", "drop"):
-        raise SettingsError(f"expected on_backpressure 'pause' or 'drop', got {on_backpressure!r}")
-    if inference not in ("local", "remote", "auto"):
-        raise SettingsError(f"expected inference 'local', 'remote' or 'auto', got {inference!r}")
+    check_choices(on_backpressure, inference)
     spaces = agents_to_wire(observation_spaces, action_spaces)
     session = SimulatorSession(
         os.urandom(16),
@@ -69,16 +66,7 @@ def connect_agents(
     reader = AgentsReader.join(address, threads, seed)
     reader.admit(spaces.agents)
     client = AgentsClient(AgentsFlow(Connection(session, address), session, reader, spaces.agents), spaces.agents)
-    client.flow.drops = on_backpressure == "drop"
-    client.flow.may_ask = inference == "auto"
-    try:
-        client.flow.open(timeout)
-        if inference == "remote":
-            client.flow.act_remotely()
-    except BaseException:
-        client.close(0)
-        raise
-    return client
+    return opened(client, on_backpressure, inference, timeout)
 
 
 class AgentsFlow(Flow):
