@@ -40,7 +40,7 @@ class Artifacts(BrokerState):
             self.round_steps = 0
             self.modules, self.module_versions = {}, {}
             self.sampled_before = hello.sampled - self.taken_steps
-            self.needs_logp = hello.needs_logp
+            self.needs_logp, self.rounds = hello.needs_logp, hello.rounds
         elif hello.sampled > self.sampled:
             # It was restored from a checkpoint, and knows only now what that training had sampled.
             self.sampled_before = hello.sampled - self.taken_steps
@@ -160,8 +160,9 @@ class Artifacts(BrokerState):
 
     def _publish_module(self, module: Module, message: STATE, data: bytes, now: float) -> None:
         module.keep(now)
-        if module.published < 0:
-            self._mark_all(now)  # who waits for a run's first weights may subscribe too late to see them announced
+        if module.published < 0 or self.rounds:
+            # Who waits for a run's first weights may subscribe too late to see them announced; a round's give room.
+            self._mark_all(now)
         version = message.version
         module.data, module.crc, module.published = data, message.crc32, version
         self.published_version = max(self.published_version, version)

@@ -361,12 +361,19 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         for take in [t for t in runner.takes if t <= k]:
             for fragment in runner.takes.pop(take):
                 outcome = why.get((fragment.simulator.session, fragment.header.number), DELIVERED) if why else DELIVERED
-                if fragment.header.evaluation and outcome != DELIVERED:
-                    self._spoiled(fragment, now)
+                if outcome != DELIVERED:
+                    self._not_used(fragment, now)
                 fragment.move(Verb.RETURN)
                 self._settle(fragment, outcome, now)
         if self.reports:
             self.reports.resolve(runner.session, k, DELIVERED, why)
+
+    def _not_used(self, fragment: Fragment, now: float) -> None:
+        """Its runner had it, and RLlib won't: the round wants others in its place."""
+        if fragment.header.evaluation:
+            self._spoiled(fragment, now)
+        elif fragment.round == self.version:
+            self.round_steps -= fragment.header.steps
 
     # ---- outcomes
 
@@ -412,7 +419,8 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         self._ack_due = None
         dirty, self._dirty = self._dirty, {}
         actions, run, version, policy = self._actions, self.run, self.published_version, self.policy_ready
-        evaluation, sharers, sampled, needs_logp = self.evaluation_version, self.sharers, self.sampled, self.needs_logp
+        evaluation, sharers, sampled = self.evaluation_version, self.sharers, self.sampled
+        needs_logp, rounds = self.needs_logp, self.rounds
         for sim in dirty:
             if sim.state is not peers.State.LIVE:
                 continue
@@ -434,6 +442,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
                     self.module_versions,
                     sampled,
                     needs_logp,
+                    rounds,
                 )
                 actions.append(Send(Side.FRONT, sim.route, ack))
                 if not settled:

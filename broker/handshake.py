@@ -107,7 +107,7 @@ class Handshake(Duties):
             self.published_version, self.policy_ready, self.weights_address, spaces, text,
             self.settings.act_requests if isinstance(peer, Reader) else 0,
             self.evaluation_version if isinstance(peer, Simulator) else -1, peer in self.sharers, self.module_versions,
-            self.sampled, self.needs_logp,
+            self.sampled, self.needs_logp, self.rounds,
         ))  # fmt: skip
 
     # ---- simulators

@@ -55,6 +55,7 @@ class BrokerState:
         self.taken_steps = 0
         self.sampled_before = 0
         self.needs_logp = True
+        self.rounds = False
         # evaluations: which version they want episodes of (-1 = none does), and which simulators are to serve them
         self.evaluation_version = -1
         self.sharers: dict[Simulator, None] = {}
@@ -149,6 +150,9 @@ class BrokerState:
         n = max(1, self.episodes - self.episodes_apart)
         if not ahead:
             return 0, longest
+        if self.rounds and self.published_version == self.version:
+            # What the round still wants. Before its weights are to be had, its steps would be by those from before.
+            ahead = max(ahead, trainer.hello.quota - self.round_steps)
         if not trainer.hello.lease_steps:
             length = max(1, min(longest, ahead // (2 * n)))
             return sim.taken_steps + max(length, ahead // n) * sim.episodes, length

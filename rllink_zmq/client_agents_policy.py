@@ -174,7 +174,7 @@ class AgentsReader(PolicyReader):
             if self._fresh_since is None:
                 self._fresh_since = now
             behind = any(wanted.modules[m].version > version for m, version in versions.items())
-            if now - self._switched < SWITCH_INTERVAL or (behind and now - self._fresh_since < SWITCH_INTERVAL):
+            if not self._may_switch(now) or (behind and now - self._fresh_since < SWITCH_INTERVAL):
                 return
         try:
             for module, weights in ready.items():

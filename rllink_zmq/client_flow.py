@@ -208,7 +208,8 @@ class Flow:
         if not session.run or self.layout_of(kind) is None:
             return None
         told, logged, now = Origin(session.run, max(0, session.version)), self._logged, time.monotonic()
-        if logged is None or logged.run != told.run or (logged != told and now >= self._logged_at + SWITCH_INTERVAL):
+        due = session.rounds or now >= self._logged_at + SWITCH_INTERVAL
+        if logged is None or logged.run != told.run or (logged != told and due):
             # Nobody's weights chose these actions: they count as of the version that was the newest.
             self._logged, self._logged_at = told, now
         return self._logged

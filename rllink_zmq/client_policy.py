@@ -26,7 +26,8 @@ log = logging.getLogger("rllink_zmq")
 
 SWITCH_INTERVAL = 0.1
 """Seconds between two weights versions that a process acts with. A switch cuts every fragment it is building, and
-off-policy training makes a version every few milliseconds: fragments of one step would help nobody."""
+off-policy training makes a version every few milliseconds: fragments of one step would help nobody. Where a version is
+for a whole round of steps there is no such wait."""
 
 READ_INTERVAL = 0.002
 """Seconds between two looks for news, whoever of many clients looks."""
@@ -79,6 +80,7 @@ class PolicyReader:
         self._asked_greeting = 0
         self._idle_from = 0.0
         self._switched = float("-inf")
+        self._rounds = False
         self._sampled = ("", 0)
         self._read_at = 0.0
         self._users = 0
@@ -119,6 +121,7 @@ class PolicyReader:
         with self.lock:
             wanted = self._wanted
             if session.state is State.LIVE:
+                self._rounds = session.rounds
                 self._tell(session, now)
                 self._subscribe(session.weights_address)
             if now >= self._read_at:
@@ -202,14 +205,14 @@ class PolicyReader:
         self.policy, self.layout, self._loaded = policy, layout_of_policy(policy.manifest), wanted.blob_hash
 
     def _switch(self, now: float) -> None:
-        """Act with the newest weights from now on, once a `SWITCH_INTERVAL`. What was sampled with the weights of a run
+        """Act with the newest weights from now on, if it is time for that. What was sampled with the weights of a run
         that has ended would be dropped: nothing acts until the new one's are there."""
         ready, origin = self._wanted.ready, self.origin
         if origin is not None and origin.run < self._wanted.run:
             self.origin = origin = None
         if ready is None or self.policy is None or (origin is not None and ready.version <= origin.version):
             return
-        if origin is not None and now - self._switched < SWITCH_INTERVAL:
+        if origin is not None and not self._may_switch(now):
             return
         try:
             self.policy.apply((ready.run, ready.version), ready.data)
@@ -219,3 +222,6 @@ class PolicyReader:
             return
         self.origin = Origin(ready.run, ready.version)
         self._switched = now
+
+    def _may_switch(self, now: float) -> bool:
+        return self._rounds or now - self._switched >= SWITCH_INTERVAL

@@ -259,7 +259,8 @@ class TrainerHello(_Part, tag="trainer", tag_field="role", frozen=True):
     many it means to have. `fragment_steps`: the longest fragment wanted. `policy`, `policy_bytes`: the policy it
     offers. `duties`: as in POOL. `evaluation_share`: of the simulators, 0 to 1, that serve evaluations.
     `lease_steps`: env steps leased to one runner and not taken (0 = no limit). `sampled`: env steps that the training
-    has sampled before this run, or by now. `needs_logp`: its steps need the log-probabilities of their actions."""
+    has sampled before this run, or by now. `needs_logp`: its steps need the log-probabilities of their actions.
+    `rounds`: it takes `quota` env steps for each version of the weights, and then learns."""
 
     run: RunId
     quota: Count
@@ -275,6 +276,7 @@ class TrainerHello(_Part, tag="trainer", tag_field="role", frozen=True):
     lease_steps: Count = 0
     sampled: Count = 0
     needs_logp: bool = True
+    rounds: bool = False
 
 
 class ObserverHello(_Part, tag="observer", tag_field="role", frozen=True):
@@ -335,6 +337,7 @@ class WELCOME(_Message, tag="WELCOME", frozen=True):
     modules: Versions = {}
     sampled: Count = 0
     needs_logp: bool = True
+    rounds: bool = False
 
 
 class REFUSED(_Message, tag="REFUSED", frozen=True):
@@ -422,7 +425,7 @@ class ACK(_Message, tag="ACK", frozen=True):
     evaluation wants episodes, of this version of the weights or a newer one; -1 = none does. `evaluates`: this
     simulator's next episode is to be one, unless it knows better. `modules`: the newest version of each of several
     modules; `version` is the newest of all then. `sampled`: env steps that the training has sampled. `needs_logp`: a
-    step without its action's log-probability can't be used."""
+    step without its action's log-probability can't be used. `rounds`: new weights are to be acted by at once."""
 
     settled: Annotated[list[tuple[Count, Reason]], Meta(max_length=MAX_NUMBERS)]
     window: Count
@@ -436,6 +439,7 @@ class ACK(_Message, tag="ACK", frozen=True):
     modules: Versions = {}
     sampled: Count = 0
     needs_logp: bool = True
+    rounds: bool = False
 
 
 class PING(_Message, tag="PING", frozen=True):

@@ -303,6 +303,7 @@ class SimulatorSession(Endpoint):
         self.evaluates = False
         self.sampled = 0
         self.needs_logp = True
+        self.rounds = False
         self.weights_address = ""
         self.outcomes: dict[str, list[int]] = {}
         self.dropped: dict[str, tuple[int, int]] = {}
@@ -400,7 +401,7 @@ class SimulatorSession(Endpoint):
         self.window, self.steps_limit, self.fragment_steps = told.window, told.steps_limit, max(1, told.fragment_steps)
         self.evaluation, self.evaluates = told.evaluation, told.evaluates
         if told.run:  # a broker that has just started knows of no training
-            self.sampled, self.needs_logp = told.sampled, told.needs_logp
+            self.sampled, self.needs_logp, self.rounds = told.sampled, told.needs_logp, told.rounds
 
 
 class ReaderSession(Endpoint):

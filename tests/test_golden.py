@@ -172,7 +172,9 @@ EXAMPLES = (
         "trainer -> broker",
         "A run of PPO: 4,000 env steps an update, weights at most 2 updates old, 4,000 steps on their way at most, two "
         "runners, fragments of up to 200 steps, and a policy of 32 bytes.",
-        HELLO(1, TRAINER, 1, TrainerHello(RUN, 4000, 2, 4000, 2, 200, CARTPOLE, POLICY, len(BLOB)), "PPO", "0.1.0"),
+        HELLO(1, TRAINER, 1, TrainerHello(
+            RUN, 4000, 2, 4000, 2, 200, CARTPOLE, POLICY, len(BLOB), rounds=True
+        ), "PPO", "0.1.0"),
     ),
     Example(
         "HELLO of an evaluation runner",

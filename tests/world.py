@@ -141,7 +141,7 @@ class World(Links):
         rounds = style == "round"
         quota = r.choice((10, 24, 40))
         lag = lag_limit or (r.choice((1, 2, 30)) if rounds else r.choice((6, 30)))
-        ahead = r.choice((0, quota, lag * quota))
+        ahead = r.choice((0, 1, quota, lag * quota) if rounds else (0, quota, lag * quota))
         timeout, longest = r.choice((10.0, 30.0)), r.choice((4, 8, 12))
         if rounds:
             return longest, ahead, lag, SamplingRules("round", -(-quota // self.crew), quota, timeout, 0.2)
@@ -156,8 +156,9 @@ class World(Links):
         quota, longest = self.rules.quota, self.longest
         most = self.rules.share + longest if self.rules.style == "exact" else 0
         return TrainerHello(
-            RUN, quota, self.lag_limit, self.ahead, runners, longest, SPACES, "p" * 16, 4, lease_steps=most
-        )
+            RUN, quota, self.lag_limit, self.ahead, runners, longest, SPACES, "p" * 16, 4, lease_steps=most,
+            rounds=self.rules.style == "round",
+        )  # fmt: skip
 
     def draw_schedule(self) -> list[Fault]:
         kinds = [k for k in self.kinds if isinstance(k, str)]

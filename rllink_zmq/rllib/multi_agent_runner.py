@@ -105,7 +105,7 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
             return
         self._service = AgentsActService(
             settings.broker, link.run, link.session.name, actors, max_rows=settings.act_rows or MAX_ROWS,
-            max_wait=settings.act_wait_s, explores=explores(config)[0],
+            max_wait=settings.act_wait_s, explores=explores(config)[0], rounds=self._rules.style == "round",
         )  # fmt: skip
         link.on_left = self._service.stop
 

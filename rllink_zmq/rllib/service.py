@@ -59,7 +59,8 @@ MAX_ROWS = 1024
 """Observations of one batch."""
 
 SWITCH_INTERVAL = 0.1
-"""Seconds between two weights versions to act with: a switch cuts every fragment that is being built."""
+"""Seconds between two weights versions to act with: a switch cuts every fragment that is being built. Where a version
+is for a whole round of steps there is no such wait."""
 
 NEWS_INTERVAL = 0.05
 """Seconds between two looks for newer weights while nobody asks."""
@@ -267,8 +268,8 @@ class PipelineActor(ModuleActor):
 
 class ActService:
     """Answers ACT for one run. `max_rows`: observations of one batch; `max_wait`: seconds that its first request may
-    wait for company. `explores`: whether training draws its actions; evaluation does as the manifest says. `module`:
-    the name that requests give to what `actor` has."""
+    wait for company. `explores`: whether training draws its actions; evaluation does as the manifest says. `rounds`:
+    training samples a round of steps for each version. `module`: the name that requests give to what `actor` has."""
 
     module = ""
     _topics: tuple[str, ...] = ()
@@ -283,8 +284,10 @@ class ActService:
         max_rows: int = MAX_ROWS,
         max_wait: float = 0.0,
         explores: bool = True,
+        rounds: bool = False,
     ) -> None:
         self.actor = actor
+        self._switch_interval = 0.0 if rounds else SWITCH_INTERVAL
         self._explores = explores
         self.run = run
         self.batches = self.rows = 0
@@ -549,7 +552,7 @@ class ActService:
         newest = wanted.newest
         if newest is None or wanted.run != self.run or newest[0] <= self.actor.version:
             return
-        if self.actor.version >= 0 and now - self._switched < SWITCH_INTERVAL:
+        if self.actor.version >= 0 and now - self._switched < self._switch_interval:
             return
         try:
             self.actor.apply(*newest)

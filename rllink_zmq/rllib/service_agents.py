@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rllink_zmq.messages import ACT
-from rllink_zmq.rllib.service import SWITCH_INTERVAL, ActService, Asked, ModuleActor
+from rllink_zmq.rllib.service import ActService, Asked, ModuleActor
 from rllink_zmq.weights_agents import AgentsWanted
 
 logger = logging.getLogger("rllink_zmq")
@@ -81,7 +81,7 @@ class AgentsActService(ActService):
         if self._fresh_since is None:
             self._fresh_since = now
         acts = all(self.actors[name].version >= 0 for name in fresh)
-        if acts and (now - self._switched < SWITCH_INTERVAL or now - self._fresh_since < GATHER):
+        if acts and (now - self._switched < self._switch_interval or now - self._fresh_since < GATHER):
             return
         for name, weights in fresh.items():
             try:

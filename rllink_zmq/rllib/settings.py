@@ -51,8 +51,11 @@ class LinkSettings:
     practically none for DQN and SAC (a replay buffer holds much older ones)."""
 
     steps_ahead: int = 0
-    """Env steps that all simulators together may have on their way. Default `(lag_limit - 1)` learner updates' worth
-    for PPO, 2 for APPO and IMPALA; for DQN and SAC 64, or what RLlib asks for in four rounds if that is more."""
+    """Env steps that all simulators together may have on their way; in PPO while the learner learns: a batch that is
+    asked for has always room. Default `(lag_limit - 1)` learner updates' worth for PPO: the next batch is sampled while
+    the learner learns, by the weights from before. 1 there = simulators rest meanwhile (but for a step each), as
+    RLlib's own runners do: more is learned from each step, and nothing is sampled in the time of an update. Default 2
+    updates' worth for APPO and IMPALA; for DQN and SAC 64, or what RLlib asks for in four rounds if that is more."""
 
     runner_timeout_s: float = 0.0
     """A runner that the broker has not heard for so many seconds is killed, and started again. Default 10."""
@@ -119,7 +122,8 @@ def style_of(config: AlgorithmConfig) -> Style:
 class Terms:
     """What the broker is told of the training. All in env steps, or learner updates. `lease_steps`: where RLlib waits
     for every runner in each step of the training none may sit on what another one lacks; 0 = any number. `needs_logp`:
-    the losses of PPO, APPO and IMPALA correct for how probable each action was."""
+    the losses of PPO, APPO and IMPALA correct for how probable each action was. `rounds`: `quota` steps are sampled for
+    each version of the weights."""
 
     quota: int
     lag_limit: int
@@ -127,6 +131,7 @@ class Terms:
     fragment_steps: int
     lease_steps: int = 0
     needs_logp: bool = True
+    rounds: bool = False
 
 
 def trainer_terms(config: AlgorithmConfig) -> Terms:
@@ -152,7 +157,7 @@ def trainer_terms(config: AlgorithmConfig) -> Terms:
         length = 200 if style == "round" else _stream_share(config)
     length = settings.fragment_steps or length
     most = exact_share(config) + length if style == "exact" else 0
-    return Terms(quota, lag, settings.steps_ahead or ahead, length, most, needs_logp=style != "exact")
+    return Terms(quota, lag, settings.steps_ahead or ahead, length, most, style != "exact", style == "round")
 
 
 def sampling_rules(config: AlgorithmConfig, runners: int, index: int = 0) -> SamplingRules:

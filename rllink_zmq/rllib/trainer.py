@@ -108,6 +108,7 @@ class Trainer:
             lease_steps=terms.lease_steps,
             sampled=self._sampled_steps(),
             needs_logp=terms.needs_logp,
+            rounds=terms.rounds,
         )
 
     def _sampled_steps(self) -> int:
