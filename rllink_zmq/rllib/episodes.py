@@ -12,9 +12,11 @@ here, so chunks are copies of a blank one rather than constructed: what RLlib's 
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import gymnasium as gym
@@ -165,13 +167,15 @@ class EpisodeBuilder:
     def build(self, leases: Iterable[Lease]) -> tuple[list[Built], list[Refusal]]:
         """Chunks in the order of their first fragments, and the fragments whose columns are missing or don't fit the
         spaces."""
-        good, refused = self.check(leases)
-        return self.join(good), refused
+        with collector_paused():
+            good, refused = self.check(leases)
+            return self.join(good), refused
 
     def join(self, pieces: Iterable[Piece]) -> list[Built]:
         """Chunks of what was checked before, in the order of their first pieces."""
-        chunks = chunks_of(pieces, self._continues)
-        built = [self._chunk(chunk) for chunk in chunks]
+        with collector_paused():
+            chunks = chunks_of(pieces, self._continues)
+            built = [self._chunk(chunk) for chunk in chunks]
         if self.audit is not None:
             handed: dict[tuple[bytes, int], int] = {}
             for message in (piece.message for chunk in chunks for piece in chunk):
@@ -484,6 +488,20 @@ def _buffer(values: Any, lookback: int = 0, space: gym.Space[Any] | None = None)
     buffer = InfiniteLookbackBuffer(data=values, space=space)
     buffer.lookback = lookback  # its constructor takes the number of a dict's keys for its length
     return buffer
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Python's collector of cycles rests. An episode is some 50 new objects, none of them in a cycle, and hundreds at
+    once have it look through them, and through all that is there, again and again: a quarter of the time to build."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class HasMessage(Protocol):

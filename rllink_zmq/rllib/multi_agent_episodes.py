@@ -23,7 +23,7 @@ from rllink_zmq.arrays import to_buffers
 from rllink_zmq.compression import arrays_of
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT, AgentId, AgentRows
-from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal, chunks_of
+from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal, chunks_of, collector_paused
 from rllink_zmq.session_runner import Lease
 
 SKIP = MultiAgentEpisode.SKIP_ENV_TS_TAG
@@ -88,8 +88,9 @@ class MultiAgentEpisodeBuilder:
 
     def build(self, leases: Iterable[Lease]) -> tuple[list[AgentsBuilt], list[Refusal]]:
         """Chunks in the order of their first fragments, and the fragments that don't fit."""
-        good, refused = self.check(leases)
-        return self.join(good), refused
+        with collector_paused():
+            good, refused = self.check(leases)
+            return self.join(good), refused
 
     def check(self, leases: Iterable[Lease]) -> tuple[list[AgentsPiece], list[Refusal]]:
         """What `build` would use of these, and what it would refuse."""
