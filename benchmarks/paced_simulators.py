@@ -22,7 +22,7 @@ def main(address: str, number: int, rate: float) -> None:
     from rllink_zmq.client import Client
 
     logging.getLogger("rllink_zmq").setLevel(logging.ERROR)
-    os.nice(10)
+    os.nice(19)
     envs = [gym.make("CartPole-v1") for _ in range(number)]
     spaces = {"observation_space": envs[0].observation_space, "action_space": envs[0].action_space}
     clients: list[Client] = [connect(address, timeout=60, **spaces) for _ in envs]

@@ -1,4 +1,4 @@
-"""A runner whose episodes are there before they are asked for: RLlib's own, which samples once."""
+"""A runner whose episodes are there before they are asked for: RLlib's own, sampled before the first is asked for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+
+UNDER_WAY = 20
+"""Samples after which environments that began together are anywhere in their episodes, as they are in a training."""
 
 
 class ReadyRunner(SingleAgentEnvRunner):
@@ -16,7 +19,9 @@ class ReadyRunner(SingleAgentEnvRunner):
     def sample(self, **_: Any) -> list[SingleAgentEpisode]:
         """The same episodes each time."""
         if self._ready is None:
-            self._ready = _first(super().sample(), self.config.total_train_batch_size)
+            for _ in range(UNDER_WAY):
+                sampled = super().sample()
+            self._ready = _first(sampled, self.config.total_train_batch_size)
             self.metrics.reduce()
         steps = sum(map(len, self._ready))
         self._increase_sampled_metrics(steps, sum(episode.is_done for episode in self._ready))

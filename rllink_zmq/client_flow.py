@@ -30,6 +30,8 @@ log = logging.getLogger("rllink_zmq")
 
 LOOK_INTERVAL = 0.005
 """Seconds between two looks at the socket while nothing calls for one."""
+JUST_LOOKED = 0.001
+"""Seconds after a look in which another one hardly finds anything."""
 WAIT_SLICE = 0.02
 """Seconds a wait sleeps at most: weights come on a socket that it doesn't watch."""
 SAY_FIRST, SAY_EVERY = 4.0, 5.0
@@ -148,7 +150,7 @@ class Flow:
             if origin is not None and self._room(needed) and self._may_evaluate(pairs, origin):
                 break
             self._submit_all(pairs)
-            if not looked:
+            if not looked and time.monotonic() >= self.look_at - LOOK_INTERVAL + JUST_LOOKED:
                 self.look()  # what is waited for may be there already
                 looked = True
             elif not wait:

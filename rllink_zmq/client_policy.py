@@ -75,6 +75,7 @@ class PolicyReader:
         self._seed = seed
         self._wanted = Wanted()
         self._subscription: Subscription | None = None
+        self._told_address = ""
         self._session = ReaderSession(b"")
         self._connection: Connection | None = None
         self._asked_greeting = 0
@@ -145,6 +146,9 @@ class PolicyReader:
         self._wanted.told(session.run, session.version, session.policy, now)
 
     def _subscribe(self, told: str) -> None:
+        if self._subscription is not None and told == self._told_address:
+            return
+        self._told_address = told
         address = beside(self.address, told) if told else ""
         if self._subscription is not None and self._subscription.address != address:
             self._subscription.close()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -78,10 +78,12 @@ Key = tuple[bytes, int]
 
 
 class Lease(NamedTuple):
-    """A fragment as it came: its header and the frames of its body."""
+    """A fragment as it came: its header and the frames of its body; `prepared`: what `RunnerSession.prepare` made of
+    it."""
 
     message: FRAGMENT
     body: Sequence[Buffer]
+    prepared: Any = None
 
 
 class Pool(NamedTuple):
@@ -107,7 +109,7 @@ class Offered(NamedTuple):
 class RunnerSession(Endpoint):
     """A runner's end, for one run. `duty`: what the trainer wants of it. `deadline`: an answer that reaches RLlib later
     is thrown away unseen. `last_call`: of the last call of `sample()`, a time no later than when RLlib sent it, and
-    when its answer was ready."""
+    when its answer was ready. `prepare`: is called with each fragment that is leased, before anybody takes it."""
 
     def __init__(
         self, session: bytes, run: str, *, name: str = "", package: str = "", rng: random.Random | None = None
@@ -123,6 +125,7 @@ class RunnerSession(Endpoint):
         self.taken: list[Lease] | None = None
         self.pool = Pool()
         self.deadline = float("inf")
+        self.prepare: Callable[[FRAGMENT, Sequence[Buffer]], Any] | None = None
         self.last_call: tuple[float, float] | None = None
         self._pending: tuple[int, list[Key]] | None = None
         self._handed: dict[bytes, dict[int, int]] = {}
@@ -265,7 +268,8 @@ class RunnerSession(Endpoint):
             key = (message.session, message.number)
             if key not in self.leased:  # else it was leased on the old connection too, whose last messages come late
                 self.leased_steps += message.steps
-            self.leased[key] = Lease(message, body)
+            prepared = self.prepare(message, body) if self.prepare is not None else None
+            self.leased[key] = Lease(message, body, prepared)
         elif isinstance(message, TAKEN):
             self._on_taken(message, now)
         elif isinstance(message, PONG):

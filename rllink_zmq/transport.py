@@ -25,6 +25,9 @@ HEARTBEAT_MS, HEARTBEAT_TTL_MS, HEARTBEAT_TIMEOUT_MS = 7_500, 20_000, 7_500
 FIRST_CONNECT_MS = 50
 """How long opening a connection waits for the other side before it goes on in the background."""
 
+_EVENTS, _POLLIN, _POLLOUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
+"""As numbers: what pyzmq's enums cost is more than what is asked with them, hundreds of times a second."""
+
 _ADDRESS = re.compile(r"tcp://(?P<host>\*|\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})$")
 
 
@@ -106,16 +109,16 @@ class Connection:
         socket = self.socket
         if socket is None:
             return False
-        events = int(socket.get(zmq.EVENTS))
-        if not events & zmq.POLLOUT:
+        events = int(socket.get(_EVENTS))
+        if not events & _POLLOUT:
             self._away = True  # ZMQ_IMMEDIATE: there is no connection now
         elif self._away:
             self._away = False
             self.endpoint.reconnected(self.clock())
-        while events & zmq.POLLIN:
+        while events & _POLLIN:
             came = True
             frames = socket.recv_multipart(zmq.NOBLOCK)
-            events = int(socket.get(zmq.EVENTS))
+            events = int(socket.get(_EVENTS))
             try:
                 message, body = wire.unpack(frames)
             except ProtocolError:
@@ -209,7 +212,7 @@ class Subscription:
     def read(self) -> list[tuple[Message, list[Buffer]]]:
         """Everything that has come: frames are a topic (the module's id) and a message. Bad ones are skipped."""
         messages = []
-        while int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        while int(self.socket.get(_EVENTS)) & _POLLIN:
             frames = self.socket.recv_multipart(zmq.NOBLOCK)
             try:
                 messages.append(wire.unpack(frames[1:]))

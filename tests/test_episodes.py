@@ -253,3 +253,30 @@ def test_an_episode_is_what_rllibs_constructor_would_make(builder: EpisodeBuilde
         assert getattr(episode, name) == getattr(made, name), name
     assert len(episode) == 3 and episode.is_numpy and episode.is_truncated and episode.t == 5
     assert episode.custom_data is not one_chunk(builder, lease()).episode.custom_data
+
+
+@pytest.mark.parametrize("bad", [{}, {"rewards": np.full(3, np.nan, np.float32)}])
+def test_what_was_prepared_is_what_checking_says(builder: EpisodeBuilder, bad: dict[str, Any]) -> None:
+    one = lease(**bad)
+    prepared = builder.prepare(one.message, one.body)
+    assert prepared is not None
+    pieces, refusals = builder.check([one])
+    again, refused = builder.check([one._replace(prepared=prepared)])
+    assert [str(r.error) for r in refused] == [str(r.error) for r in refusals]
+    assert len(again) == len(pieces) == (not bad)
+    for mine, theirs in zip(again, pieces, strict=True):
+        assert mine.observations.tobytes() == theirs.observations.tobytes()
+        assert mine.outputs.keys() == theirs.outputs.keys()
+
+
+def test_what_needs_the_module_or_memory_is_not_prepared(builder: EpisodeBuilder) -> None:
+    """The module's distributions of what a simulator chose itself; and what is compressed stays small."""
+    given = lease(action_dist_inputs=None)
+    assert builder.prepare(given.message, given.body) is None
+    one = lease()
+    compressed = FRAGMENT(
+        one.message.session, 1, 1, "e", 0, 3, "no", "r", 7, 0.0, one.message.columns, compression="zstd"
+    )
+    assert builder.prepare(compressed, one.body) is None
+    replayed = EpisodeBuilder(OBS, ACT, None, needs_logp=False, outputs=False)  # DQN's episodes have none of them
+    assert replayed.prepare(given.message, given.body) is not None

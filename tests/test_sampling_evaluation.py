@@ -87,7 +87,7 @@ class Joined:
 
     def answer(self) -> list[tuple[str, int, int]]:
         """(episode, t0, steps) of the fragments that the call returns."""
-        return [(m.episode, m.t0, m.steps) for m, _ in self.evaluation.take_out()]
+        return [(m.episode, m.t0, m.steps) for m, *_ in self.evaluation.take_out()]
 
     def wants(self) -> list[tuple[int, int]]:
         """What it said since the last look."""

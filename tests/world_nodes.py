@@ -389,7 +389,7 @@ class RunnerNode(Node):
         if answer.fresh:
             self.names.clear()
         chunks = []
-        for (message, _), first, steps in answer.portions:
+        for (message, *_), first, steps in answer.portions:
             key, t0 = (message.session, message.episode), message.t0 + first
             next_t0, name = self.names.pop(key, (-1, ""))
             if next_t0 != t0:

@@ -31,6 +31,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
+from rllink_zmq.arrays import Buffer
 from rllink_zmq.audit import Log
 from rllink_zmq.compression import arrays_of
 from rllink_zmq.errors import ProtocolError
@@ -188,13 +189,31 @@ class EpisodeBuilder:
         """RLlib may lack what it was given: no episode goes on under its id."""
         self._next.clear()
 
+    def prepare(self, message: FRAGMENT, body: Sequence[Buffer]) -> list[Piece] | ProtocolError | None:
+        """What `check` will say of this fragment, from any thread, before it is taken. None where that would take
+        memory (what is compressed has no more bytes than it came with until then), or what isn't for other threads: the
+        module, and the user's connectors."""
+        named = any(column.name == Columns.ACTION_DIST_INPUTS for column in message.columns)
+        if self._connectors is not None or message.compression or (self._outputs and not named):
+            return None
+        try:
+            return self._check_columns(Lease(message, body))
+        except ProtocolError as e:
+            return e
+        except Exception:  # whatever it is, it isn't this thread's: `check` meets it again, and says it
+            return None
+
     def check(self, leases: Iterable[Lease]) -> tuple[list[Piece], list[Refusal]]:
         """What `build` would use of these, and what it would refuse."""
         good: list[Piece] = []
         refused: list[Refusal] = []
         for lease in leases:
+            prepared: list[Piece] | ProtocolError | None = lease.prepared
+            if isinstance(prepared, ProtocolError):
+                refused.append(Refusal(lease.message, prepared))
+                continue
             try:
-                good += self._check_columns(lease)
+                good += prepared if prepared is not None else self._check_columns(lease)
             except ProtocolError as e:
                 refused.append(Refusal(lease.message, e))
             except Exception as e:  # a user's connector may raise anything; other fragments are not to suffer

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
@@ -16,6 +16,7 @@ import ray
 from ray import ObjectRef
 
 from rllink_zmq import __version__
+from rllink_zmq.arrays import Buffer
 from rllink_zmq.errors import RefusedError, RllinkError
 from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.sampling import LATE, PROGRESS_WAIT, Next, SampleCall, SamplingRules
@@ -38,7 +39,8 @@ SAY_EVERY = 10.0
 
 class RunnerLink:
     """One run's conversation of this runner with the broker at `address`. `check`: why a fragment can't be used, or '';
-    the connection's thread calls it, during `draw` alone."""
+    the connection's thread calls it, during `draw` alone. `prepare`: what can be done of a fragment before it is taken;
+    the connection's thread does it while RLlib learns."""
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class RunnerLink:
         run: str,
         name: str,
         check: Callable[[Lease], str] = lambda lease: "",
+        prepare: Callable[[FRAGMENT, Sequence[Buffer]], Any] | None = None,
         *,
         local: bool = False,
         session: RunnerSession | None = None,
@@ -54,6 +57,7 @@ class RunnerLink:
         self.run = run
         self._local = local
         self.session = session or RunnerSession(secrets.token_bytes(16), run, name=name, package=__version__)
+        self.session.prepare = prepare
         self._stock = Stock(self.session, check)
         self._thread = ConnectionThread(Connection(self.session, address), self._step, f"rllink-{name}")
         self._call: SampleCall | None = None

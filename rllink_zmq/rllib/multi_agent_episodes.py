@@ -19,7 +19,7 @@ from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
-from rllink_zmq.arrays import to_buffers
+from rllink_zmq.arrays import Buffer, to_buffers
 from rllink_zmq.compression import arrays_of
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT, AgentId, AgentRows
@@ -91,6 +91,9 @@ class MultiAgentEpisodeBuilder:
         with collector_paused():
             good, refused = self.check(leases)
             return self.join(good), refused
+
+    def prepare(self, message: FRAGMENT, body: Sequence[Buffer]) -> None:
+        """Nothing: which modules there are may have changed until a fragment is taken."""
 
     def check(self, leases: Iterable[Lease]) -> tuple[list[AgentsPiece], list[Refusal]]:
         """What `build` would use of these, and what it would refuse."""

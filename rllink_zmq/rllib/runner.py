@@ -207,7 +207,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         if evaluates:
             self._link = EvaluationLink(address, run, f"evaluator-{index}@{host}", self._unusable, local=local)
         else:
-            self._link = RunnerLink(address, run, f"runner-{index}@{host}", self._unusable, local=local)
+            prepare = self._builder.prepare
+            self._link = RunnerLink(address, run, f"runner-{index}@{host}", self._unusable, prepare, local=local)
         if self.held is not None:
             self._offer(self.held)
         if not evaluates:
@@ -356,7 +357,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             self._builder.forget()
         pieces: list[Piece] = []
         began: list[FRAGMENT] = []
-        for (message, _), first, steps in answer.portions:
+        for (message, *_), first, steps in answer.portions:
             key = message.session, message.number
             pieces += cut(self._opened[key], first, steps)
             if not first:
