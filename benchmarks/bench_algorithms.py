@@ -2,7 +2,9 @@
 
 PPO, APPO, IMPALA and DQN on CartPole, SAC on Pendulum; three seeds. The only difference is the line `attach(config,
 ...)` and where environments run: in RLlib's runner, or in `rllink-zmq simulate`, which acts itself (local) or asks for
-each action (remote). Each run has a process of its own, with a Ray of its own. A plot goes beside the JSON.
+each action (remote). PPO also in lockstep: local, with `attach(steps_ahead=1)`, so that simulators rest while the
+learner learns, as they do in RLlib's own runner. Each run has a process of its own, with a Ray of its own. A plot goes
+beside the JSON.
 
     python benchmarks/bench_algorithms.py --only SAC --seeds 1     # a part; what is there already is not run again
 """
@@ -25,6 +27,8 @@ from curves import Curve, Point
 from processes import broker, command
 
 WAYS = ("RLlib", "local", "remote")
+LOCKSTEP = "lockstep"
+COLORS = {"RLlib": "tab:gray", "local": "tab:blue", "remote": "tab:orange", LOCKSTEP: "tab:green"}
 SIMULATORS = 4
 AT_ONCE = 2
 """Runs at the same time."""
@@ -40,6 +44,7 @@ class Task(NamedTuple):
     steps: int
     quick: int
     config: Callable[[], Any]
+    ways: tuple[str, ...] = WAYS
 
 
 def _ppo() -> Any:
@@ -54,7 +59,7 @@ def _ppo() -> Any:
 
 def _stream(config: Any) -> Any:
     config.env_runners(num_env_runners=1, num_envs_per_env_runner=SIMULATORS).learners(num_learners=0)
-    config.training(train_batch_size_per_learner=500, lr=1e-3, vf_loss_coeff=0.05, entropy_coeff=0.0)
+    config.training(train_batch_size_per_learner=200, vf_loss_coeff=0.05, entropy_coeff=0.0)
     config.min_time_s_per_iteration = 0.5
     return config
 
@@ -62,13 +67,13 @@ def _stream(config: Any) -> Any:
 def _appo() -> Any:
     from ray.rllib.algorithms.appo import APPOConfig
 
-    return _stream(APPOConfig())
+    return _stream(APPOConfig()).training(lr=1e-3)
 
 
 def _impala() -> Any:
     from ray.rllib.algorithms.impala import IMPALAConfig
 
-    return _stream(IMPALAConfig())
+    return _stream(IMPALAConfig()).training(lr=3e-3)
 
 
 def _dqn() -> Any:
@@ -94,9 +99,9 @@ def _sac() -> Any:
 
 
 TASKS = {
-    "PPO": Task("CartPole-v1", 30_000, 2_000, _ppo),
-    "APPO": Task("CartPole-v1", 40_000, 2_000, _appo),
-    "IMPALA": Task("CartPole-v1", 40_000, 2_000, _impala),
+    "PPO": Task("CartPole-v1", 30_000, 2_000, _ppo, (*WAYS, LOCKSTEP)),
+    "APPO": Task("CartPole-v1", 120_000, 2_000, _appo),
+    "IMPALA": Task("CartPole-v1", 120_000, 2_000, _impala),
     "DQN": Task("CartPole-v1", 8_000, 1_000, _dqn),
     "SAC": Task("Pendulum-v1", 8_000, 600, _sac),
 }
@@ -115,18 +120,19 @@ def run(algorithm: str, way: str, seed: int, steps: int) -> None:
     if way == "RLlib":
         print(json.dumps(train(algorithm, seed, steps, None)))
         return
-    task = TASKS[algorithm]
+    task, inference = TASKS[algorithm], "remote" if way == "remote" else "local"
     with (
         broker() as addresses,
         command(
             "simulate", "--env", task.env, "--broker", addresses["frontend"], "--num", str(SIMULATORS), "--inference",
-            way, "--seed", str(seed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            inference, "--seed", str(seed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         ),
     ):  # fmt: skip
-        print(json.dumps(train(algorithm, seed, steps, addresses["backend"])))
+        ahead = 1 if way == LOCKSTEP else 0
+        print(json.dumps(train(algorithm, seed, steps, addresses["backend"], ahead)))
 
 
-def train(algorithm: str, seed: int, steps: int, backend: str | None) -> Curve:
+def train(algorithm: str, seed: int, steps: int, backend: str | None, steps_ahead: int = 0) -> Curve:
     """The mean return of the last 20 episodes after each iteration. `backend`: the broker's; None = RLlib's runner."""
     import ray
     import torch
@@ -141,7 +147,7 @@ def train(algorithm: str, seed: int, steps: int, backend: str | None) -> Curve:
         if backend is not None:
             from rllink_zmq.rllib import attach
 
-            attach(config, backend)
+            attach(config, backend, steps_ahead=steps_ahead)
         trained = config.build_algo()
         points: Curve = []
         while not points or points[-1].steps < steps:
@@ -191,13 +197,13 @@ def _mean(points: Curve) -> float:
 def complete(options: argparse.Namespace, seeds: int) -> dict[tuple[str, str, int], Curve]:
     """The curves that are there, of seeds that have all three. Raises BenchmarkError if an algorithm has none."""
     curves = {}
-    for algorithm in TASKS:
+    for algorithm, task in TASKS.items():
         for seed in range(seeds):
-            paths = {way: parts(options) / f"{algorithm}-{way}-{seed}.json" for way in WAYS}
+            paths = {way: parts(options) / f"{algorithm}-{way}-{seed}.json" for way in task.ways}
             if all(path.exists() for path in paths.values()):
-                curves |= {(algorithm, way, seed): measured(options, algorithm, way, seed) for way in WAYS}
+                curves |= {(algorithm, way, seed): measured(options, algorithm, way, seed) for way in task.ways}
         if not any(key[0] == algorithm for key in curves):
-            raise measure.BenchmarkError(f"{algorithm} has no seed that has run in all three ways: {', '.join(WAYS)}")
+            raise measure.BenchmarkError(f"{algorithm} has no seed that has run in all ways: {', '.join(task.ways)}")
     return curves
 
 
@@ -207,15 +213,15 @@ def report(options: argparse.Namespace, curves: dict[tuple[str, str, int], Curve
     rows: list[tuple[object, ...]] = []
     for algorithm, task in TASKS.items():
         seeds = sorted({key[2] for key in curves if key[0] == algorithm})
-        means = {way: [_mean(curves[algorithm, way, seed]) for seed in seeds] for way in WAYS}
+        means = {way: [_mean(curves[algorithm, way, seed]) for seed in seeds] for way in task.ways}
         found.figures[algorithm] = {way: {"mean_return": values} for way, values in means.items()}
         found.rounds[algorithm] = {
-            way: [[tuple(point) for point in curves[algorithm, way, seed]] for seed in seeds] for way in WAYS
+            way: [[tuple(point) for point in curves[algorithm, way, seed]] for seed in seeds] for way in task.ways
         }
         for way, values in means.items():
             rows.append((algorithm, task.env, way, len(seeds), measure.median(values), min(values), max(values)))
         worst = min(means["RLlib"])
-        for way in WAYS[1:]:
+        for way in task.ways[1:]:
             # Below zero: the best seed is no better than RLlib's worst one.
             found.targets.append(
                 measure.Target(
@@ -238,10 +244,10 @@ def _plot(path: Path, curves: dict[tuple[str, str, int], Curve]) -> None:
 
     figure, parts_of_it = pyplot.subplots(1, len(TASKS), figsize=(18, 3.6))
     for axes, (algorithm, task) in zip(parts_of_it, TASKS.items(), strict=True):
-        for way, color in zip(WAYS, ("tab:gray", "tab:blue", "tab:orange"), strict=True):
+        for way in task.ways:
             lines = [line for key, line in curves.items() if key[:2] == (algorithm, way)]
             for i, line in enumerate(lines):
-                axes.plot(*zip(*line, strict=True), color=color, alpha=0.7, label=None if i else way)
+                axes.plot(*zip(*line, strict=True), color=COLORS[way], alpha=0.7, label=None if i else way)
         axes.set(xlabel="env steps", title=f"{algorithm}, {task.env}")
         axes.grid(alpha=0.3)
     parts_of_it[0].set(ylabel="mean return")
@@ -270,7 +276,7 @@ def main() -> None:
     if options.report:
         report(options, complete(options, seeds))
         return
-    wanted = [(a, way, seed) for a in options.only or TASKS for seed, way in measure.rounds(seeds, WAYS)]
+    wanted = [(a, way, seed) for a in options.only or TASKS for seed, way in measure.rounds(seeds, TASKS[a].ways)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         curves = dict(zip(wanted, pool.map(lambda one: measured(options, *one), wanted), strict=True))
     if not options.only:

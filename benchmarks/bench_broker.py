@@ -170,7 +170,7 @@ def _sockets(
 
         for load, sides, number, of in (
             ("small", ("broker", "plain loop", "tuned loop"), *((6_000, 1) if options.quick else (40_000, 9))),
-            ("large", ("broker", "zmq.proxy"), *((300, 1) if options.quick else (3_000, 9))),
+            ("large", ("broker", "zmq.proxy", "tuned loop"), *((300, 1) if options.quick else (3_000, 9))),
         ):
             found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
             for side in sides:
@@ -209,6 +209,10 @@ def _tell(report: measure.Report, load: str, found: dict[str, list[dict[str, flo
         report.targets.append(measure.target(what, against("zmq.proxy", "per_s"), "at least", 0.9))
         cost = measure.median(against("zmq.proxy", "per_cpu_s"))
         report.notes.append(f"part of zmq.proxy's bytes per second of CPU: {cost:.2f}")
+        most = measure.median(
+            measure.ratios(*([r["per_s"] for r in found[side]] for side in ("tuned loop", "zmq.proxy")))
+        )
+        report.notes.append(f"what the tuned loop, which only forwards, has of zmq.proxy's bytes/s: {most:.2f}")
 
 
 def _core(report: measure.Report, options: argparse.Namespace) -> None:

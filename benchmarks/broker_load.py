@@ -71,6 +71,8 @@ LARGE = (
 """Steps and columns: 200,060 bytes of small images, in one frame."""
 
 LOADS = {"small": SMALL, "large": LARGE}
+EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+
 ON_THEIR_WAY = {"small": 200, "large": 4}
 """Fragments a simulator has sent and not heard of."""
 
@@ -148,7 +150,8 @@ def plain_loop(connection: Pipe) -> None:
 
 
 def tuned_loop(connection: Pipe) -> None:
-    """The same, with plain ints as flags and without pyzmq's wrappers."""
+    """The same, with plain ints as flags, without pyzmq's wrappers, and with large frames as they are: about the least
+    that Python can do."""
     context = zmq.Context()
     front, front_address = _router(context, zmq.ROUTER, 8, 100)
     back, back_address = _router(context, zmq.ROUTER, 1000, 100_000)
@@ -167,10 +170,10 @@ def tuned_loop(connection: Pipe) -> None:
             except zmq.Again:
                 break
             frame = recv(noblock, False)
-            frames = [frame.bytes]
+            frames: list[Any] = [frame.bytes]
             while frame.more:
                 frame = recv(noblock, False)
-                frames.append(frame.bytes)
+                frames.append(frame.bytes if len(frame) < 65_536 else frame)
             send(next(sinks), more)
             for kept in frames[:-1]:
                 send(kept, more)
@@ -262,7 +265,7 @@ class Fleet:
 
     def _acks(self, socket: zmq.Socket[Any], unsettled: dict[int, None]) -> int:
         heard = 0
-        while socket.get(zmq.EVENTS) & zmq.POLLIN:
+        while int(socket.get(EVENTS)) & POLLIN:  # as numbers: pyzmq's enums cost more than what is asked
             message, _ = unpack(socket.recv_multipart())
             if isinstance(message, ACK):
                 heard += len(message.settled)
@@ -321,31 +324,33 @@ def receiver(connection: Pipe, ways: Sequence[Way], received: Any) -> None:
 
 
 class Runner:
-    """Takes what is leased in batches of `TAKE_OF`, and returns it at once."""
+    """Takes what is leased, at most `TAKE_OF` at a time and one TAKE after the other, as `RunnerSession` does, and
+    returns it at once."""
 
     def __init__(self, socket: zmq.Socket[Any]) -> None:
         self._socket = socket
         self._leased: deque[tuple[bytes, int]] = deque()
         self._k = 0
+        self._claiming = False
         greet(socket, os.urandom(16), RunnerHello(RUN))
 
     def handle(self, message: Message) -> None:
         if isinstance(message, FRAGMENT):
             self._leased.append((message.session, message.number))
-            if len(self._leased) >= TAKE_OF:
-                self.take()
         elif isinstance(message, TAKEN):
             self._say(RETURNED(message.k))
+            self._claiming = False
 
     def take(self) -> None:
-        """Take all there is."""
-        if not self._leased:
+        """Take what there is, if it may."""
+        if self._claiming or not self._leased:
             return
         claims: dict[bytes, list[int]] = {}
-        for session, number in self._leased:
+        for _ in range(min(TAKE_OF, len(self._leased))):
+            session, number = self._leased.popleft()
             claims.setdefault(session, []).append(number)
-        self._leased.clear()
         self._k += 1
+        self._claiming = True
         self._say(TAKE(self._k, [Claim(s, n) for s, n in claims.items()]))
 
     def ping(self) -> None:

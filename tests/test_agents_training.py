@@ -148,7 +148,8 @@ def test_each_agent_has_its_policy(cluster: None, server: Server, built: list[Al
         assert result["env_runners"]["num_env_steps_sampled"] >= 500
 
 
-@pytest.mark.parametrize("algo", ["APPO", pytest.param("IMPALA", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("algo", ["APPO", "IMPALA"])
 def test_streams_train_several_agents(cluster: None, server: Server, built: list[Algorithm], algo: str) -> None:
     import multi_agent_cartpole as example
     from ray.rllib.algorithms import appo, impala

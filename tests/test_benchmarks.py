@@ -41,7 +41,7 @@ FIGURES = {
 TARGETS = {
     "actions": 6,
     "agents": 3,
-    "algorithms": 10,
+    "algorithms": 11,
     "broker": 3,
     "bytes": 4,
     "idle": 1,

@@ -116,6 +116,7 @@ def test_more_runners_than_episodes_and_nobody_serves(addresses: dict[str, str],
     assert time.monotonic() - began < 30, "one that is stopped is killed"
 
 
+@pytest.mark.long
 def test_one_that_comes_back_meanwhile_joins_and_a_failed_evaluation_shows_no_old_numbers(
     addresses: dict[str, str], built: list[Algorithm]
 ) -> None:
@@ -152,6 +153,7 @@ def test_an_evaluation_runner_that_is_killed_comes_back(addresses: dict[str, str
         )
 
 
+@pytest.mark.long
 def test_several_runners_share_an_evaluation_of_appo(addresses: dict[str, str], built: list[Algorithm]) -> None:
     config = (
         APPOConfig()

@@ -60,7 +60,7 @@ def train_until_served_by(algorithm: Algorithm, addresses: dict[str, str], numbe
     until(reached, f"{number} runners serve", PATIENCE_S)
 
 
-@pytest.mark.parametrize("config", [ppo, appo])
+@pytest.mark.parametrize("config", [ppo, pytest.param(appo, marks=pytest.mark.long)])
 def test_it_grows_shrinks_to_nothing_and_goes_on(
     config: Any, addresses: dict[str, str], built: list[Algorithm], caplog: pytest.LogCaptureFixture
 ) -> None:

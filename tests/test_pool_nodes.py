@@ -54,7 +54,8 @@ def serving(addresses: dict[str, str]) -> list[str]:
     return [r["name"] for r in status(addresses)["runners"] if r["duty"] == "serve" and r["state"] == "live"]
 
 
-@pytest.mark.parametrize("config", [ppo, pytest.param(appo, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("config", [ppo, appo])
 def test_a_node_goes_while_they_train(
     nodes: Cluster, addresses: dict[str, str], built: list[Algorithm], config: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

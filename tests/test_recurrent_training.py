@@ -56,6 +56,7 @@ def test_a_recurrent_ppo_trains(inference: str, addresses: dict[str, str], built
         assert critic and same(acting, learned)
 
 
+@pytest.mark.long
 def test_a_recurrent_appo_trains(addresses: dict[str, str], built: list[Algorithm]) -> None:
     config = appo().environment(StatelessCartPole).rl_module(model_config=MODEL)
     with simulators(addresses):

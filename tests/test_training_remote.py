@@ -123,6 +123,7 @@ def test_a_lone_runners_filter_is_published_and_comes_back_with_a_checkpoint(
     assert result["env_runners"]["num_env_steps_sampled"] >= 500 and "dropped" not in result["env_runners"]["rllink"]
 
 
+@pytest.mark.long
 def test_appo_trains_behind_a_filter(addresses: dict[str, str], built: list[Algorithm]) -> None:
     config = appo(batch=40).env_runners(
         env_to_module_connector=lambda env, spaces, device: MeanStdFilter(), rollout_fragment_length=10

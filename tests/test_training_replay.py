@@ -105,6 +105,7 @@ def test_a_script_teaches_dqn(addresses: dict[str, str], built: list[Algorithm])
     assert algorithm.local_replay_buffer.get_num_timesteps() == 48
 
 
+@pytest.mark.long
 def test_sac_trains_with_two_learners(addresses: dict[str, str], built: list[Algorithm]) -> None:
     with simulators(addresses, 2, "Pendulum-v1"):
         config = attach(sac().learners(num_learners=2), addresses["backend"])

@@ -22,7 +22,7 @@ from broker.events import Action, Event, Forward, Received, Send
 from rllink_zmq.messages import ACK, DELIVERED
 
 RUNS, CHUNK = 1000, 50
-MIXED = 5000
+MIXED, MIXED_AT_LENGTH = 1000, 5000
 EXACT = 100
 
 
@@ -39,7 +39,10 @@ def test_one_kind_of_failure_keeps_every_promise(kind: str, first: int) -> None:
     assert delivered > 10 * CHUNK
 
 
-@pytest.mark.parametrize("first", range(0, MIXED, CHUNK))
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(first, marks=[pytest.mark.long] * (first >= MIXED)) for first in range(0, MIXED_AT_LENGTH, CHUNK)],
+)
 def test_any_kinds_keep_every_promise_if_each_heals_before_the_next(first: int) -> None:
     """Quotas, lag limits, steps ahead, fragments' lengths and the number of runners are the seed's, too."""
     for seed in range(first, first + CHUNK):
