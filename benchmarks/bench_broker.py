@@ -209,9 +209,8 @@ def _tell(report: measure.Report, load: str, found: dict[str, list[dict[str, flo
         report.targets.append(measure.target(what, against("zmq.proxy", "per_s"), "at least", 0.9))
         cost = measure.median(against("zmq.proxy", "per_cpu_s"))
         report.notes.append(f"part of zmq.proxy's bytes per second of CPU: {cost:.2f}")
-        most = measure.median(
-            measure.ratios(*([r["per_s"] for r in found[side]] for side in ("tuned loop", "zmq.proxy")))
-        )
+        bare, proxied = ([r["per_s"] for r in found[side]] for side in ("tuned loop", "zmq.proxy"))
+        most = measure.median(measure.ratios(bare, proxied))
         report.notes.append(f"what the tuned loop, which only forwards, has of zmq.proxy's bytes/s: {most:.2f}")
 
 
