@@ -100,8 +100,8 @@ def _sac() -> Any:
 
 TASKS = {
     "PPO": Task("CartPole-v1", 30_000, 2_000, _ppo, (*WAYS, LOCKSTEP)),
-    "APPO": Task("CartPole-v1", 120_000, 2_000, _appo),
-    "IMPALA": Task("CartPole-v1", 120_000, 2_000, _impala),
+    "APPO": Task("CartPole-v1", 60_000, 2_000, _appo),
+    "IMPALA": Task("CartPole-v1", 60_000, 2_000, _impala),
     "DQN": Task("CartPole-v1", 8_000, 1_000, _dqn),
     "SAC": Task("Pendulum-v1", 8_000, 600, _sac),
 }

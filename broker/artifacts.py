@@ -54,6 +54,7 @@ class Artifacts(BrokerState):
                 self.modules.setdefault(module, Module(module))
                 if version > self.version:
                     self.version, self.round_steps = version, 0
+        self._judge_round()
         self._look(now)
 
     # ---- weights in
@@ -72,7 +73,15 @@ class Artifacts(BrokerState):
             if message.version > self.version:
                 self.version = message.version
                 self.round_steps = 0
+            self._judge_round()
         return self._look(now)
+
+    def _judge_round(self) -> None:
+        """Whether all that was offered is published."""
+        offers = ((module, version) for runner in self._holders() for module, (version, _) in runner.offers.items())
+        self.round_open = all(
+            version <= self.modules[module].published for module, version in offers if module in self.modules
+        )
 
     def _look(self, now: float) -> None:
         """See to it that `_fetch` runs when it may."""
@@ -160,7 +169,7 @@ class Artifacts(BrokerState):
 
     def _publish_module(self, module: Module, message: STATE, data: bytes, now: float) -> None:
         module.keep(now)
-        if module.published < 0 or self.rounds:
+        if module.published < 0 or self.fresh:
             # Who waits for a run's first weights may subscribe too late to see them announced; a round's give room.
             self._mark_all(now)
         version = message.version
@@ -173,6 +182,7 @@ class Artifacts(BrokerState):
         body = [data] if len(data) <= self.settings.weights_inline else []
         header = STATE(self.run, version, len(data), 0, message.crc32, module.id)
         self._actions.append(Publish(header, body))
+        self._judge_round()
 
     # ---- the policy in
 
@@ -196,6 +206,7 @@ class Artifacts(BrokerState):
         lost = [module for module in self.modules.values() if module.source is peer]
         for module in lost:
             module.source = module.download = None
+        self._judge_round()
         if lost:
             self._look(now)
         elif peer is self.trainer and self._blob is not None:

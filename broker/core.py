@@ -302,6 +302,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         refused = []
         taken = runner.takes.setdefault(message.k, [])
         allowed = runner.run == self.run
+        before = self.round_steps
         for claim in message.claims:
             sim = self.simulators.get(claim.session)
             no = []
@@ -334,6 +335,8 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
                 refused.append(Claim(claim.session, no))
         if not taken:
             del runner.takes[message.k]
+        if self.fresh and self.trainer is not None and before < self.trainer.hello.quota <= self.round_steps:
+            self._mark_all(now)  # the round is full: who still samples for it may stop
         if runner.evaluation is not None:
             self._lease_evaluated(runner)
         self._send(
@@ -362,18 +365,13 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
             for fragment in runner.takes.pop(take):
                 outcome = why.get((fragment.simulator.session, fragment.header.number), DELIVERED) if why else DELIVERED
                 if outcome != DELIVERED:
-                    self._not_used(fragment, now)
+                    self._missed(fragment, now)
+                    if fragment.header.evaluation:
+                        self._spoiled(fragment, now)
                 fragment.move(Verb.RETURN)
                 self._settle(fragment, outcome, now)
         if self.reports:
             self.reports.resolve(runner.session, k, DELIVERED, why)
-
-    def _not_used(self, fragment: Fragment, now: float) -> None:
-        """Its runner had it, and RLlib won't: the round wants others in its place."""
-        if fragment.header.evaluation:
-            self._spoiled(fragment, now)
-        elif fragment.round == self.version:
-            self.round_steps -= fragment.header.steps
 
     # ---- outcomes
 
@@ -420,7 +418,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         dirty, self._dirty = self._dirty, {}
         actions, run, version, policy = self._actions, self.run, self.published_version, self.policy_ready
         evaluation, sharers, sampled = self.evaluation_version, self.sharers, self.sampled
-        needs_logp, rounds = self.needs_logp, self.rounds
+        needs_logp, rounds, fresh = self.needs_logp, self.rounds, self.fresh
         for sim in dirty:
             if sim.state is not peers.State.LIVE:
                 continue
@@ -443,6 +441,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
                     sampled,
                     needs_logp,
                     rounds,
+                    fresh,
                 )
                 actions.append(Send(Side.FRONT, sim.route, ack))
                 if not settled:

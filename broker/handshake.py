@@ -107,7 +107,7 @@ class Handshake(Duties):
             self.published_version, self.policy_ready, self.weights_address, spaces, text,
             self.settings.act_requests if isinstance(peer, Reader) else 0,
             self.evaluation_version if isinstance(peer, Simulator) else -1, peer in self.sharers, self.module_versions,
-            self.sampled, self.needs_logp, self.rounds,
+            self.sampled, self.needs_logp, self.rounds, self.fresh,
         ))  # fmt: skip
 
     # ---- simulators
@@ -246,6 +246,14 @@ class Handshake(Duties):
                 if fragment.round == self.version:
                     self.round_steps -= fragment.header.steps
                 fragment.round = None
+
+    def _missed(self, fragment: Fragment, now: float) -> None:
+        """Its runner had it, and RLlib won't: the round wants others in its place."""
+        if fragment.round is not None and fragment.round == self.version:
+            self.round_steps -= fragment.header.steps
+            if self.fresh:
+                self._mark_all(now)
+        fragment.round = None
 
     def _apply_reports(self, runner: Runner, role: RunnerHello, now: float) -> None:
         """Fragments that were resent to this broker before the runner that handed them over could say so."""
@@ -391,6 +399,7 @@ class Handshake(Duties):
             self._requeue(peer.leased, Move.UNLEASE)
             for k in list(peer.takes):
                 for fragment in peer.takes.pop(k):
+                    self._missed(fragment, now)
                     fragment.move(Move.CUT)
                     self._settle(fragment, "handover_cut", now)
             self.reports.resolve(peer.session, 1 << 62, "handover_cut", {})

@@ -56,6 +56,7 @@ class BrokerState:
         self.sampled_before = 0
         self.needs_logp = True
         self.rounds = False
+        self.round_open = False  # its weights are to be had: of all modules that have been offered
         # evaluations: which version they want episodes of (-1 = none does), and which simulators are to serve them
         self.evaluation_version = -1
         self.sharers: dict[Simulator, None] = {}
@@ -150,7 +151,7 @@ class BrokerState:
         n = max(1, self.episodes - self.episodes_apart)
         if not ahead:
             return 0, longest
-        if self.rounds and self.published_version == self.version:
+        if self.rounds and self.round_open:
             # What the round still wants. Before its weights are to be had, its steps would be by those from before.
             ahead = max(ahead, trainer.hello.quota - self.round_steps)
         if not trainer.hello.lease_steps:
@@ -161,6 +162,12 @@ class BrokerState:
         length = max(1, min(longest, ahead // (parts * n)))
         each = max(length, ahead // n, -(-parts * length * max(self.widths, default=1) // n))
         return sim.taken_steps + each * sim.episodes, length
+
+    @property
+    def fresh(self) -> bool:
+        """Less than a round may be sampled ahead of it: its steps are meant to be by its own weights."""
+        hello = self.trainer.hello if self.trainer is not None else None
+        return hello is not None and self.rounds and 0 < hello.steps_ahead < hello.quota
 
     def lease_steps(self) -> int:
         """Env steps that one runner may have been leased and not taken, 0 = any number: so few that the others' leases

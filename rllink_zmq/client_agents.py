@@ -102,7 +102,7 @@ class AgentsFlow(Flow):
             self.look()
         remote, told = self.remote, self.reader.origin
         if remote is None or told is None:
-            return told
+            return None if self.rests else told
         if remote.origin is None or remote.origin.run < told.run:
             remote.origin = told  # until the first answer
         return remote.origin

@@ -81,6 +81,13 @@ class AgentsReader(PolicyReader):
                 if module.id in self._layouts
             }
 
+    def behind(self, session: SimulatorSession) -> bool:
+        """Whether one of its policies is older than `session` has been told of."""
+        origin, told = self.origin, session.modules
+        if origin is None or origin.run != session.run:
+            return False
+        return any(version < told.get(module, -1) for module, version in origin.versions.items())
+
     def counts_as(self, origin: AgentsOrigin) -> int:
         """The version by which the lag of what begins now with these weights is counted: that of the oldest module that
         is trained and not at its newest. A module that had nothing to learn from for a while is not old."""

@@ -24,7 +24,7 @@ from rllink_zmq.fragments import Cut, End, Kind, Layout, Origin, layout_of_space
 from rllink_zmq.messages import DELIVERED, EVALUATED, FRAGMENT, Column
 from rllink_zmq.session import SimulatorSession, State
 from rllink_zmq.spaces import from_wire
-from rllink_zmq.transport import Connection
+from rllink_zmq.transport import Connection, poll
 
 log = logging.getLogger("rllink_zmq")
 
@@ -205,7 +205,7 @@ class Flow:
             if not self._reads_policy:
                 self._reads_policy = True
                 self.look()
-            return self.reader.origin
+            return None if self.rests else self.reader.origin
         session = self.session
         if not session.run or self.layout_of(kind) is None:
             return None
@@ -215,6 +215,11 @@ class Flow:
             # Nobody's weights chose these actions: they count as of the version that was the newest.
             self._logged, self._logged_at = told, now
         return self._logged
+
+    @property
+    def rests(self) -> bool:
+        """Newer weights than this process acts by are there, and steps by older ones are not wanted."""
+        return self.session.fresh and self.remote is None and not self.drops and self.reader.behind(self.session)
 
     @property
     def _looks_back(self) -> bool:
@@ -514,7 +519,10 @@ class Flow:
             if timeout is not None and now - started >= timeout:
                 raise ConnectionTimeout(f"gave up after {timeout:g} s: {why()}")
             waiting.say(why, now)
-            (at or self.connection).wait(WAIT_SLICE)
+            if at is None and self.rests:
+                poll([self.connection], self.reader.subscription, WAIT_SLICE)
+            else:
+                (at or self.connection).wait(WAIT_SLICE)
             if at is None:
                 self.look()
 
@@ -523,6 +531,8 @@ class Flow:
         session, address = self.session, self.connection.address
         if session.state is not State.LIVE:
             return f"the connection is lost, trying again to reach {address}. {session.notice}".rstrip()
+        if kind == "acted" and self.rests:
+            return f"the weights of version {session.version} are on their way"
         if self.origin(kind) is None and self.remote is not None:
             return "no trainer has begun a run at the broker yet"
         if self.origin(kind) is None:

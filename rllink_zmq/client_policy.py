@@ -116,6 +116,16 @@ class PolicyReader:
         with self.lock:
             return self._wanted.missing() if self.origin is None else ""
 
+    @property
+    def subscription(self) -> Subscription | None:
+        """What brings news of weights, if it has been told where."""
+        return self._subscription
+
+    def behind(self, session: SimulatorSession) -> bool:
+        """Whether it acts, and by older weights than `session` has been told of."""
+        origin = self.origin
+        return origin is not None and origin.run == session.run and origin.version < session.version
+
     def look(self, session: SimulatorSession, now: float) -> None:
         """Read the news, ask for what is missing, switch to newer weights. `session`: of one of this process's clients,
         for what the broker told it. Raises PolicyError for a policy that can't be loaded."""

@@ -142,14 +142,17 @@ def drive_many(
 def _wake(blocked: Sequence[_Seat], timeout: float) -> None:
     """Sleep until something comes for one of these, at most `timeout` seconds, and let those try again for which it
     may have changed something: with hundreds of them, asking all costs more than a step."""
-    ready = set(map(id, poll([c for seat in blocked for c in seat.client.flow.connections], None, timeout)))
+    resting = next((seat.client.flow.reader for seat in blocked if seat.client.flow.rests), None)
+    news = None if resting is None else resting.subscription
+    ready = set(map(id, poll([c for seat in blocked for c in seat.client.flow.connections], news, timeout)))
     now = time.monotonic()
     asked: set[PolicyReader] = set()
     for seat in blocked:
         flow = seat.client.flow
         reader = flow.reader
         alone = flow.remote is None
-        no_policy = alone and reader.origin is None and reader not in asked  # one of them reads the news for all
+        # One of them reads the news for all.
+        no_policy = alone and (reader.origin is None or flow.rests) and reader not in asked
         if no_policy:
             asked.add(reader)
         if (
@@ -389,7 +392,9 @@ def drive_vectors(
             waiting = (waiting or Waiting(now)) if busy else None
             if waiting is not None:
                 waiting.say(busy[0].why, now)
-            poll([c for lane in active for c in lane.flow.connections], None, WAIT_SLICE)
+            resting = next((lane.flow.reader for lane in active if lane.flow.rests), None)
+            news = None if resting is None else resting.subscription
+            poll([c for lane in active for c in lane.flow.connections], news, WAIT_SLICE)
         for lane in lanes:
             lane.cut_off()
     finally:

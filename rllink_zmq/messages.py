@@ -338,6 +338,7 @@ class WELCOME(_Message, tag="WELCOME", frozen=True):
     sampled: Count = 0
     needs_logp: bool = True
     rounds: bool = False
+    fresh: bool = False
 
 
 class REFUSED(_Message, tag="REFUSED", frozen=True):
@@ -425,7 +426,8 @@ class ACK(_Message, tag="ACK", frozen=True):
     evaluation wants episodes, of this version of the weights or a newer one; -1 = none does. `evaluates`: this
     simulator's next episode is to be one, unless it knows better. `modules`: the newest version of each of several
     modules; `version` is the newest of all then. `sampled`: env steps that the training has sampled. `needs_logp`: a
-    step without its action's log-probability can't be used. `rounds`: new weights are to be acted by at once."""
+    step without its action's log-probability can't be used. `rounds`: new weights are to be acted by at once.
+    `fresh`: and older ones than `version` no more."""
 
     settled: Annotated[list[tuple[Count, Reason]], Meta(max_length=MAX_NUMBERS)]
     window: Count
@@ -440,6 +442,7 @@ class ACK(_Message, tag="ACK", frozen=True):
     sampled: Count = 0
     needs_logp: bool = True
     rounds: bool = False
+    fresh: bool = False
 
 
 class PING(_Message, tag="PING", frozen=True):

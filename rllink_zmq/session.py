@@ -271,8 +271,9 @@ class SimulatorSession(Endpoint):
     """A simulator's end. `unsettled` in order of number; `window` in bytes, `steps_limit` in env steps of this session
     (0 = none), `fragment_steps` the length of a fragment: all as the broker told last. `evaluation`: the version that
     an evaluation wants episodes of, -1 = none does; `evaluates`: this simulator is to serve it. `sampled`: env
-    steps that the training has sampled; `needs_logp`: its steps need the log-probabilities of their actions. Steps are
-    those that are trained on."""
+    steps that the training has sampled; `needs_logp`: its steps need the log-probabilities of their actions; `rounds`,
+    `fresh`: they are to be by new weights at once, and by no older ones than `version`. Steps are those that are
+    trained on."""
 
     def __init__(
         self,
@@ -303,7 +304,7 @@ class SimulatorSession(Endpoint):
         self.evaluates = False
         self.sampled = 0
         self.needs_logp = True
-        self.rounds = False
+        self.rounds = self.fresh = False
         self.weights_address = ""
         self.outcomes: dict[str, list[int]] = {}
         self.dropped: dict[str, tuple[int, int]] = {}
@@ -401,7 +402,8 @@ class SimulatorSession(Endpoint):
         self.window, self.steps_limit, self.fragment_steps = told.window, told.steps_limit, max(1, told.fragment_steps)
         self.evaluation, self.evaluates = told.evaluation, told.evaluates
         if told.run:  # a broker that has just started knows of no training
-            self.sampled, self.needs_logp, self.rounds = told.sampled, told.needs_logp, told.rounds
+            self.sampled, self.needs_logp = told.sampled, told.needs_logp
+            self.rounds, self.fresh = told.rounds, told.fresh
 
 
 class ReaderSession(Endpoint):

@@ -70,6 +70,7 @@ class Training:
         run: str = RUNS[0],
         spaces: Spaces | None = None,
         needs_logp: bool = True,
+        rounds: bool = False,
     ) -> None:
         self.taken: list[tuple[FRAGMENT, dict[str, Any]]] = []
         self.paused = False
@@ -77,7 +78,7 @@ class Training:
         spaces = spaces or spaces_to_wire(observation_space, action_space)
         terms = TrainerHello(
             run, 1000, 1_000_000, steps_ahead, 1, fragment_steps, spaces, policy_hash(blob), len(blob),
-            needs_logp=needs_logp,
+            needs_logp=needs_logp, rounds=rounds,
         )  # fmt: skip
         self.trainer = TrainerSession(os.urandom(16), terms, blob, name="fake")
         self.runner = RunnerSession(os.urandom(16), run, name="fake")

@@ -384,6 +384,29 @@ def test_a_storm_of_versions_does_not_make_fragments_of_one_step(world):
         assert len({h.version for h, _ in fake.taken}) <= 8
 
 
+def test_a_round_is_sampled_by_its_own_weights(served):
+    """Little may be ahead of one: simulators rest until they have the weights that they have been told of, except those
+    that never wait."""
+    with training(served, rounds=True, steps_ahead=1) as fake, connect(served.frontend, **SPACES) as client:
+        episode = client.start_episode()
+        step(episode, 0)
+        session, reader = client.flow.session, client.flow.reader
+        assert session.fresh and not client.flow.rests
+        session.version = 1  # published, and not here yet
+        assert reader.behind(session) and client.flow.rests
+        assert not episode.can_act(obs(1))
+        assert "version 1 are on their way" in client.flow.why("acted")
+        client.flow.drops = True
+        assert not client.flow.rests
+        client.flow.drops = False
+        fake.publish(1)
+        step(episode, 1)
+        assert reader.origin.version == 1
+        episode.end_episode(obs(2))
+        finished(client, fake, 2)
+        assert [h.version for h, _ in fake.taken] == [0, 1]
+
+
 def test_large_weights_are_pulled(served):
     """Beyond `weights_inline`: PUB only announces them."""
     with broker(weights_inline=16) as server, training(server) as fake, connect(server.frontend) as client:

@@ -254,7 +254,7 @@ def test_a_client_that_was_looked_at_tries_again():
     looked = []
     reader = SimpleNamespace(origin=object())
     flow = SimpleNamespace(
-        connections=[], reader=reader, remote=object(), look_at=0.0, look=lambda: looked.append(True),
+        connections=[], reader=reader, remote=object(), rests=False, look_at=0.0, look=lambda: looked.append(True),
         session=SimpleNamespace(next_deadline=lambda: float("inf")),
     )  # fmt: skip
     seat = SimpleNamespace(

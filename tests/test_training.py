@@ -47,6 +47,19 @@ def test_ppo_trains_and_reports(addresses: dict[str, str], built: list[Algorithm
     assert ledger["delivered"]["steps"] >= mine["num_env_steps_sampled_lifetime"] - 600
 
 
+def test_simulators_rest_while_the_learner_learns(addresses: dict[str, str], built: list[Algorithm]) -> None:
+    """With next to nothing ahead all that is trained on is by the newest weights, but for a step of each, and what
+    was on its way when a round was full."""
+    with simulators(addresses):
+        algorithm = attach(ppo(), addresses["backend"], steps_ahead=1).build_algo()
+        built.append(algorithm)
+        results = [algorithm.train() for _ in range(6)]
+    assert all(r["env_runners"]["num_env_steps_sampled"] >= 500 for r in results)
+    assert results[-1]["env_runners"]["rllink"]["lag_mean"] < 0.5, results[-1]["env_runners"]["rllink"]
+    ledger = status(addresses)["ledger"]
+    assert balanced(ledger) and not ledger["dropped"]
+
+
 def test_weights_leave_the_learner_side_once_and_simulators_follow(
     addresses: dict[str, str], built: list[Algorithm]
 ) -> None:

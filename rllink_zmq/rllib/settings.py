@@ -53,9 +53,10 @@ class LinkSettings:
     steps_ahead: int = 0
     """Env steps that all simulators together may have on their way; in PPO while the learner learns: a batch that is
     asked for has always room. Default `(lag_limit - 1)` learner updates' worth for PPO: the next batch is sampled while
-    the learner learns, by the weights from before. 1 there = simulators rest meanwhile (but for a step each), as
-    RLlib's own runners do: more is learned from each step, and nothing is sampled in the time of an update. Default 2
-    updates' worth for APPO and IMPALA; for DQN and SAC 64, or what RLlib asks for in four rounds if that is more."""
+    the learner learns, by the weights from before. 1 there = simulators rest meanwhile (but for a step of each
+    episode), as RLlib's own runners do: more is learned from each step, and nothing is sampled during an update.
+    Default 2 updates' worth for APPO and IMPALA; for DQN and SAC 64, or what RLlib asks for in four rounds if that is
+    more."""
 
     runner_timeout_s: float = 0.0
     """A runner that the broker has not heard for so many seconds is killed, and started again. Default 10."""
