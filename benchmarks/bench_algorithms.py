@@ -137,6 +137,9 @@ def train(algorithm: str, seed: int, steps: int, backend: str | None, steps_ahea
     import ray
     import torch
 
+    from rllink_zmq.cli.output import prepare_ray
+
+    prepare_ray()  # as `rllink-zmq train`: who computes actions for others must not have the lowest priority
     torch.set_num_threads(1)
     task = TASKS[algorithm]
     with measure.quiet():
