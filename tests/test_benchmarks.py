@@ -18,7 +18,7 @@ KEYS = {"name", "date", "quick", "seconds", "machine", "load_before", "targets",
 TARGET_KEYS = {"what", "figure", "sense", "limit", "spread", "met"}
 FIGURES = {
     "actions": {"one", "many", "images", "tail"},
-    "agents": {"simulators", "RLlib", "together", "in_turn"},
+    "agents": {"simulators", "lockstep", "RLlib", "together", "in_turn"},
     "algorithms": {"PPO", "APPO", "IMPALA", "DQN", "SAC"},
     "broker": {"small", "large", "core"},
     "bytes": {
@@ -40,7 +40,7 @@ FIGURES = {
 }
 TARGETS = {
     "actions": 6,
-    "agents": 3,
+    "agents": 4,
     "algorithms": 11,
     "broker": 3,
     "bytes": 4,

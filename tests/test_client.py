@@ -390,16 +390,18 @@ def test_a_round_is_sampled_by_its_own_weights(served):
     with training(served, rounds=True, steps_ahead=1) as fake, connect(served.frontend, **SPACES) as client:
         episode = client.start_episode()
         step(episode, 0)
-        session, reader = client.flow.session, client.flow.reader
-        assert session.fresh and not client.flow.rests
-        session.version = 1  # published, and not here yet
-        assert reader.behind(session) and client.flow.rests
-        assert not episode.can_act(obs(1))
-        assert "version 1 are on their way" in client.flow.why("acted")
-        client.flow.drops = True
-        assert not client.flow.rests
-        client.flow.drops = False
+        flow = client.flow
+        reader = flow.reader
+        assert flow.session.fresh and not flow.rests
+        reader._read_at = float("inf")  # what is published doesn't get here
         fake.publish(1)
+        until(lambda: not episode.can_act(obs(1)) and flow.session.version == 1, "it is told")
+        assert reader.behind(flow.session) and flow.rests and not episode.can_act(obs(1))
+        assert "version 1 are on their way" in flow.why("acted")
+        flow.drops = True
+        assert not flow.rests
+        flow.drops = False
+        reader._read_at = 0.0
         step(episode, 1)
         assert reader.origin.version == 1
         episode.end_episode(obs(2))
