@@ -34,8 +34,8 @@ format: install ## let ruff put the tree in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: check ## check, then all tests but the long ones: those of which many sleep, then those that start a Ray
-	$(BIN)/pytest -n 4 -m 'not ray and not long'
+test: check ## check, then all tests but the long ones: the quick ones, of which some sleep, then those that start a Ray; three at a time
+	$(BIN)/pytest -n 3 -m 'not ray and not long'
 	$(BIN)/pytest -n 3 --dist loadfile -m 'ray and not long'
 
 test-long: install ## faults in real processes, and Ray nodes in network namespaces (root, iproute2, nftables)

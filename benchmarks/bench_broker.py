@@ -1,7 +1,8 @@
 """The broker's cost: a fragment's way through it against forwarding alone, bytes against zmq.proxy, 1,000 against 10.
 
 Real processes on tcp: 100 DEALERs (one process) send real FRAGMENT messages; the broker decodes, checks, queues and
-leases them to two runners (another process), which TAKE them in batches of 20 and say RETURNED; ACKs go back.
+leases them to two runners (another process), which TAKE what there is, one TAKE after the other, and say RETURNED; ACKs
+go back.
 
 - small: 64 bytes a fragment. Fragments per second of CPU of the broker's process, against a Python loop of two ROUTERs
   that forwards the very same frames and does nothing else (nothing comes back through it). `tuned` is the same loop

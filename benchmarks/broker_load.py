@@ -40,8 +40,10 @@ from rllink_zmq.wire import column_bytes, pack, parse_header, unpack
 
 SIMULATORS = 100
 RUNNERS = 2
+BATCH = 4000
+"""Env steps that a TAKE wants, at most: PPO's batch."""
 TAKE_OF = 20
-"""Fragments a TAKE: PPO's 4,000 steps in fragments of 200."""
+"""Fragments a TAKE, of 200 steps each."""
 
 RUN = "0123456789ab-00000000"
 SPACES = Spaces(BoxSpace((4,), "<f4", (-1.0,), (1.0,)), DiscreteSpace(2))
@@ -324,19 +326,19 @@ def receiver(connection: Pipe, ways: Sequence[Way], received: Any) -> None:
 
 
 class Runner:
-    """Takes what is leased, at most `TAKE_OF` at a time and one TAKE after the other, as `RunnerSession` does, and
-    returns it at once."""
+    """Takes what is leased, a batch at most and one TAKE after the other, as `RunnerSession` does, and returns it at
+    once."""
 
     def __init__(self, socket: zmq.Socket[Any]) -> None:
         self._socket = socket
-        self._leased: deque[tuple[bytes, int]] = deque()
+        self._leased: deque[tuple[bytes, int, int]] = deque()
         self._k = 0
         self._claiming = False
         greet(socket, os.urandom(16), RunnerHello(RUN))
 
     def handle(self, message: Message) -> None:
         if isinstance(message, FRAGMENT):
-            self._leased.append((message.session, message.number))
+            self._leased.append((message.session, message.number, message.steps))
         elif isinstance(message, TAKEN):
             self._say(RETURNED(message.k))
             self._claiming = False
@@ -346,9 +348,11 @@ class Runner:
         if self._claiming or not self._leased:
             return
         claims: dict[bytes, list[int]] = {}
-        for _ in range(min(TAKE_OF, len(self._leased))):
-            session, number = self._leased.popleft()
+        wanted = BATCH
+        while wanted > 0 and self._leased:
+            session, number, steps = self._leased.popleft()
             claims.setdefault(session, []).append(number)
+            wanted -= steps
         self._k += 1
         self._claiming = True
         self._say(TAKE(self._k, [Claim(s, n) for s, n in claims.items()]))

@@ -77,7 +77,7 @@ def run(name: str, results: Path) -> dict[str, Any]:
         "bytes",
         "idle",
         pytest.param("iteration", marks=[pytest.mark.ray, pytest.mark.long]),
-        pytest.param("many", marks=pytest.mark.ray),
+        pytest.param("many", marks=[pytest.mark.ray, pytest.mark.long]),
         pytest.param("recurrent", marks=[pytest.mark.ray, pytest.mark.long]),
         pytest.param("remote", marks=[pytest.mark.ray, pytest.mark.long]),
         pytest.param("simulator", marks=[pytest.mark.ray, pytest.mark.long]),

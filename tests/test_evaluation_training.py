@@ -99,6 +99,7 @@ def test_nobody_serves_and_training_goes_on(addresses: dict[str, str], built: li
     assert said and "3 of 3 episodes" in said[0] and "simulate --evaluate" in said[0]
 
 
+@pytest.mark.long
 def test_more_runners_than_episodes_and_nobody_serves(addresses: dict[str, str], built: list[Algorithm]) -> None:
     config = evaluated(2, evaluation_duration=1, evaluation_sample_timeout_s=1.5)
     algorithm = attach(config, addresses["backend"]).build_algo()
@@ -135,6 +136,7 @@ def test_one_that_comes_back_meanwhile_joins_and_a_failed_evaluation_shows_no_ol
     assert "env_runners" not in algorithm.evaluate(), "nobody serves"
 
 
+@pytest.mark.long
 def test_an_evaluation_runner_that_is_killed_comes_back(addresses: dict[str, str], built: list[Algorithm]) -> None:
     with simulators(addresses, 2), simulators(addresses, 1, more=EVALUATORS):
         algorithm = attach(evaluated(1, evaluation_duration=2), addresses["backend"]).build_algo()

@@ -24,15 +24,16 @@ pytestmark = REAL_RAY
 def test_checkpoint_and_resume_are_a_new_run(addresses: dict[str, str], built: list[Algorithm], tmp_path: Path) -> None:
     with simulators(addresses):
         first = attach(ppo(), addresses["backend"]).build_algo()
-        for _ in range(3):
-            first.train()
+        sampled = [first.train()["env_runners"]["num_env_steps_sampled_lifetime"] for _ in range(3)][-1]
         run = first.rllink_trainer.run
         weights = first.get_module().get_state()
         path = first.save_to_path(str(tmp_path / "checkpoint"))
         first.stop()
         second = Algorithm.from_checkpoint(path)
         built.append(second)
-        assert second.rllink_trainer.run > run
+        trainer = second.rllink_trainer
+        assert trainer.run > run
+        until(lambda: trainer.status() and trainer.session.pool.sampled >= sampled, "epsilon goes on from there")
         restored = second.get_module().get_state()
         assert all(np.allclose(weights[k], restored[k]) for k in weights)
         result = second.train()
@@ -65,8 +66,8 @@ def test_an_older_checkpoint_in_a_live_algorithm_goes_back(
         assert algorithm.train()["rllink"]["version"] >= 2
 
 
-def test_a_second_trainer_is_refused_in_words(
-    addresses: dict[str, str], built: list[Algorithm], caplog: pytest.LogCaptureFixture
+def test_a_second_trainer_and_a_simulator_with_other_spaces_are_refused_in_words(
+    addresses: dict[str, str], built: list[Algorithm]
 ) -> None:
     built.append(attach(ppo(runners=1), addresses["backend"]).build_algo())
     with rllink(
@@ -75,10 +76,6 @@ def test_a_second_trainer_is_refused_in_words(
     ) as second:  # fmt: skip
         assert second.stderr is not None
         until(lambda: "already serves the trainer 'PPO'" in second.stderr.readline(), "it says who is there")
-
-
-def test_a_simulator_with_other_spaces_is_refused_in_words(addresses: dict[str, str], built: list[Algorithm]) -> None:
-    built.append(attach(ppo(runners=1), addresses["backend"]).build_algo())
     with rllink("simulate", "--env", "Acrobot-v1", "--broker", addresses["frontend"], stderr=subprocess.PIPE) as other:
         _, told = other.communicate(timeout=60)
     assert other.returncode == 1

@@ -247,6 +247,18 @@ class Trainer:
         else:
             self._thread.call(lambda now: self.session.note(sampled))
 
+    def informed(self, restore: Callable[..., Any]) -> Callable[..., Any]:
+        """`algorithm.set_state`: the broker knows how much was sampled before it returns. RLlib restores that last, and
+        after the weights, whose runs have begun by then."""
+
+        @functools.wraps(restore)
+        def restored(*args: Any, **kwargs: Any) -> Any:
+            result = restore(*args, **kwargs)
+            self.tell_sampled()
+            return result
+
+        return restored
+
     def begin_run(self) -> None:
         """A new run: a checkpoint was loaded, and the weights' version numbers may have gone back."""
         previous, self.run = self.run, new_run_id()
@@ -389,6 +401,7 @@ class TrainerCallback(RLlibCallback):
     def on_algorithm_init(self, *, algorithm: Algorithm, **kwargs: Any) -> None:
         self.trainer = Trainer(algorithm)
         algorithm.rllink_trainer = self.trainer
+        algorithm.set_state = self.trainer.informed(algorithm.set_state)
         if algorithm.config.is_multi_agent:
             algorithm.add_module = self.trainer.following(algorithm.add_module)
             algorithm.remove_module = self.trainer.following(algorithm.remove_module)
