@@ -10,6 +10,7 @@ beside the JSON. Each curve is kept in `results/agents` and not made again: a ru
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -59,7 +60,8 @@ def train(pipe: Any, backend: str | None, ahead: int, game: str, simulators: int
         result = algorithm.train().get("env_runners", {})
         if "episode_return_mean" in result:
             told = result["agent_episode_returns_mean"]["player_0"] if game else result["episode_return_mean"]
-            points.append(Point(int(result["num_env_steps_sampled_lifetime"]), float(told)))
+            if not math.isnan(told):  # no episode has ended
+                points.append(Point(int(result["num_env_steps_sampled_lifetime"]), float(told)))
     took = time.monotonic() - began
     algorithm.stop()
     ray.shutdown()
