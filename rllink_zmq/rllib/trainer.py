@@ -247,18 +247,6 @@ class Trainer:
         else:
             self._thread.call(lambda now: self.session.note(sampled))
 
-    def informed(self, restore: Callable[..., Any]) -> Callable[..., Any]:
-        """`algorithm.set_state`: the broker knows how much was sampled before it returns. RLlib restores that last, and
-        after the weights, whose runs have begun by then."""
-
-        @functools.wraps(restore)
-        def restored(*args: Any, **kwargs: Any) -> Any:
-            result = restore(*args, **kwargs)
-            self.tell_sampled()
-            return result
-
-        return restored
-
     def begin_run(self) -> None:
         """A new run: a checkpoint was loaded, and the weights' version numbers may have gone back."""
         previous, self.run = self.run, new_run_id()
@@ -276,17 +264,6 @@ class Trainer:
     def _modules_ever(self, before: frozenset[str] = frozenset()) -> frozenset[str]:
         """The modules that this run has had, of a training with several agents."""
         return before | self.manifest.modules.keys() if isinstance(self.manifest, CrewManifest) else before
-
-    def following(self, change: Callable[..., Any]) -> Callable[..., Any]:
-        """`algorithm.add_module` or `remove_module`: simulators and runners follow it, before it returns."""
-
-        @functools.wraps(change)
-        def changed(*args: Any, **kwargs: Any) -> Any:
-            result = change(*args, **kwargs)
-            self.recast()
-            return result
-
-        return changed
 
     def recast(self) -> None:
         """Policies were added or removed, or agents are mapped to others: the run goes on, and what is on its way
@@ -389,6 +366,18 @@ def _offered(algorithm: Algorithm) -> tuple[Spaces, bytes, Any]:
     return spaces_to_wire(config.observation_space, config.action_space), blob, unpack_policy(blob)[0]
 
 
+def followed(change: Callable[..., Any], then: Callable[[], None]) -> Callable[..., Any]:
+    """A method of RLlib's `Algorithm` that `then` follows, before it returns: simulators and runners follow it."""
+
+    @functools.wraps(change)
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        result = change(*args, **kwargs)
+        then()
+        return result
+
+    return changed
+
+
 def _no_step(now: float) -> float:
     return float("inf")
 
@@ -401,10 +390,11 @@ class TrainerCallback(RLlibCallback):
     def on_algorithm_init(self, *, algorithm: Algorithm, **kwargs: Any) -> None:
         self.trainer = Trainer(algorithm)
         algorithm.rllink_trainer = self.trainer
-        algorithm.set_state = self.trainer.informed(algorithm.set_state)
+        # RLlib restores last how much was sampled, after the weights, whose runs have begun by then.
+        algorithm.set_state = followed(algorithm.set_state, self.trainer.tell_sampled)
         if algorithm.config.is_multi_agent:
-            algorithm.add_module = self.trainer.following(algorithm.add_module)
-            algorithm.remove_module = self.trainer.following(algorithm.remove_module)
+            algorithm.add_module = followed(algorithm.add_module, self.trainer.recast)
+            algorithm.remove_module = followed(algorithm.remove_module, self.trainer.recast)
 
     def on_checkpoint_loaded(self, *, algorithm: Algorithm, **kwargs: Any) -> None:
         if self.trainer is not None:
