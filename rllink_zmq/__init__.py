@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rllink_zmq.client_agents import AgentsEpisode as AgentsEpisode
     from rllink_zmq.client_agents import connect_agents as connect_agents
     from rllink_zmq.drive_loops import drive as drive
-    from rllink_zmq.drive_loops import drive_vector as drive_vector
     from rllink_zmq.drive_loops_agents import drive_agents as drive_agents
+    from rllink_zmq.drive_loops_vector import drive_vector as drive_vector
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,7 +32,7 @@ _HOME = {
     "Episode": "client",
     "connect": "client",
     "drive": "drive_loops",
-    "drive_vector": "drive_loops",
+    "drive_vector": "drive_loops_vector",
 }
 
 

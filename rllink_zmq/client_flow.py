@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rllink_zmq.arrays import to_buffers
 from rllink_zmq.audit import Log
@@ -42,6 +42,14 @@ EVALUATION_STEPS = 32
 """Length of a fragment that is evaluated, at least: nothing bounds those but the window."""
 SERVICES_SWITCH = 0.2
 """Seconds in which services come to act by weights that are published."""
+
+
+def listen(flows: Sequence[Flow], timeout: float) -> list[Connection]:
+    """Sleep until something comes for one of these clients of one process, news of weights too if it rests for them; at
+    most `timeout` seconds. Returns the connections that have something to read."""
+    reader = next((flow.reader for flow in flows if flow.rests), None)
+    news = None if reader is None else reader.subscription
+    return poll([connection for flow in flows for connection in flow.connections], news, timeout)
 
 
 class Waiting:
@@ -520,7 +528,7 @@ class Flow:
                 raise ConnectionTimeout(f"gave up after {timeout:g} s: {why()}")
             waiting.say(why, now)
             if at is None and self.rests:
-                poll([self.connection], self.reader.subscription, WAIT_SLICE)
+                listen([self], WAIT_SLICE)
             else:
                 (at or self.connection).wait(WAIT_SLICE)
             if at is None:

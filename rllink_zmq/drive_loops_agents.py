@@ -15,12 +15,11 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 import gymnasium as gym
 
 from rllink_zmq.client_agents import AgentsClient, AgentsFlow
-from rllink_zmq.client_flow import WAIT_SLICE, Waiting
+from rllink_zmq.client_flow import WAIT_SLICE, Waiting, listen
 from rllink_zmq.drive_loops import TURN_SECONDS, Stop, Summary, Tally
 from rllink_zmq.errors import RemovedError, SettingsError
 from rllink_zmq.fragments_agents import ALL
 from rllink_zmq.messages import AgentId
-from rllink_zmq.transport import poll
 
 log = logging.getLogger("rllink_zmq")
 
@@ -218,7 +217,7 @@ def drive_agents_many(
             waiting = waiting or Waiting(now)
             flows = [pairs[i][0].flow for i in loops]
             waiting.say(lambda flow=flows[0]: _why(flow), now)  # type: ignore[misc]
-            poll([connection for flow in flows for connection in flow.connections], None, WAIT_SLICE)
+            listen(flows, WAIT_SLICE)
     finally:
         for loop in loops.values():
             loop.close()

@@ -21,7 +21,8 @@ from test_policy import discrete_blob
 from broker.server import Server
 from rllink_zmq import Client, connect
 from rllink_zmq.client_flow import EVALUATION_STEPS, SERVICES_SWITCH
-from rllink_zmq.drive_loops import drive, drive_many, drive_vector
+from rllink_zmq.drive_loops import drive, drive_many
+from rllink_zmq.drive_loops_vector import drive_vector
 from rllink_zmq.messages import FRAGMENT, TrainerHello
 from rllink_zmq.sampling import Next
 from rllink_zmq.sampling_evaluation import Evaluation, Wanted

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from broker.server import Server
 from rllink_zmq import client_flow, connect
-from rllink_zmq.drive_loops import drive_many, drive_vector
+from rllink_zmq.drive_loops import drive_many
+from rllink_zmq.drive_loops_vector import drive_vector
 from rllink_zmq.errors import ConnectionTimeout, EpisodeError, PolicyError, SettingsError
 
 SPACES: dict[str, Any] = {"observation_space": OBSERVATIONS, "action_space": ACTIONS}

@@ -20,7 +20,7 @@ from broker.server import Server
 from rllink_zmq import connect
 from rllink_zmq.client import Client
 from rllink_zmq.client_vector import Vector
-from rllink_zmq.drive_loops import drive_vector
+from rllink_zmq.drive_loops_vector import drive_vector
 from rllink_zmq.errors import EpisodeError
 
 N = 5

@@ -1,4 +1,4 @@
-"""`rllink_zmq.drive_loops`: environments that count, so that what arrives can be told from what happened."""
+"""Loops: environments that count, so that what arrives can be told from what happened."""
 
 import threading
 import time
@@ -13,7 +13,8 @@ from fake_training import broker, training, until
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from rllink_zmq import connect
-from rllink_zmq.drive_loops import _wake, drive, drive_many, drive_vector
+from rllink_zmq.drive_loops import _wake, drive, drive_many
+from rllink_zmq.drive_loops_vector import drive_vector
 from rllink_zmq.errors import SettingsError
 
 

@@ -15,7 +15,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from test_packed_policies import fragment
 
-from rllink_zmq.drive_loops import _blank_actions, _put
+from rllink_zmq.drive_loops_vector import _blank_actions, _put
 from rllink_zmq.errors import EpisodeError, PolicyError, ProtocolError, SpaceError
 from rllink_zmq.fragments import FragmentBuilder, Origin, layout_of_spaces
 from rllink_zmq.policy import Policy, pack_policy, unpack_policy

@@ -18,7 +18,8 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from broker.server import Server
 from rllink_zmq import connect
-from rllink_zmq.drive_loops import drive, drive_vector
+from rllink_zmq.drive_loops import drive
+from rllink_zmq.drive_loops_vector import drive_vector
 from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.policy import unpack_policy
 from rllink_zmq.rllib.export import weights_body

@@ -20,7 +20,8 @@ from test_service import answered
 
 from rllink_zmq import connect
 from rllink_zmq.arrays import from_body, to_buffers
-from rllink_zmq.drive_loops import drive, drive_vector
+from rllink_zmq.drive_loops import drive
+from rllink_zmq.drive_loops_vector import drive_vector
 from rllink_zmq.errors import EpisodeError, PolicyError
 from rllink_zmq.messages import ACT
 from rllink_zmq.policy import Policy, unpack_policy

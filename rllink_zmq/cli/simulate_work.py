@@ -21,8 +21,9 @@ import gymnasium as gym
 from rllink_zmq.client import Backpressure, Client, Inference, connect, settle
 from rllink_zmq.client_agents import AgentsClient, connect_agents
 from rllink_zmq.compression import Compression
-from rllink_zmq.drive_loops import Tally, drive_many, drive_vectors
+from rllink_zmq.drive_loops import Tally, drive_many
 from rllink_zmq.drive_loops_agents import Agents, agents_env, drive_agents_many, find_agents_env
+from rllink_zmq.drive_loops_vector import drive_vectors
 from rllink_zmq.errors import RllinkError, SettingsError
 
 from . import output
