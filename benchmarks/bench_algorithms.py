@@ -134,12 +134,12 @@ def run(algorithm: str, way: str, seed: int, steps: int) -> None:
 
 def train(algorithm: str, seed: int, steps: int, backend: str | None, steps_ahead: int = 0) -> Curve:
     """The mean return of the last 20 episodes after each iteration. `backend`: the broker's; None = RLlib's runner."""
-    import ray
-    import torch
-
     from rllink_zmq.cli.output import prepare_ray
 
     prepare_ray()  # as `rllink-zmq train`: who computes actions for others must not have the lowest priority
+    import ray
+    import torch
+
     torch.set_num_threads(1)
     task = TASKS[algorithm]
     with measure.quiet():
@@ -198,7 +198,7 @@ def _mean(points: Curve) -> float:
 
 
 def complete(options: argparse.Namespace, seeds: int) -> dict[tuple[str, str, int], Curve]:
-    """The curves that are there, of seeds that have all three. Raises BenchmarkError if an algorithm has none."""
+    """The curves that are there, of seeds that have all ways. Raises BenchmarkError if an algorithm has none."""
     curves = {}
     for algorithm, task in TASKS.items():
         for seed in range(seeds):

@@ -231,24 +231,22 @@ class Handshake(Duties):
         self._give(runner, role.returned, role.dropped, now)
         for k in sorted((k for k in runner.takes if k > role.committed), reverse=True):
             never_acted_upon = runner.takes.pop(k)
-            self._uncount(never_acted_upon)
+            self._uncount(never_acted_upon, now)
             self._requeue(never_acted_upon, Move.UNTAKE)
         self.reports.add(runner.session, role, now)
         self._apply_reports(runner, role, now)
         self._welcome(runner)
         self._tell_duty(runner)
 
-    def _uncount(self, fragments: Iterable[Fragment]) -> None:
+    def _uncount(self, fragments: Iterable[Fragment], now: float) -> None:
         """These will be taken anew: their steps have not been."""
         for fragment in fragments:
             if fragment.round is not None:
                 self.taken_steps -= fragment.header.steps
-                if fragment.round == self.version:
-                    self.round_steps -= fragment.header.steps
-                fragment.round = None
+                self._missed(fragment, now)
 
     def _missed(self, fragment: Fragment, now: float) -> None:
-        """Its runner had it, and RLlib won't: the round wants others in its place."""
+        """RLlib won't have what its runner took: the round wants as many steps in its place."""
         if fragment.round is not None and fragment.round == self.version:
             self.round_steps -= fragment.header.steps
             if self.fresh:

@@ -12,11 +12,9 @@ here, so chunks are copies of a blank one rather than constructed: what RLlib's 
 
 from __future__ import annotations
 
-import gc
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import gymnasium as gym
@@ -39,6 +37,7 @@ from rllink_zmq.messages import FRAGMENT, OBS_BEFORE, STATE_IN
 from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.packing_actions import action_packing
 from rllink_zmq.rllib.audit import COLUMN, names
+from rllink_zmq.rllib.collector import collector_paused
 from rllink_zmq.rllib.pipelines import FragmentConnectors
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.session_runner import Lease
@@ -507,20 +506,6 @@ def _buffer(values: Any, lookback: int = 0, space: gym.Space[Any] | None = None)
     buffer = InfiniteLookbackBuffer(data=values, space=space)
     buffer.lookback = lookback  # its constructor takes the number of a dict's keys for its length
     return buffer
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Python's collector of cycles rests. An episode is some 50 new objects, none of them in a cycle, and hundreds at
-    once have it look through them, and through all that is there, again and again: a quarter of the time to build."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 class HasMessage(Protocol):

@@ -23,7 +23,8 @@ from rllink_zmq.arrays import Buffer, to_buffers
 from rllink_zmq.compression import arrays_of
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT, AgentId, AgentRows
-from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal, chunks_of, collector_paused
+from rllink_zmq.rllib.collector import collector_paused
+from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal, chunks_of
 from rllink_zmq.session_runner import Lease
 
 SKIP = MultiAgentEpisode.SKIP_ENV_TS_TAG

@@ -158,7 +158,9 @@ def trainer_terms(config: AlgorithmConfig) -> Terms:
         length = 200 if style == "round" else _stream_share(config)
     length = settings.fragment_steps or length
     most = exact_share(config) + length if style == "exact" else 0
-    return Terms(quota, lag, settings.steps_ahead or ahead, length, most, style != "exact", style == "round")
+    return Terms(
+        quota, lag, settings.steps_ahead or ahead, length, most, needs_logp=style != "exact", rounds=style == "round"
+    )
 
 
 def sampling_rules(config: AlgorithmConfig, runners: int, index: int = 0) -> SamplingRules:
