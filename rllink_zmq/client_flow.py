@@ -33,7 +33,7 @@ LOOK_INTERVAL = 0.005
 JUST_LOOKED = 0.001
 """Seconds after a look in which another one hardly finds anything."""
 WAIT_SLICE = 0.02
-"""Seconds a wait sleeps at most: weights come on a socket that it doesn't watch."""
+"""Seconds a wait sleeps at most: weights come on sockets that it doesn't watch, but for their news while it rests."""
 SAY_FIRST, SAY_EVERY = 4.0, 5.0
 """Seconds until a wait says what it waits for, and says it again."""
 UNSENT_STEPS = 256
