@@ -446,14 +446,15 @@ class AgentsEpisode:
             rows = builder.rows_of(agents)
             if len(agents) == 1 or policy.manifest.packed_action is not None:
                 for agent, row in zip(agents, rows, strict=True):
-                    one = policy.act_one(row, draws)
-                    builder.took(agent, one.actions, one.action_logp, one.action_dist_inputs)
+                    one = policy.act_one(row, draws, builder.agents[agent].rows.state)
+                    builder.took(agent, one.actions, one.action_logp, one.action_dist_inputs, one.state)
                     actions[agent] = one.env_actions
                 continue
-            acted = policy.act(np.stack(rows), explore=draws)
+            acted = policy.act(np.stack(rows), explore=draws, state=builder.memories(agents))
             logps = acted.action_logp.tolist()
             for i, agent in enumerate(agents):
-                builder.took(agent, acted.actions[i], logps[i], acted.action_dist_inputs[i])
+                memory = [array[i] for array in acted.state]
+                builder.took(agent, acted.actions[i], logps[i], acted.action_dist_inputs[i], memory)
                 actions[agent] = _for_env(acted.env_actions[i], policy)
         if not builder.steps:
             builder.timings["inference"] = time.perf_counter() - began

@@ -16,7 +16,7 @@ from rllink_zmq.client_remote import AGAIN, AGAIN_MOST, OVER_CREDIT, Answer, Rem
 from rllink_zmq.errors import EpisodeError, PolicyError, RemovedError
 from rllink_zmq.fragments import Layout, Origin
 from rllink_zmq.fragments_agents import AgentsBuilder, AgentsOrigin, Turn
-from rllink_zmq.messages import AgentId
+from rllink_zmq.messages import STATE_IN, STATE_OUT, AgentId
 
 if TYPE_CHECKING:
     from rllink_zmq.client_agents import AgentsFlow
@@ -42,22 +42,25 @@ class RemoteAgents(RemotePolicy):
 
 
 class Chosen(NamedTuple):
-    """Of each agent that was asked for: `env_actions` as `env.step` wants them."""
+    """Of each agent that was asked for: `env_actions` as `env.step` wants them, `state` in the layout's order."""
 
     actions: NDArray[Any]
     logps: list[float]
     dist_inputs: NDArray[Any]
     env_actions: Any
+    state: list[NDArray[Any]]
 
 
 class Asked:
-    """What is asked of one module: `rows`, the observation of each of `agents`. `request`: its number while it is under
-    way, 0 before and after; `again_at`: when it may be sent."""
+    """What is asked of one module: `columns`, a row for each of `agents`. `request`: its number while it is under way,
+    0 before and after; `again_at`: when it may be sent."""
 
-    def __init__(self, module: str, agents: list[AgentId], rows: NDArray[Any]) -> None:
+    def __init__(self, module: str, agents: list[AgentId], builder: AgentsBuilder) -> None:
         self.module = module
         self.agents = agents
-        self.rows = rows
+        names = [STATE_IN + state.name for state in builder.agents[agents[0]].rows.remembers]
+        self.columns = {"obs": np.stack(builder.rows_of(agents))}
+        self.columns |= zip(names, builder.memories(agents), strict=True)
         self.request = 0
         self.again_at = 0.0
         self.answer: Answer | None = None
@@ -80,6 +83,7 @@ class Asked:
             actions = arrays["actions"].reshape(count, *layout.action.shape)
             logps = arrays["action_logp"].reshape(count)
             dist_inputs = arrays["action_dist_inputs"].reshape(count, layout.dist_inputs)
+            state = [arrays[STATE_OUT + name].reshape(count, *row.shape) for name, row in layout.state]
         except (KeyError, ValueError) as e:
             raise PolicyError(
                 f"the action service answers for module '{self.module}' without actions that a learner can use: {e}"
@@ -88,7 +92,7 @@ class Asked:
             for_env = layout.env_actions.unpack(packed_for_env(arrays, layout.env_actions, count))
         else:
             for_env = arrays.get("env_actions", actions)
-        return Chosen(actions, logps.tolist(), dist_inputs, for_env)
+        return Chosen(actions, logps.tolist(), dist_inputs, for_env, state)
 
 
 class PendingAgents:
@@ -100,9 +104,7 @@ class PendingAgents:
         self._remote = remote
         self._builder = builder
         self._turn = turn
-        self._asked = [
-            Asked(module, agents, np.stack(builder.rows_of(agents))) for module, agents in builder.to_act().items()
-        ]
+        self._asked = [Asked(module, agents, builder) for module, agents in builder.to_act().items()]
         self.taken = False
         self._cost = 1 if builder.sent else 0
         flow.reserved += self._cost
@@ -172,7 +174,7 @@ class PendingAgents:
         for one in self._asked:
             if one.answer is None and not one.request and now >= one.again_at and self._remote.room:
                 one.request = self._remote.ask(
-                    {"obs": one.rows}, explore=builder.explore, evaluation=not builder.sent, module=one.module
+                    one.columns, explore=builder.explore, evaluation=not builder.sent, module=one.module
                 )
 
     def _complete(self) -> bool:
@@ -214,7 +216,8 @@ class PendingAgents:
         actions: dict[AgentId, Any] = {}
         for agents, told in chosen:
             for i, agent in enumerate(agents):
-                builder.took(agent, told.actions[i], told.logps[i], told.dist_inputs[i])
+                memory = [array[i] for array in told.state]
+                builder.took(agent, told.actions[i], told.logps[i], told.dist_inputs[i], memory)
                 actions[agent] = _row(told.env_actions, i)
         builder.stepped()
         return actions

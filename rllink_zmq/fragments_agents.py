@@ -8,10 +8,11 @@ complete (its next observation hasn't come) stays for a later fragment.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rllink_zmq.arrays import Array
 from rllink_zmq.errors import EpisodeError, RemovedError
@@ -57,7 +58,8 @@ class Turn(NamedTuple):
 def whole(layouts: Iterable[Layout]) -> Layout:
     """The layout of env steps in which all of these agents take part: for sizes alone."""
     layouts = list(layouts)
-    obs = sum(layout.obs.nbytes + 4 for layout in layouts)  # with its env step
+    memory = sum(state.row.nbytes for layout in layouts for state in layout.state)
+    obs = sum(layout.obs.nbytes + 4 for layout in layouts) + memory  # with its env step
     rest = sum(layout.action.nbytes + 8 for layout in layouts) - 8
     byte = np.dtype(np.uint8)
     return Layout(Row((obs,), byte), Row((rest,), byte), dist_inputs=sum(layout.dist_inputs for layout in layouts))
@@ -269,15 +271,28 @@ class AgentsBuilder(FragmentBuilder):
         """The newest observation of each."""
         return [self.agents[name].newest for name in agents]
 
-    def took(self, name: AgentId, action: Any, logp: float, dist_inputs: Any) -> None:
-        """The module has chosen this agent's action."""
+    def memories(self, agents: Sequence[AgentId]) -> list[Array]:
+        """What the module that acts for these remembers of each: (n, *shape) arrays, in its layout's order."""
+        states = [self.agents[name].rows.state for name in agents]
+        return [np.stack(each) for each in zip(*states, strict=True)]
+
+    def took(
+        self, name: AgentId, action: Any, logp: float, dist_inputs: Any, state: Sequence[NDArray[Any]] = ()
+    ) -> None:
+        """The module has chosen this agent's action, and remembers `state` after it."""
         agent = self.agents[name]
-        agent.rows.act(action, logp, dist_inputs)
+        agent.rows.act(action, logp, dist_inputs, state)
         agent.acted, agent.chosen = True, self.origin.versions.get(agent.module, 0)
 
     def logged(self, name: AgentId, action: Any, logp: float) -> None:
-        """The simulator has chosen it itself. Raises `EpisodeError` as `FragmentBuilder.log` does."""
+        """The simulator has chosen it itself. Raises `EpisodeError` as `FragmentBuilder.log` does, and for an agent
+        whose policy would have to remember the step."""
         agent = self.agents[name]
+        if agent.rows.remembers:
+            raise EpisodeError(
+                f"{self._where}: agent {name!r} acts by the recurrent policy '{agent.module}', which would not "
+                f"remember an action of the simulator's: let it act (get_action)"
+            )
         agent.rows.log(action, logp)
         agent.acted, agent.chosen = True, self.origin.versions.get(agent.module, 0)
 

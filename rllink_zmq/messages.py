@@ -30,9 +30,11 @@ MAX_RUNNERS = 1024
 MAX_AGENTS = 255
 """Of an environment: their spaces are a Dict's."""
 MAX_MODULES = 80
-"""Modules that the agents of an environment may be mapped to: each has six columns in a fragment."""
+"""Modules that the agents of an environment may be mapped to: each has six columns in a fragment, and its memory."""
 MAX_MODULE_ID = 40
 """Characters of a module's id, which is the beginning of its columns' names."""
+MAX_COLUMN_NAME = 100
+"""Characters. The longest there is: `<module>/state_in/<name>`."""
 MOST_WANTED = 1000
 """Runners that a pool may be scaled to: those that leave have to fit into the lists, too."""
 MAX_DIMENSIONS = 8
@@ -156,7 +158,7 @@ class Spaces(_Part, frozen=True):
 class Column(_Part, array_like=True, frozen=True):
     """One array of a body: `name`, `dtype` (NumPy's, little endian), `shape`. Bytes follow in the body, C order."""
 
-    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    name: Annotated[str, Meta(min_length=1, max_length=MAX_COLUMN_NAME)]
     dtype: Annotated[str, Meta(max_length=8)]
     shape: Annotated[tuple[Count, ...], Meta(max_length=MAX_DIMENSIONS + 1)]
 

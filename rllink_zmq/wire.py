@@ -125,8 +125,8 @@ def columns_bytes(message: FRAGMENT) -> int:
 
 
 def _check_agents(message: FRAGMENT) -> None:
-    """Of several agents: as many rows of each module as its agents have steps, and one more for each of them in `obs`
-    and `t`."""
+    """Of several agents: as many rows of each module as its agents have steps, and one more for each of them in `obs`,
+    `t` and the memory of a recurrent policy."""
     if not message.modules:
         raise ProtocolError(f"fragment {message.number} has no columns")
     if message.segments:
@@ -141,10 +141,10 @@ def _check_agents(message: FRAGMENT) -> None:
     if len({rows.agent for rows in message.agents}) < len(message.agents):
         raise ProtocolError("an agent of a fragment is there twice")
     for column in message.columns:
-        module, _, name = column.name.rpartition("/")
+        module, _, name = column.name.partition("/")
         if module not in agents:
             raise ProtocolError(f"column '{column.name}' is of none of the fragment's agents' modules: {list(agents)}")
-        expected = steps[module] + (agents[module] if name in ("obs", "t") else 0)
+        expected = steps[module] + (agents[module] if name in ("obs", "t") or name.startswith(STATE_IN) else 0)
         if not column.shape or column.shape[0] != expected:
             raise ProtocolError(
                 f"column '{column.name}' of {_named(message, module)} with {steps[module]} steps must have {expected} "

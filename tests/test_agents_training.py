@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gymnasium as gym
 import pytest
 from fake_training import broker
 from processes import REAL_RAY, ROOT
@@ -195,13 +196,63 @@ def test_runners_act_for_several_agents(cluster: None, server: Server, built: li
         assert not dropped.keys() - {"stale"}, dropped
 
 
+def test_agents_that_remember_and_see_several_parts(cluster: None, server: Server, built: list[Algorithm]) -> None:
+    """One policy is recurrent, the other one not; one simulator acts by itself, the other one asks. An action that is
+    none of the space ends a simulator."""
+    import parted_env
+    from ray.rllib.algorithms.ppo import PPOConfig
+    from ray.rllib.connectors.env_to_module import FlattenObservations
+    from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
+    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+    from ray.rllib.env.multi_agent_env import make_multi_agent
+
+    make = make_multi_agent("Parted-v0")
+    model = {"fcnet_hiddens": [32]}
+    lstm = model | {"use_lstm": True, "lstm_cell_size": 16, "max_seq_len": 5, "vf_share_layers": False}
+    config = (
+        PPOConfig()
+        .environment(
+            observation_space=gym.spaces.Dict(dict.fromkeys(range(2), parted_env.OBSERVATIONS)),  # type: ignore[misc]
+            action_space=gym.spaces.Dict(dict.fromkeys(range(2), parted_env.ACTIONS)),  # type: ignore[misc]
+        )
+        .multi_agent(policies={"one", "other"}, policy_mapping_fn=lambda agent, *_, **__: ("one", "other")[agent])
+        .env_runners(
+            num_env_runners=1,
+            env_to_module_connector=lambda env, spaces, device: FlattenObservations(multi_agent=True),
+        )
+        .training(train_batch_size_per_learner=400, minibatch_size=100, num_epochs=6, lr=5e-3)
+        .rl_module(
+            rl_module_spec=MultiRLModuleSpec(
+                rl_module_specs={"one": RLModuleSpec(model_config=lstm), "other": RLModuleSpec(model_config=model)}
+            )
+        )
+    )
+
+    def one() -> Any:
+        return make({"num_agents": 2})
+
+    with simulators(server, one), simulators(server, one, inference="remote"):
+        algorithm = build(config, server)
+        built.append(algorithm)
+        first = algorithm.train()["env_runners"]["module_episode_returns_mean"]
+        for _ in range(25):
+            result = algorithm.train()
+            last = result["env_runners"]["module_episode_returns_mean"]
+            if min(last[name] - first[name] for name in first) > 3.0:
+                break
+        assert min(last[name] - first[name] for name in ("one", "other")) > 3.0, (first, last)
+        acts = server.core.acts  # type: ignore[union-attr]
+        assert acts["answered"] >= 100 and acts["refused"] == 0
+        dropped = result["rllink"]["ledger"]["dropped"]
+        assert not dropped.keys() - {"stale"}, dropped
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         (lambda c: c.evaluation(evaluation_interval=1), "evaluation with several agents can't go"),
-        (lambda c: c.env_runners(env_to_module_connector=lambda *_: []), "connectors of one's own with several agents"),
+        (lambda c: c.env_runners(env_to_module_connector=lambda *_: []), "which is all that goes with several agents"),
         (lambda c: c.multi_agent(policies={41 * "a"}), "1 to 40 characters"),
-        (lambda c: c.rl_module(model_config={"use_lstm": True}), "recurrent policies"),
         (lambda c: c.multi_agent(count_steps_by="agent_steps"), "count_steps_by"),
     ],
 )

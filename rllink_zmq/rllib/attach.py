@@ -110,8 +110,7 @@ def attach(
     else:
         spaces_to_wire(observation_space, action_space), layout_of_spaces(observation_space, action_space)
     config.environment(observation_space=observation_space, action_space=action_space)
-    if not config.is_multi_agent:
-        check_trainable(config)
+    check_trainable(config)
     config.env_runners(env_runner_cls=ZmqMultiAgentEnvRunner if config.is_multi_agent else ZmqEnvRunner)
     config.learners(learner_connector=audited(config._learner_connector, folder))
     callbacks = config.callbacks_class

@@ -38,7 +38,6 @@ from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.packing_actions import action_packing
 from rllink_zmq.rllib.audit import COLUMN, names
 from rllink_zmq.rllib.collector import collector_paused
-from rllink_zmq.rllib.pipelines import FragmentConnectors
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.session_runner import Lease
 from rllink_zmq.wire import check_columns
@@ -71,6 +70,17 @@ class Refusal(NamedTuple):
 
     message: FRAGMENT
     error: ProtocolError
+
+
+class Rewrites(Protocol):
+    """Connectors, where fragments become episodes: `FragmentConnectors` or `FlattenedFragments`."""
+
+    @property
+    def lookback(self) -> int: ...
+
+    def rewrite(self, message: FRAGMENT, observations: Any, back: int) -> tuple[Any, gym.Space[Any]]: ...
+
+    def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> NDArray[Any]: ...
 
 
 class Piece(NamedTuple):
@@ -144,7 +154,7 @@ class EpisodeBuilder:
         module: RLModule | None,
         longest: float = float("inf"),
         audit: Log | None = None,
-        connectors: FragmentConnectors | None = None,
+        connectors: Rewrites | None = None,
         *,
         needs_logp: bool = True,
         outputs: bool = True,

@@ -6,7 +6,7 @@ the order of their bytes (keys sorted), as RLlib's piece has it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -15,18 +15,23 @@ import torch
 import tree  # dm_tree, which RLlib needs
 from numpy.typing import NDArray
 from ray.rllib.connectors.common.flatten_observations import FlattenObservations
+from ray.rllib.core.columns import Columns
 from ray.rllib.utils.numpy import flatten_inputs_to_1d_tensor
 
+from rllink_zmq.messages import FRAGMENT, AgentId
 from rllink_zmq.packing import packing_of
 
 
 class Flattening:
-    """What `piece` makes of observations of `space`. `observation_space`: of what it makes."""
+    """What the piece makes of observations of `space`. `observation_space`: of what it makes; `struct`: the spaces of
+    the parts that it takes; `removed`: keys of those that it doesn't."""
 
-    def __init__(self, piece: FlattenObservations, space: gym.Space[Any]) -> None:
-        self.observation_space: gym.Space[Any] = piece.observation_space
-        self._removed = frozenset(piece._keys_to_remove)
-        self._struct = piece._input_obs_base_struct
+    def __init__(
+        self, space: gym.Space[Any], observation_space: gym.Space[Any], struct: Any, removed: Iterable[str] = ()
+    ) -> None:
+        self.observation_space = observation_space
+        self._removed = frozenset(removed)
+        self._struct = struct
         self._nested = isinstance(space, gym.spaces.Dict)
         packing = packing_of(space)
         parts = [((), space)] if packing is None else [(part.keys, part.space) for part in packing.parts]
@@ -52,7 +57,47 @@ def flattening_of(pieces: Sequence[Any], space: gym.Space[Any]) -> Flattening | 
     (piece,) = pieces
     if piece._multi_agent or piece._as_learner_connector or not tree.flatten(piece._input_obs_base_struct):
         return None
-    return Flattening(piece, space)
+    return Flattening(space, piece.observation_space, piece._input_obs_base_struct, piece._keys_to_remove)
+
+
+def agents_flattening_of(
+    pieces: Sequence[Any], spaces: Mapping[AgentId, gym.Space[Any]]
+) -> dict[AgentId, Flattening] | None:
+    """What these env-to-module pieces do to the observations of each agent that they change, if they are RLlib's
+    FlattenObservations(multi_agent=True) and nothing else."""
+    if len(pieces) != 1 or type(pieces[0]) is not FlattenObservations:
+        return None
+    (piece,) = pieces
+    if not piece._multi_agent or piece._as_learner_connector:
+        return None
+    return {
+        agent: Flattening(
+            space, piece.observation_space[agent], piece._input_obs_base_struct[agent],
+            piece._keys_to_remove if isinstance(space, gym.spaces.Dict) else (),
+        )
+        for agent, space in spaces.items()
+        if not piece._agent_ids or agent in piece._agent_ids
+    }  # fmt: skip
+
+
+class FlattenedFragments:
+    """The observations of fragments, flattened: what `EpisodeBuilder` asks of connectors."""
+
+    lookback = 0
+
+    def __init__(self, flattening: Flattening) -> None:
+        self._flattening = flattening
+
+    def rewrite(self, message: FRAGMENT, observations: Any, back: int) -> tuple[Any, gym.Space[Any]]:
+        """Observations as the policy saw them, (n, k) float32, and their space."""
+        return self._flattening.of_rows(observations), self._flattening.observation_space
+
+    def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> NDArray[Any]:
+        """(steps, k): what `module` would have drawn the fragment's actions from."""
+        rows = torch.from_numpy(self._flattening.of_rows(observations)[:-1])
+        with torch.no_grad():
+            out = module.forward_exploration({Columns.OBS: rows})
+        return np.asarray(out[Columns.ACTION_DIST_INPUTS].detach().cpu().numpy(), np.float32)
 
 
 def _flat(space: gym.Space[Any], array: torch.Tensor) -> torch.Tensor:

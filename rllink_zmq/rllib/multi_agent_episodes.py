@@ -22,9 +22,10 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from rllink_zmq.arrays import Buffer, to_buffers
 from rllink_zmq.compression import arrays_of
 from rllink_zmq.errors import ProtocolError
-from rllink_zmq.messages import FRAGMENT, AgentId, AgentRows
+from rllink_zmq.messages import FRAGMENT, STATE_IN, AgentId, AgentRows
 from rllink_zmq.rllib.collector import collector_paused
 from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal, chunks_of
+from rllink_zmq.rllib.flattening import FlattenedFragments, Flattening
 from rllink_zmq.session_runner import Lease
 
 SKIP = MultiAgentEpisode.SKIP_ENV_TS_TAG
@@ -68,7 +69,8 @@ class _Place(NamedTuple):
 
 class MultiAgentEpisodeBuilder:
     """Builds chunks for one runner. The spaces are those of each agent; `modules`: all that there are, by id.
-    `longest`: as of `EpisodeBuilder`. `dist_inputs`: of each module, how many numbers a row of that column has."""
+    `longest`: as of `EpisodeBuilder`. `flattenings`: what is done to observations, of agents that it is done to.
+    `dist_inputs`: of each module, how many numbers a row of that column has."""
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class MultiAgentEpisodeBuilder:
         module: MultiRLModule,
         mapping: Callable[..., str],
         longest: float = float("inf"),
+        flattenings: Mapping[AgentId, Flattening] | None = None,
     ) -> None:
         self.observation_spaces = dict(observation_spaces)
         self.action_spaces = dict(action_spaces)
@@ -84,6 +87,7 @@ class MultiAgentEpisodeBuilder:
         self.longest = longest
         self.dist_inputs: Mapping[str, int] = {}
         self._mapping = mapping
+        self._connectors = {agent: FlattenedFragments(each) for agent, each in (flattenings or {}).items()}
         self._builders: dict[tuple[AgentId, str], EpisodeBuilder] = {}
         self._places: OrderedDict[tuple[bytes, str], _Place] = OrderedDict()
 
@@ -152,8 +156,10 @@ class MultiAgentEpisodeBuilder:
         prefix = rows.module + "/"
         mine: dict[str, NDArray[Any]] = {}
         for name, values in arrays.items():
-            if name.startswith(prefix) and "/" not in (column := name[len(prefix) :]):
-                start, count = (first + before, rows.steps + 1) if column in ("obs", "t") else (first, rows.steps)
+            if name.startswith(prefix):
+                column = name[len(prefix) :]
+                longer = column in ("obs", "t") or column.startswith(STATE_IN)
+                start, count = (first + before, rows.steps + 1) if longer else (first, rows.steps)
                 mine[column] = values[start : start + count]
         times = mine.pop("t", None)
         if times is None or times.dtype.kind != "i" or times.ndim != 1 or (np.diff(times) <= 0).any():
@@ -179,13 +185,13 @@ class MultiAgentEpisodeBuilder:
 
     def _builder(self, rows: AgentRows) -> EpisodeBuilder:
         key = (rows.agent, rows.module)
-        builder = self._builders.get(key)
-        if builder is None:
+        builder, module = self._builders.get(key), self.module[rows.module]
+        if builder is None or builder.module is not module:
             agent = rows.agent
             builder = self._builders[key] = EpisodeBuilder(
-                self.observation_spaces[agent], self.action_spaces[agent], self.module[rows.module]
-            )
-        builder.module = self.module[rows.module]
+                self.observation_spaces[agent], self.action_spaces[agent], module,
+                connectors=self._connectors.get(agent),
+            )  # fmt: skip
         builder.dist_inputs = self.dist_inputs.get(rows.module, 0)
         return builder
 

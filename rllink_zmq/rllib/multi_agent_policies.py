@@ -23,10 +23,11 @@ from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from rllink_zmq.errors import PolicyError, SettingsError, SpaceError
 from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.messages import MAX_MODULE_ID, MAX_MODULES, AgentId
-from rllink_zmq.policy import PolicyManifest, pack_policy, unpack_policy
+from rllink_zmq.policy import PolicyManifest, pack_policy
 from rllink_zmq.policy_agents import NOBODY, Crew, CrewModule, Draw, manifests, pack_crew, unpack_crew
 from rllink_zmq.rllib.export import export_policy
-from rllink_zmq.rllib.export_connectors import check_connectors
+from rllink_zmq.rllib.export_connectors import check_agents_connectors
+from rllink_zmq.rllib.flattening import Flattening
 from rllink_zmq.rllib.policies import remote_manifest
 from rllink_zmq.rllib.service import ModuleActor
 from rllink_zmq.rllib.settings import explores, style_of
@@ -39,16 +40,22 @@ EPISODES = 64
 
 
 class CrewManifest(NamedTuple):
-    """What runners must know of the modules: each one's manifest. `state`: there is none, as of a policy that has no
-    memory."""
+    """What runners must know of the modules: each one's manifest, and the agents that it may act for."""
 
     modules: dict[str, PolicyManifest]
-    state: tuple[()] = ()
-    weights: tuple[()] = ()
+    agents: dict[str, list[AgentId]]
 
     @classmethod
     def of(cls, blob: bytes) -> CrewManifest:
-        return cls(manifests(*unpack_crew(blob)))
+        crew, policies = unpack_crew(blob)
+        draws = [draw.modules for draw in crew.draws]
+        agents = {module.id: acts_for(i, crew.agents, draws) for i, module in enumerate(crew.modules)}
+        return cls(manifests(crew, policies), agents)
+
+
+def acts_for(module: int, agents: Sequence[AgentId], draws: Sequence[Sequence[int]]) -> list[AgentId]:
+    """The agents that the module of this index may act for."""
+    return [agent for i, agent in enumerate(agents) if any(draw[i] == module for draw in draws)]
 
 
 def crew_of(config: AlgorithmConfig, module: MultiRLModule) -> bytes:
@@ -56,7 +63,7 @@ def crew_of(config: AlgorithmConfig, module: MultiRLModule) -> bytes:
     exported a warning says why, and that simulators have to ask. Raises `PolicyError`, with the module's name, for one
     that runners can't act by either, and `SettingsError`, with the agent's, for a mapping that
     names no module."""
-    check_connectors(config)
+    flattenings = check_agents_connectors(config)
     observation_spaces, action_spaces = agents_of(config)
     agents = list(observation_spaces)
     ids = sorted(map(str, module.keys()))
@@ -66,7 +73,8 @@ def crew_of(config: AlgorithmConfig, module: MultiRLModule) -> bytes:
     places: dict[bytes, int] = {}
     modules = []
     for name in ids:
-        blob = _export(config, module, name, _spaces_of(name, draws, ids, agents, observation_spaces, action_spaces))
+        mine = acts_for(ids.index(name), agents, [draw.modules for draw in draws])
+        blob = _export(config, module, name, _spaces_of(name, mine, observation_spaces, action_spaces, flattenings))
         modules.append(CrewModule(name, places.setdefault(blob, len(places)), is_trained(config, name)))
         if len(blobs) < len(places):
             blobs.append(blob)
@@ -84,18 +92,11 @@ def check_multi_agent(config: AlgorithmConfig) -> None:
         raise SettingsError(
             "evaluation with several agents can't go through the broker yet: remove config.evaluation(...)"
         )
-    if config._env_to_module_connector is not None or config._module_to_env_connector is not None:
-        raise SettingsError(
-            "connectors of one's own with several agents can't go through the broker yet: remove config.env_runners("
-            "env_to_module_connector=..., module_to_env_connector=...), and do their work in the environment"
-        )
     if config.count_steps_by != "env_steps":
         raise SettingsError(
             f"count_steps_by={config.count_steps_by!r}: what is on its way is bounded in env steps; leave it at "
             f"'env_steps', and give the batch so many"
         )
-    if (config.model_config or {}).get("use_lstm"):
-        raise SettingsError("recurrent policies of several agents can't act through the broker yet: no use_lstm")
     check_module_ids(sorted(map(str, config.policies)))
 
 
@@ -187,34 +188,43 @@ def ask_mapping(
     return [Draw(count, draw) for draw, count in counts.items()], failures
 
 
+class _Sees(NamedTuple):
+    """What a module's agents see and do, and what is done to their observations before it sees them."""
+
+    observation_space: gym.Space[Any]
+    action_space: gym.Space[Any]
+    flattening: Flattening | None = None
+
+
 def _spaces_of(
     module: str,
-    draws: Sequence[Draw],
-    ids: Sequence[str],
     agents: Sequence[AgentId],
     observation_spaces: Mapping[AgentId, gym.Space[Any]],
     action_spaces: Mapping[AgentId, gym.Space[Any]],
-) -> tuple[gym.Space[Any], gym.Space[Any]] | None:
-    """Those of the agents that it may act for; None where there is none. Raises `SettingsError` where they differ."""
-    index = ids.index(module)
-    mine = [agent for i, agent in enumerate(agents) if any(draw.modules[i] == index for draw in draws)]
-    for agent in mine[1:]:
-        if (observation_spaces[agent], action_spaces[agent]) != (observation_spaces[mine[0]], action_spaces[mine[0]]):
+    flattenings: Mapping[AgentId, Flattening],
+) -> _Sees | None:
+    """Of the agents that it may act for; None where there is none. Raises `SettingsError` where they differ."""
+    for agent in agents[1:]:
+        first = agents[0]
+        if (observation_spaces[agent], action_spaces[agent]) != (observation_spaces[first], action_spaces[first]):
             raise SettingsError(
-                f"the policy '{module}' acts for the agents {mine[0]!r} and {agent!r}, whose spaces differ: give them "
+                f"the policy '{module}' acts for the agents {first!r} and {agent!r}, whose spaces differ: give them "
                 f"policies of their own"
             )
-    return (observation_spaces[mine[0]], action_spaces[mine[0]]) if mine else None
+    if not agents:
+        return None
+    agent = agents[0]
+    return _Sees(observation_spaces[agent], action_spaces[agent], flattenings.get(agent))
 
 
 def _export(
     config: AlgorithmConfig,
     module: MultiRLModule,
     name: str,
-    spaces: tuple[gym.Space[Any], gym.Space[Any]] | None,
+    sees: _Sees | None,
 ) -> bytes:
     single = module[name]
-    observation_space, action_space = spaces or (single.observation_space, single.action_space)
+    observation_space, action_space, flattening = sees or _Sees(single.observation_space, single.action_space)
     try:
         blob = export_policy(
             single,
@@ -224,16 +234,13 @@ def _export(
             clip_actions=bool(config.clip_actions),
             explores=explores(config)[0],
             evaluation_explores=explores(config)[1],
+            flattening=flattening,
         )
     except PolicyError as error:
-        blob = _remote_policy(config, single, observation_space, action_space, f"the policy '{name}': {error}")
+        why = f"the policy '{name}': {error}"
+        blob = _remote_policy(config, single, observation_space, action_space, flattening, why)
         logger.warning("simulators have to ask for the actions of this policy: the policy '%s': %s", name, error)
         return blob
-    if unpack_policy(blob)[0].state:
-        raise PolicyError(
-            f"the policy '{name}' is recurrent, and those of several agents can't be yet: give the agent what it must "
-            f"remember in its observations (stacked frames, say)"
-        )
     return blob
 
 
@@ -242,18 +249,17 @@ def _remote_policy(
     module: RLModule,
     observation_space: gym.Space[Any],
     action_space: gym.Space[Any],
+    flattening: Flattening | None,
     why: str,
 ) -> bytes:
     """The blob of a module that runners alone act by. Raises `PolicyError`, with `why` it can't be exported, where they
     can't either."""
-    if module.is_stateful():
-        raise PolicyError(why)
     try:
         manifest = remote_manifest(
             module, observation_space, action_space, why, action_dist_inputs=1, evaluation_explores=explores(config)[1]
         )
         normalize, clip = bool(config.normalize_actions), bool(config.clip_actions)
-        actor = ModuleActor(module, manifest, action_space, normalize, clip)
+        actor = ModuleActor(module, manifest, action_space, normalize, clip, flattening=flattening)
         tried = actor.act(np.zeros((2, *actor.shape), actor.dtype), explore=True)
     except Exception as error:  # a user's module
         text = f"{why}; and runners can't act by it: {type(error).__name__}: {error}"

@@ -26,6 +26,8 @@ from ray.rllib.utils.typing import ResultDict, StateDict
 
 from rllink_zmq.messages import FRAGMENT, AgentId
 from rllink_zmq.rllib.export import weights_body
+from rllink_zmq.rllib.export_connectors import check_agents_connectors
+from rllink_zmq.rllib.flattening import Flattening
 from rllink_zmq.rllib.link import RunnerLink
 from rllink_zmq.rllib.multi_agent_episodes import AgentsFinished, MultiAgentEpisodeBuilder
 from rllink_zmq.rllib.multi_agent_policies import CrewManifest, agents_of, is_trained
@@ -51,10 +53,20 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
         observation, action = self._env_to_module.observation_space, self._env_to_module.action_space
         return {module: (observation[module], action[module]) for module in observation.spaces}
 
+    def _make_pipelines(self) -> None:
+        """None: whose observations are flattened is known without."""
+
     def _make_builder(self, connectors: Any) -> MultiAgentEpisodeBuilder:
         config = self.config
+        self._flattenings = check_agents_connectors(config)
         longest = float("inf") if config.in_evaluation else longest_chunk(config)
-        return MultiAgentEpisodeBuilder(*agents_of(config), self.module, config.policy_mapping_fn, longest)
+        return MultiAgentEpisodeBuilder(
+            *agents_of(config), self.module, config.policy_mapping_fn, longest, self._flattenings
+        )
+
+    def _flattening_for(self, agents: Sequence[AgentId]) -> Flattening | None:
+        """What is done to the observations of agents that one module acts for: the same for all of them."""
+        return self._flattenings.get(agents[0]) if agents else None
 
     # ---- weights
 
@@ -97,9 +109,12 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
         normalize, clip = bool(config.normalize_actions), bool(config.clip_actions)
         try:
             actors = {
-                name: ModuleActor(multi[name], about, multi[name].action_space, normalize, clip, self._device)
+                name: ModuleActor(
+                    multi[name], about, multi[name].action_space, normalize, clip, self._device,
+                    flattening=self._flattening_for(manifest.agents[name]),
+                )
                 for name, about in manifest.modules.items()
-            }
+            }  # fmt: skip
         except Exception as e:  # a module of the user's that can't be copied, say
             logger.warning("runner %s computes no single actions: %s: %s", self.worker_index, type(e).__name__, e)
             return

@@ -145,15 +145,12 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self._manifest: PolicyManifest | None = None
         self._run = ""
         evaluates = self.config.in_evaluation  # nothing is cut into rows then, and the audit is of what is trained on
-        self._pipelines: Pipelines | None = None
+        self._pipelines = self._make_pipelines()
         self._rules = sampling_rules(self.config, self.num_workers, self.worker_index or 0)
         self._filters = Filters(min(trainer_terms(self.config).lag_limit + 2, FILTERS_KEPT))
         self._connectors = b""
         connectors = None
-        if has_own_connectors(self.config):
-            self._pipelines = Pipelines(
-                self.config, module=self.module, learns=None if evaluates else self._env_to_module
-            )
+        if self._pipelines is not None:
             self._connectors = state_bytes(self._env_to_module)
             connectors = FragmentConnectors(self._pipelines, None if evaluates else self._filters)
         self._builder = self._make_builder(connectors)
@@ -169,6 +166,13 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
     def _module_spaces(self) -> dict[str, tuple[gym.Space[Any], gym.Space[Any]]]:
         """Of each module: behind the env-to-module connectors."""
         return {DEFAULT_MODULE_ID: (self._env_to_module.observation_space, self.config.action_space)}
+
+    def _make_pipelines(self) -> Pipelines | None:
+        """The user's connectors, if there are any."""
+        if not has_own_connectors(self.config):
+            return None
+        learns = None if self.config.in_evaluation else self._env_to_module
+        return Pipelines(self.config, module=self.module, learns=learns)
 
     def _make_builder(self, connectors: FragmentConnectors | None) -> Any:
         config, evaluates = self.config, self.config.in_evaluation

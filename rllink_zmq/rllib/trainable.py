@@ -16,27 +16,46 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.dqn.dqn import DQNConfig
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 
-from rllink_zmq.errors import SpaceError
+from rllink_zmq.errors import PolicyError, SettingsError, SpaceError
 from rllink_zmq.packing import children
-from rllink_zmq.rllib.export_connectors import pieces
+from rllink_zmq.rllib.export_connectors import check_agents_connectors, pieces
 
 FLATTEN = (
     "add RLlib's FlattenObservations: config.env_runners(env_to_module_connector=lambda env, spaces, device: "
-    "FlattenObservations())"
+    "FlattenObservations()), with multi_agent=True where there are several agents"
 )
 
 
 def check_trainable(config: AlgorithmConfig) -> None:
-    """Raises `SpaceError`, with the part's name, for spaces in `config` that RLlib's own models can't be trained on."""
+    """Raises `SpaceError`, with the part's name, for spaces in `config` that RLlib's own models can't be trained on;
+    with the agent's, where there are several, and `SettingsError` for connectors that don't go with them."""
     observations, actions = config.observation_space, config.action_space
+    made = config._env_to_module_connector
+    if config.is_multi_agent:
+        try:
+            flattenings = check_agents_connectors(config)
+        except PolicyError as error:
+            raise SettingsError(str(error)) from None
+        for agent in observations.spaces if config._rl_module_spec is None else ():
+            try:
+                _check(config, observations[agent], actions[agent], True, agent in flattenings)
+            except SpaceError as error:
+                raise SpaceError(f"agent {agent!r}: {error}") from None
+        return
     if config._rl_module_spec is not None:
         return
-    made = config._env_to_module_connector
     flattens = False
     if made is not None:
         spaces = {INPUT_ENV_SINGLE_SPACES: (observations, actions)}
         flattens = pieces(made, (None, spaces, None)) == "FlattenObservations"
-    if made is None or flattens:
+    _check(config, observations, actions, made is None or flattens, flattens)
+
+
+def _check(
+    config: AlgorithmConfig, observations: gym.Space[Any], actions: gym.Space[Any], as_they_are: bool, flattens: bool
+) -> None:
+    """`as_they_are`: nothing but FlattenObservations is before the module, if it `flattens`."""
+    if as_they_are:
         reason = flattened_misfit(observations) if flattens else observation_misfit(observations)
         if reason:
             raise SpaceError(f"RLlib can't train on these observations: {reason}")

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
-from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.metrics import (
@@ -79,11 +79,10 @@ class Trainer:
         self._thread = ConnectionThread(Connection(self.session, self.settings.broker), _no_step, "rllink-trainer")
         self._thread.start()
         self._await_welcome()
-        if self.manifest.state:
-            send_what_acts(algorithm.learner_group, [weight.name for weight in self.manifest.weights])
+        recurrent = self._send_what_acts()
         self._first = self._learned()
         # What RLlib gave the runners when it made them may lack a part that acts.
-        given = self._first if self.manifest.state else None
+        given = self._first if recurrent else None
         self._tell(None, given)
         self._tell_evaluators(None, given)
         self.pool.start()
@@ -133,6 +132,15 @@ class Trainer:
             self._thread.join(pause)
             if not self._thread.is_alive():
                 raise RllinkError(f"the connection to the broker at {self.settings.broker} could not be opened")
+
+    def _send_what_acts(self) -> frozenset[str]:
+        """Have the learners give runners all that recurrent modules act by. Returns the ids of these."""
+        manifest = self.manifest
+        modules = manifest.modules if isinstance(manifest, CrewManifest) else {DEFAULT_MODULE_ID: manifest}
+        recurrent = {name: about for name, about in modules.items() if about.state}
+        for name, about in recurrent.items():
+            send_what_acts(self._owner.learner_group, [weight.name for weight in about.weights], name)
+        return frozenset(recurrent)
 
     def _learned(self) -> dict[str, Any]:
         """The learner's weights, as a state of runners. Of RLlib's main thread alone: learners may be learning."""
@@ -268,8 +276,9 @@ class Trainer:
     def recast(self) -> None:
         """Policies were added or removed, or agents are mapped to others: the run goes on, and what is on its way
         stays. Where a policy comes back under an id that this run has had, a new run begins: version numbers must not
-        mean two things. Raises `PolicyError` for a module that can't be exported, `SettingsError` for a mapping or an
-        id that can't be used: simulators go on with what they have."""
+        mean two things; and where a recurrent one comes, of which RLlib has given runners a part. Raises `PolicyError`
+        for a module that can't be exported, `SettingsError` for a mapping or an id that can't be used: simulators go
+        on with what they have."""
         before = self.manifest.modules
         spaces, blob, manifest = _offered(self._owner)
         if policy_hash(blob) == self._policy:
@@ -280,7 +289,7 @@ class Trainer:
         come = manifest.modules.keys() - before.keys()
         others = any(about != before[name] for name, about in manifest.modules.items() if name in before)
         self.session.blob = blob
-        if others or come & self._modules:
+        if others or come & (self._modules | self._send_what_acts()):
             self._modules = frozenset()
             self.begin_run()
         else:
