@@ -192,7 +192,9 @@ def _reached(fragments: Mapping[Key, _Fragment], learners: Iterable[set[Key]]) -
 def _coverage(fragment: _Fragment) -> str:
     """'none', 'once', 'part' or 'twice': how often its steps entered a batch."""
     if not fragment.entered:
-        return "none"
+        # Of several agents it may have no step that is complete: there is nothing to train on.
+        nothing = not fragment.steps and fragment.handed and fragment.outcome == DELIVERED
+        return "once" if nothing else "none"
     at, twice, gap = 0, False, False
     for first, steps in sorted(fragment.entered):
         twice |= first < at

@@ -80,9 +80,7 @@ def connect(
         layout = layout_of_spaces(observation_space, action_space)
     elif observation_space is not None or action_space is not None:
         raise SpaceError("expected both observation_space and action_space or neither, got one of them")
-    log_of_audit = None if audit is None else Log.shared(audit, "simulator")
-    if log_of_audit is not None:
-        log_of_audit.open()
+    told = log_of_audit(audit)
     session = SimulatorSession(
         os.urandom(16),
         name=name if name is not None else f"{socket.gethostname()}/{os.getpid()}",
@@ -91,9 +89,17 @@ def connect(
         episodes=episodes,
     )
     reader = PolicyReader.join(address, threads, seed)
-    client = Client(Flow(Connection(session, address), session, reader, layout, log_of_audit))
-    client.flow.compresses = compression is not None
-    return opened(client, on_backpressure, inference, timeout)
+    client = Client(Flow(Connection(session, address), session, reader, layout, told))
+    return opened(client, on_backpressure, inference, timeout, compression)
+
+
+def log_of_audit(directory: str | os.PathLike[str] | None) -> Log | None:
+    """This process's, in this directory; None without one. Raises SettingsError where it can't be made."""
+    if directory is None:
+        return None
+    log = Log.shared(directory, "simulator")
+    log.open()
+    return log
 
 
 def check_choices(on_backpressure: str, inference: str) -> None:
@@ -116,9 +122,12 @@ class HasFlow(Protocol):
 C = TypeVar("C", bound=HasFlow)
 
 
-def opened(client: C, on_backpressure: Backpressure, inference: Inference, timeout: float | None) -> C:
+def opened(
+    client: C, on_backpressure: Backpressure, inference: Inference, timeout: float | None, compression: str | None
+) -> C:
     """`client`, once the broker has said WELCOME; closed if that fails. See `connect`."""
     client.flow.drops = on_backpressure == "drop"
+    client.flow.compresses = compression is not None
     client.flow.may_ask = inference == "auto"
     try:
         client.flow.open(timeout)

@@ -18,12 +18,13 @@ import numpy as np
 
 from rllink_zmq import __version__
 from rllink_zmq.audit import Log
-from rllink_zmq.client import Backpressure, Client, Inference, Stats, check_choices, opened
+from rllink_zmq.client import Backpressure, Client, Inference, Stats, check_choices, log_of_audit, opened
 from rllink_zmq.client_agents_policy import AgentsReader
 from rllink_zmq.client_agents_remote import PendingAgents, RemoteAgents
 from rllink_zmq.client_episode import explores
 from rllink_zmq.client_flow import Flow
 from rllink_zmq.client_remote import Pairs
+from rllink_zmq.compression import Compression, check_compression
 from rllink_zmq.errors import EpisodeError
 from rllink_zmq.fragments import Kind, Layout, Origin
 from rllink_zmq.fragments_agents import ALL, AgentsBuilder, AgentsOrigin, Turn
@@ -44,7 +45,9 @@ def connect_agents(
     seed: int | None = None,
     on_backpressure: Backpressure = "pause",
     inference: Inference = "local",
+    compression: Compression | None = None,
     timeout: float | None = 5.0,
+    audit: str | os.PathLike[str] | None = None,
 ) -> AgentsClient:
     """`connect` for a simulator of several agents.
 
@@ -56,7 +59,9 @@ def connect_agents(
     """
     parse_address(address)
     check_choices(on_backpressure, inference)
+    check_compression(compression)
     spaces = agents_to_wire(observation_spaces, action_spaces)
+    told = log_of_audit(audit)
     session = SimulatorSession(
         os.urandom(16),
         name=name if name is not None else f"{socket.gethostname()}/{os.getpid()}",
@@ -65,8 +70,9 @@ def connect_agents(
     )
     reader = AgentsReader.join(address, threads, seed)
     reader.admit(spaces.agents)
-    client = AgentsClient(AgentsFlow(Connection(session, address), session, reader, spaces.agents), spaces.agents)
-    return opened(client, on_backpressure, inference, timeout)
+    flow = AgentsFlow(Connection(session, address), session, reader, spaces.agents, told)
+    client = AgentsClient(flow, spaces.agents)
+    return opened(client, on_backpressure, inference, timeout, compression)
 
 
 class AgentsFlow(Flow):

@@ -401,7 +401,7 @@ class Flow:
             return
         number, now = self._send(builder, cut, end, *to_buffers(cut.arrays))
         if self.audit is not None:
-            self.audit.sent(self.session.session, number, cut.steps, cut.origin.run, cut.origin.version)
+            self.audit.sent(self.session.session, number, cut.learned, cut.origin.run, cut.origin.version)
         if now >= self._sent_at + LOOK_INTERVAL:
             # Else the next look sends it, with others: waking libzmq's thread costs more than the message.
             self._sent_at = now

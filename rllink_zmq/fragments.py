@@ -136,6 +136,11 @@ class Cut(NamedTuple):
     modules: dict[str, int] | None = None
     agents: tuple[AgentRows, ...] = ()
 
+    @property
+    def learned(self) -> int:
+        """Steps that a learner gets: of several agents each one's own."""
+        return self.steps if self.modules is None else sum(rows.steps for rows in self.agents)
+
 
 class FragmentBuilder:
     """Builds the fragments of one episode, one after the other.

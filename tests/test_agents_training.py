@@ -17,6 +17,8 @@ from processes import REAL_RAY, ROOT
 
 from broker.server import Server
 from rllink_zmq import connect_agents, drive_agents
+from rllink_zmq.audit import read
+from rllink_zmq.audit_judge import judge
 from rllink_zmq.client import Inference
 from rllink_zmq.drive_loops_agents import agents_env
 from rllink_zmq.errors import SettingsError
@@ -30,7 +32,9 @@ sys.path.append(str(ROOT / "examples"))
 
 
 @contextmanager
-def simulators(server: Server, *make: Callable[[], Any], inference: Inference = "local") -> Iterator[None]:
+def simulators(
+    server: Server, *make: Callable[[], Any], inference: Inference = "local", **options: Any
+) -> Iterator[None]:
     """One for each of these, in a thread of its own."""
     stop = threading.Event()
     failed: list[BaseException] = []
@@ -44,6 +48,7 @@ def simulators(server: Server, *make: Callable[[], Any], inference: Inference = 
                 action_spaces=agents.action_spaces,
                 seed=i,
                 inference=inference,
+                **options,
             ) as client:
                 drive_agents(client, env, seed=i, stop=stop.is_set)
         except BaseException as e:
@@ -196,9 +201,11 @@ def test_runners_act_for_several_agents(cluster: None, server: Server, built: li
         assert not dropped.keys() - {"stale"}, dropped
 
 
-def test_agents_that_remember_and_see_several_parts(cluster: None, server: Server, built: list[Algorithm]) -> None:
+def test_agents_that_remember_and_see_several_parts(
+    cluster: None, server: Server, built: list[Algorithm], tmp_path: Path
+) -> None:
     """One policy is recurrent, the other one not; one simulator acts by itself, the other one asks. An action that is
-    none of the space ends a simulator."""
+    none of the space ends a simulator. An audit finds every promise kept."""
     import parted_env
     from ray.rllib.algorithms.ppo import PPOConfig
     from ray.rllib.connectors.env_to_module import FlattenObservations
@@ -231,20 +238,29 @@ def test_agents_that_remember_and_see_several_parts(cluster: None, server: Serve
     def one() -> Any:
         return make({"num_agents": 2})
 
-    with simulators(server, one), simulators(server, one, inference="remote"):
-        algorithm = build(config, server)
+    audit = {"audit": tmp_path / "logs"}
+    with simulators(server, one, **audit), simulators(server, one, inference="remote", compression="zstd", **audit):
+        algorithm = build(config, server, **audit)
         built.append(algorithm)
         first = algorithm.train()["env_runners"]["module_episode_returns_mean"]
-        for _ in range(25):
+        returns = [first]
+        while len(returns) < 25:
             result = algorithm.train()
-            last = result["env_runners"]["module_episode_returns_mean"]
-            if min(last[name] - first[name] for name in first) > 3.0:
+            returns.append(result["env_runners"]["module_episode_returns_mean"])
+            if min(returns[-1][name] - first[name] for name in first) > 3.0:
                 break
-        assert min(last[name] - first[name] for name in ("one", "other")) > 3.0, (first, last)
+        assert min(returns[-1][name] - first[name] for name in ("one", "other")) > 3.0, returns
         acts = server.core.acts  # type: ignore[union-attr]
         assert acts["answered"] >= 100 and acts["refused"] == 0
         dropped = result["rllink"]["ledger"]["dropped"]
         assert not dropped.keys() - {"stale"}, dropped
+        algorithm.stop()
+        built.clear()
+    verdict = judge(read([tmp_path / "logs"]))
+    assert not any(verdict.broken.values()), verdict.broken
+    fragments, steps = verdict.used
+    trained = len(returns) * 2 * 400
+    assert fragments >= 40 and trained * 0.5 < steps < trained * 2.0, "each agent's steps count"
 
 
 @pytest.mark.parametrize(

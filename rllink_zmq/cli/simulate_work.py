@@ -169,10 +169,7 @@ class Work:
     def _connect_agents(self, make: Callable[[], Any], host: str) -> None:
         """`connect` for an environment of several agents. Raises SettingsError for what those can't do."""
         plan = self._plan
-        for wanted, option in (
-            (plan.vector, "--vector"), (plan.evaluate, "--evaluate"), (plan.audit, "--audit"),
-            (plan.compression, "--compression"),
-        ):  # fmt: skip
+        for wanted, option in ((plan.vector, "--vector"), (plan.evaluate, "--evaluate")):
             if wanted:
                 raise SettingsError(f"--env {plan.env} has several agents, which can't go with {option} yet")
         for i in range(plan.first, plan.first + plan.number):
@@ -185,7 +182,9 @@ class Work:
                 seed=None if plan.seed is None else plan.seed + plan.first,
                 on_backpressure=plan.on_backpressure,
                 inference=plan.inference,
+                compression=plan.compression,
                 timeout=None,
+                audit=plan.audit,
             )
             self._agents.append((client, env))
 

@@ -82,8 +82,6 @@ def attach(
     style = style_of(config)
     _refuse_unsupported(config)
     folder = "" if audit is None else str(Path(audit).expanduser().absolute())
-    if folder and config.is_multi_agent:
-        raise SettingsError("an audit of several agents isn't possible yet: attach() without audit=...")
     if folder and style == "exact":
         raise SettingsError(
             "audit: a replay buffer trains on a step as often as it draws it, and an audit proves that each was "

@@ -20,9 +20,11 @@ from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from rllink_zmq.arrays import Buffer, to_buffers
+from rllink_zmq.audit import Log
 from rllink_zmq.compression import arrays_of
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT, STATE_IN, AgentId, AgentRows
+from rllink_zmq.rllib.audit import COLUMN, names
 from rllink_zmq.rllib.collector import collector_paused
 from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal, chunks_of
 from rllink_zmq.rllib.flattening import FlattenedFragments, Flattening
@@ -69,8 +71,8 @@ class _Place(NamedTuple):
 
 class MultiAgentEpisodeBuilder:
     """Builds chunks for one runner. The spaces are those of each agent; `modules`: all that there are, by id.
-    `longest`: as of `EpisodeBuilder`. `flattenings`: what is done to observations, of agents that it is done to.
-    `dist_inputs`: of each module, how many numbers a row of that column has."""
+    `longest`, `audit`: as of `EpisodeBuilder`. `flattenings`: what is done to observations, of agents that it is done
+    to. `dist_inputs`: of each module, how many numbers a row of that column has."""
 
     def __init__(
         self,
@@ -80,11 +82,13 @@ class MultiAgentEpisodeBuilder:
         mapping: Callable[..., str],
         longest: float = float("inf"),
         flattenings: Mapping[AgentId, Flattening] | None = None,
+        audit: Log | None = None,
     ) -> None:
         self.observation_spaces = dict(observation_spaces)
         self.action_spaces = dict(action_spaces)
         self.module = module
         self.longest = longest
+        self.audit = audit
         self.dist_inputs: Mapping[str, int] = {}
         self._mapping = mapping
         self._connectors = {agent: FlattenedFragments(each) for agent, each in (flattenings or {}).items()}
@@ -112,7 +116,15 @@ class MultiAgentEpisodeBuilder:
 
     def join(self, pieces: Iterable[AgentsPiece]) -> list[AgentsBuilt]:
         """Chunks of what was checked before, in the order of their first pieces."""
-        return [self._chunk(chunk) for chunk in chunks_of(pieces, self._continues)]
+        chunks = chunks_of(pieces, self._continues)
+        built = [self._chunk(chunk) for chunk in chunks]
+        if self.audit is not None:
+            self.audit.handed(
+                (piece.message.session, piece.message.number, sum(rows.steps for rows in piece.message.agents))
+                for chunk in chunks
+                for piece in chunk
+            )
+        return built
 
     def forget(self) -> None:
         """RLlib may lack what it was given: no episode goes on under its id."""
@@ -136,6 +148,7 @@ class MultiAgentEpisodeBuilder:
                 )
         agents: dict[AgentId, tuple[AgentRows, Piece, NDArray[np.int64]]] = {}
         at: dict[str, tuple[int, int]] = {}
+        named = names(message.session, message.number, sum(rows.steps for rows in message.agents))
         for rows in message.agents:
             if rows.agent not in self.observation_spaces:
                 raise ProtocolError(
@@ -146,7 +159,10 @@ class MultiAgentEpisodeBuilder:
             at[rows.module] = (first + rows.steps, before + 1)
             if not rows.steps:
                 raise ProtocolError(f"agent {rows.agent!r} has no steps in a fragment that lists it")
-            agents[rows.agent] = (rows, *self._check_agent(message, rows, arrays, first, before))
+            piece, times = self._check_agent(message, rows, arrays, first, before)
+            if self.audit is not None:
+                piece.outputs[COLUMN], named = named[: rows.steps], named[rows.steps :]
+            agents[rows.agent] = rows, piece, times
         return AgentsPiece(message, agents)
 
     def _check_agent(

@@ -25,6 +25,7 @@ from ray.rllib.utils.metrics import (
 from ray.rllib.utils.typing import ResultDict, StateDict
 
 from rllink_zmq.messages import FRAGMENT, AgentId
+from rllink_zmq.rllib.audit import runner_log
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.export_connectors import check_agents_connectors
 from rllink_zmq.rllib.flattening import Flattening
@@ -61,8 +62,9 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
         self._flattenings = check_agents_connectors(config)
         longest = float("inf") if config.in_evaluation else longest_chunk(config)
         return MultiAgentEpisodeBuilder(
-            *agents_of(config), self.module, config.policy_mapping_fn, longest, self._flattenings
-        )
+            *agents_of(config), self.module, config.policy_mapping_fn, longest, self._flattenings,
+            None if config.in_evaluation else runner_log(self.settings.audit),
+        )  # fmt: skip
 
     def _flattening_for(self, agents: Sequence[AgentId]) -> Flattening | None:
         """What is done to the observations of agents that one module acts for: the same for all of them."""
