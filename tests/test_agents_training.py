@@ -214,8 +214,8 @@ def test_agents_that_remember_and_see_several_parts(
     from ray.rllib.env.multi_agent_env import make_multi_agent
 
     make = make_multi_agent("Parted-v0")
-    model = {"fcnet_hiddens": [32]}
-    lstm = model | {"use_lstm": True, "lstm_cell_size": 16, "max_seq_len": 5, "vf_share_layers": False}
+    model = {"fcnet_hiddens": [16]}
+    lstm = model | {"use_lstm": True, "lstm_cell_size": 8, "max_seq_len": 5, "vf_share_layers": False}
     config = (
         PPOConfig()
         .environment(
@@ -227,7 +227,7 @@ def test_agents_that_remember_and_see_several_parts(
             num_env_runners=1,
             env_to_module_connector=lambda env, spaces, device: FlattenObservations(multi_agent=True),
         )
-        .training(train_batch_size_per_learner=400, minibatch_size=100, num_epochs=6, lr=5e-3)
+        .training(train_batch_size_per_learner=400, minibatch_size=200, num_epochs=4, lr=1e-2)
         .rl_module(
             rl_module_spec=MultiRLModuleSpec(
                 rl_module_specs={"one": RLModuleSpec(model_config=lstm), "other": RLModuleSpec(model_config=model)}
@@ -247,19 +247,30 @@ def test_agents_that_remember_and_see_several_parts(
         while len(returns) < 25:
             result = algorithm.train()
             returns.append(result["env_runners"]["module_episode_returns_mean"])
-            if min(returns[-1][name] - first[name] for name in first) > 3.0:
+            if min(returns[-1][name] - first[name] for name in first) > 2.0:
                 break
-        assert min(returns[-1][name] - first[name] for name in ("one", "other")) > 3.0, returns
+        assert min(returns[-1][name] - first[name] for name in ("one", "other")) > 2.0, returns
         acts = server.core.acts  # type: ignore[union-attr]
         assert acts["answered"] >= 100 and acts["refused"] == 0
         dropped = result["rllink"]["ledger"]["dropped"]
         assert not dropped.keys() - {"stale"}, dropped
+        # A recurrent policy that comes later: RLlib has given runners a part of it, and a new run begins.
+        run = algorithm.rllink_trainer.run
+        algorithm.add_module(
+            "later", RLModuleSpec.from_module(algorithm.get_module("one")),
+            new_agent_to_module_mapping_fn=lambda agent, *_, **__: ("one", "later")[agent],
+        )  # fmt: skip
+        assert algorithm.rllink_trainer.run > run
+        for _ in range(3):
+            result = algorithm.train()
+        assert result["env_runners"]["num_module_steps_sampled"].keys() >= {"one", "later"}
+        assert server.core.module_versions["later"] > 0  # type: ignore[union-attr]
         algorithm.stop()
         built.clear()
     verdict = judge(read([tmp_path / "logs"]))
     assert not any(verdict.broken.values()), verdict.broken
     fragments, steps = verdict.used
-    trained = len(returns) * 2 * 400
+    trained = (len(returns) + 3) * 2 * 400
     assert fragments >= 40 and trained * 0.5 < steps < trained * 2.0, "each agent's steps count"
 
 

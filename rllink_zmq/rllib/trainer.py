@@ -287,9 +287,14 @@ class Trainer:
         self._module_specs = self._owner.config.rl_module_spec
         self._policy, self._policy_bytes = policy_hash(blob), len(blob)
         come = manifest.modules.keys() - before.keys()
-        others = any(about != before[name] for name, about in manifest.modules.items() if name in before)
+        others = any(
+            about != before[name]
+            for name, about in manifest.modules.items()
+            if name in before and manifest.agents[name]
+        )
+        recurrent = come & self._send_what_acts()
         self.session.blob = blob
-        if others or come & (self._modules | self._send_what_acts()):
+        if others or recurrent or come & self._modules:
             self._modules = frozenset()
             self.begin_run()
         else:
