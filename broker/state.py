@@ -17,6 +17,10 @@ from .modules import Module
 from .peers import Peer, Reader, Request, Runner, Service, Simulator, Trainer
 from .settings import Settings
 
+WHOLE_STEPS = 64
+"""In rounds an episode's share of what may be ahead is one fragment up to this length, and two above it: a fragment
+costs every process on its way as much as some tens of steps."""
+
 
 class BrokerState:
     """One broker epoch. `epoch`: 8 random bytes; `weights_address`: where simulators find PUB."""
@@ -155,7 +159,8 @@ class BrokerState:
             # What the round still wants. Before its weights are to be had, its steps would be by those from before.
             ahead = max(ahead, trainer.hello.quota - self.round_steps)
         if not trainer.hello.lease_steps:
-            length = max(1, min(longest, ahead // (2 * n)))
+            whole = min(ahead // n, WHOLE_STEPS) if self.rounds else 0
+            length = max(1, min(longest, max(ahead // (2 * n), whole)))
             return sim.taken_steps + max(length, ahead // n) * sim.episodes, length
         # Each runner waits for its own share, and all for the last: one of the largest fragments for each.
         parts = self._runners_wanted() + 1

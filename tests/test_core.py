@@ -680,6 +680,18 @@ def test_the_steps_ahead_are_shared(bench: Bench, simulators: int, length: int, 
     assert (welcome.fragment_steps, welcome.steps_limit) == (length, ahead_each)
 
 
+@pytest.mark.parametrize(
+    ("simulators", "length", "ahead_each"),
+    [(1, 200, 2000), (4, 200, 500), (10, 100, 200), (25, 64, 80), (100, 20, 20), (400, 5, 5), (5000, 1, 1)],
+)
+def test_in_rounds_a_short_share_is_one_fragment(bench: Bench, simulators: int, length: int, ahead_each: int) -> None:
+    bench.trainer(quota=1000, lag_limit=2, steps_ahead=2000, fragment_steps=200, rounds=True)
+    for n in range(simulators - 1):
+        bench.simulator(f"s{n}")
+    welcome = bench.simulator("s")
+    assert (welcome.fragment_steps, welcome.steps_limit) == (length, ahead_each)
+
+
 def test_a_simulator_of_many_episodes_has_the_share_of_each(bench: Bench) -> None:
     bench.trainer(quota=1000, lag_limit=2, steps_ahead=2000, fragment_steps=200)
     bench.simulator("s1", episodes=9)

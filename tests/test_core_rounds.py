@@ -41,9 +41,9 @@ def deliver(bench: Bench, name: str, number: int, steps: int, k: int) -> None:
 
 def test_a_round_has_room_for_what_it_wants(resting: Bench) -> None:
     welcome = resting.simulator("s1")
-    assert (welcome.steps_limit, welcome.fragment_steps, welcome.rounds) == (50, 25, True)
+    assert (welcome.steps_limit, welcome.fragment_steps, welcome.rounds) == (50, 50, True)
     deliver(resting, "s1", 1, 50, 1)
-    assert limits(resting) == {"s1": (50 + 25, 12)}, "half of what the round still wants"
+    assert limits(resting) == {"s1": (50 + 25, 25)}, "half of what the round still wants"
 
 
 def test_a_full_round_leaves_each_a_single_step(resting: Bench) -> None:
@@ -64,7 +64,7 @@ def test_the_next_round_has_room_once_its_weights_are_to_be_had(resting: Bench) 
     resting.send("r1", OFFER(resting.broker.run, 1, 17))
     assert resting.simulator("s3").steps_limit == 1
     resting.weights("r1", 1)
-    assert limits(resting) == {"s1": (83, 16), "s2": (83, 16), "s3": (33, 16)}
+    assert limits(resting) == {"s1": (83, 33), "s2": (83, 33), "s3": (33, 33)}
     assert resting.simulator("s1").fresh
 
 
@@ -74,7 +74,7 @@ def test_what_a_round_could_not_use_is_wanted_anew(resting: Bench) -> None:
     resting.tick(1.0)
     resting.returned("r1", 2, dropped("s2", 1, "late"))
     assert resting.broker.round_steps == 50
-    assert limits(resting) == {"s1": (75, 12), "s2": (75, 12)}
+    assert limits(resting) == {"s1": (75, 25), "s2": (75, 25)}
     assert resting.broker.taken_steps == 100
 
 
