@@ -55,6 +55,15 @@ class Chosen(NamedTuple):
     after: dict[str, NDArray[Any]]
     layout: Layout
 
+    def env_actions(self, answer: Answer) -> Any:
+        """What `env.step` wants, in rows: an array, or dicts and tuples of them. Raises PolicyError where that isn't
+        in the answer."""
+        packing = self.layout.env_actions
+        if packing is not None:
+            return packing.unpack(packed_for_env(answer.arrays, packing, len(self.actions)))
+        # A copy is the caller's own: the message's bytes can't be written.
+        return answer.arrays.get("env_actions", self.actions).copy()
+
 
 class Answer(NamedTuple):
     """What the service said: arrays by name, `rows` long each. Or an error's code and text."""
@@ -269,10 +278,7 @@ class PendingActions:
             if builder.fresh and before:
                 builder.remember([before[STATE_IN + name][i] for name in after])
             builder.act(actions[i], logps[i], dist_inputs[i], [array[i] for array in after.values()])
-        if layout.env_actions is not None:
-            return layout.env_actions.unpack(packed_for_env(answer.arrays, layout.env_actions, len(self._rows)))
-        # A copy is the caller's own: the message's bytes can't be written.
-        return answer.arrays.get("env_actions", actions).copy()
+        return chosen.env_actions(answer)
 
 
 def packed_for_env(arrays: dict[str, NDArray[Any]], packing: Packing, rows: int) -> NDArray[np.uint8]:

@@ -17,6 +17,7 @@ from rllink_zmq.client_flow import Flow
 from rllink_zmq.client_remote import Answer, Pairs, PendingActions, request
 from rllink_zmq.errors import EpisodeError
 from rllink_zmq.fragments_block import BlockBuilder
+from rllink_zmq.messages import STARTS, STATE_IN
 from rllink_zmq.policy_batch import BatchPolicy
 
 _now = time.monotonic
@@ -27,8 +28,9 @@ class Vector:
     """N worlds that are stepped together. Get one with `Client.vector`.
 
     For each step: `get_actions`, step the simulation, `log_step`. A world whose episode has ended begins the next one
-    with the observation that is given next, or rests until it has one. Policies with a memory, stacked frames and
-    observations or actions of several parts are refused: an episode for each world serves those.
+    with the observation that is given next, or rests until it has one. Observations and actions of several parts are
+    dicts and tuples of arrays, as Gymnasium's vector environments have them, with a row for each world in each array. A
+    policy that looks at earlier observations (stacked frames) is refused: an episode for each world serves it.
     """
 
     def __init__(self, flow: Flow, width: int) -> None:
@@ -46,24 +48,25 @@ class Vector:
         """(N,): the sum of all rewards so far of the episode that each world is in."""
         return self._block.returns.copy()
 
-    def get_actions(self, observations: Any, resting: Any = None) -> Array:
+    def get_actions(self, observations: Any, resting: Any = None) -> Any:
         """The policy's actions for `observations`, as the worlds want them: a row for each.
 
-        `observations`: (N, *shape). `resting`: (N,) bool, the worlds that only reset themselves with this step, as
-        Gymnasium's vector environments do in the mode NEXT_STEP: it is no step of an episode, and their action counts
-        nothing. Waits, and says why in the log every 5 s, while there is no policy or no room for another step. Raises
-        EpisodeError for what doesn't fit, and where the last step has not been logged; RefusedError.
+        `observations`: (N, *shape), or a structure of such arrays. `resting`: (N,) bool, the worlds that only reset
+        themselves with this step, as Gymnasium's vector environments do in the mode NEXT_STEP: it is no step of an
+        episode, and their action counts nothing. Waits, and says why in the log every 5 s, while there is no policy or
+        no room for another step. Raises EpisodeError for what doesn't fit, and where the last step has not been logged;
+        RefusedError.
         """
         flow, block = self._flow, self._block
         if flow.remote is not None:
-            return np.asarray(self.get_actions_async(observations, resting).results())
+            return self.get_actions_async(observations, resting).results()
         self._check("get_actions")
         block.rest(resting)
         while True:
             if not self.ready:
                 flow.prepare([(block, observations)], "acted", wait=True)
                 if flow.asks:
-                    return np.asarray(self.get_actions_async(observations, resting).results())
+                    return self.get_actions_async(observations, resting).results()
             reader = flow.reader
             with reader.lock:
                 policy = reader.policy
@@ -74,15 +77,14 @@ class Vector:
                     taken = _clock()
                     if self._batch is None or self._batch.policy is not policy:
                         self._batch = BatchPolicy(policy, self.width)
-                    acted = self._batch.act(rows)
+                    acted = self._batch.act(rows, block.memory)
                     chosen = _clock()
-                    block.act(acted.actions, acted.action_logp, acted.action_dist_inputs, _now())
+                    block.act(acted.actions, acted.action_logp, acted.action_dist_inputs, _now(), acted.state)
                     break
         if block.rows == 1:
             block.timings |= {"observation": taken - began, "inference": chosen - taken, "action": _clock() - chosen}
         flow.credit -= self.width
-        actions: Array = acted.env_actions
-        return actions
+        return acted.env_actions
 
     def get_actions_async(self, observations: Any, resting: Any = None) -> PendingActions:
         """Ask the service for the actions, in one request, and go on: `results()` of what is returned is what
@@ -128,7 +130,7 @@ class Vector:
         self, rewards: Any, terminated: Any, truncated: Any, last_observations: Any = None
     ) -> NDArray[np.float64]:
         """What the last actions led to: `rewards` (N,), `terminated` and `truncated` (N,) bool. Where an episode ended,
-        `last_observations`, (N, *shape), has its last observation; other rows aren't looked at, nor are those of
+        `last_observations`, as `observations`, has its last one; other rows aren't looked at, nor are those of
         worlds that rested. Returns the returns of the episodes that ended, in the order of their worlds.
 
         Raises EpisodeError for what doesn't fit (then nothing is logged), and where there was no action."""
@@ -181,10 +183,16 @@ class PendingColumns(PendingActions):
         ((block, observations),) = pairs
         assert isinstance(block, BlockBuilder)
         self._block = block
-        rows: Array = block.observe(observations)
-        return rows.copy()
+        rows: Array = block.observe(observations).copy()
+        layout = self._remote.layout
+        if layout is not None and layout.state and block.layout is layout and not block.fresh.all():
+            # Without these columns all begin.
+            self._beside = {STATE_IN + s.name: a for s, a in zip(layout.state, block.memory, strict=True)}
+            if block.fresh.any():
+                self._beside[STARTS] = block.fresh.copy()
+        return rows
 
-    def _adopt(self, answer: Answer) -> Array:
+    def _adopt(self, answer: Answer) -> Any:
         flow, block, chosen = self._flow, self._block, self._told(answer)
         if not block.steps or block.origin is not answer.origin or block.layout is not chosen.layout:
             # Other weights chose than those of the steps before, or these have left meanwhile.
@@ -193,5 +201,7 @@ class PendingColumns(PendingActions):
                 flow.cut(block, "no")
             block.begin(chosen.layout, "acted", answer.origin, flow.length(chosen.layout, "acted", block))
         block.observe(self._rows)
-        block.act(chosen.actions, chosen.logps, chosen.dist_inputs, _now())
-        return answer.arrays.get("env_actions", chosen.actions).copy()
+        if chosen.before:
+            block.remember([chosen.before[STATE_IN + name] for name in chosen.after])
+        block.act(chosen.actions, chosen.logps, chosen.dist_inputs, _now(), list(chosen.after.values()))
+        return chosen.env_actions(answer)

@@ -33,8 +33,8 @@ def drive_vector(
     training_enabled: bool = True,
 ) -> Summary:
     """Run a vector of environments, with one forward pass of the policy for all. `episodes` and `steps` are totals.
-    `tally`: counts that a caller wants to watch. What can't be done in columns (`Client.vector`: a policy with a memory
-    or stacked frames, observations of several parts, evaluation) is done with an episode for each environment.
+    `tally`: counts that a caller wants to watch. What can't be done in columns (`Client.vector`: a policy that stacks
+    frames, evaluation) is done with an episode for each environment.
     All of its episodes are trained on, or with `training_enabled=False` none: they are for evaluations, as in `drive`,
     and where they are left the environments are all reset.
 
@@ -109,10 +109,8 @@ class _Lane:
         self._training_enabled = training_enabled
         self._episodes_left = math.inf if episodes is None else episodes
         self._steps_left = math.inf if steps is None else steps
-        spaces = envs.single_observation_space, envs.single_action_space
-        flat = not any(isinstance(space, gym.spaces.Dict | gym.spaces.Tuple) for space in spaces)
         self._vector: _Columns | _Vector = (
-            _Columns(client, envs, self._mode, seed) if flat and training_enabled else self._of_episodes()
+            _Columns(client, envs, self._mode, seed) if training_enabled else self._of_episodes()
         )
 
     def _of_episodes(self) -> _Vector:
@@ -215,9 +213,9 @@ class _Columns:
         tally.steps += len(resting) - int(np.count_nonzero(resting))
         if ended.any():
             if self._mode is AutoresetMode.SAME_STEP:
-                last = np.array(observations)
-                for i in np.flatnonzero(ended):
-                    last[i] = infos["final_obs"][i]
+                last = _copied(observations)
+                for i in np.flatnonzero(ended).tolist():
+                    _put(last, i, _at(infos["final_obs"], i))
             tally.ended(*vector.log_step(rewards, terminated, truncated, last).tolist())
             if self._mode is AutoresetMode.DISABLED:
                 observations = self._envs.reset(options={"reset_mask": ended})[0]
@@ -371,13 +369,20 @@ def _blank_actions(space: gym.Space[Any], count: int) -> Any:
     return np.zeros((count, *(space.shape or ())), space.dtype)
 
 
-def _put(actions: Any, at: Sequence[int], some: Any) -> None:
-    """Write the actions of some environments."""
-    if isinstance(actions, dict | tuple):
-        for key in actions if isinstance(actions, dict) else range(len(actions)):
-            _put(actions[key], at, some[key])
+def _copied(batch: Any) -> Any:
+    """A batch as NumPy's arrays, which may be written."""
+    if isinstance(batch, dict):
+        return {key: _copied(inner) for key, inner in batch.items()}
+    return tuple(map(_copied, batch)) if isinstance(batch, tuple) else np.array(batch)
+
+
+def _put(batch: Any, at: Sequence[int] | int, some: Any) -> None:
+    """Write the rows of some environments, or one's, into an array, or dicts and tuples of them."""
+    if isinstance(batch, dict | tuple):
+        for key in batch if isinstance(batch, dict) else range(len(batch)):
+            _put(batch[key], at, some[key])
     else:
-        actions[at] = some
+        batch[at] = some
 
 
 def _at(observations: Any, i: int) -> Any:

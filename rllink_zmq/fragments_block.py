@@ -1,11 +1,14 @@
 """Fragments of many worlds that are stepped together: columns in, and pieces of all their episodes out.
 
 `FragmentBuilder`'s counterpart. Columns are arrays of (rows, worlds, ...), written a row a step without a loop over the
-worlds. A cut orders them by world, and says in segments which steps are whose.
+worlds. A cut orders them by world, and says in segments which steps are whose. Observations of several parts are
+packed for all worlds at once. A recurrent policy's memory is kept as observations are: a row for each world before each
+step, and that after an episode's last one apart, since the world's next episode begins in its place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any, NoReturn, cast
 
@@ -15,11 +18,13 @@ from numpy.typing import NDArray
 from rllink_zmq.arrays import Array
 from rllink_zmq.errors import EpisodeError, VectorError
 from rllink_zmq.fragments import FLOAT32_MAX, Cut, End, Kind, Layout, Origin
-from rllink_zmq.messages import MAX_SEGMENTS, Segment
+from rllink_zmq.messages import MAX_SEGMENTS, STATE_IN, Segment
+from rllink_zmq.packing import Packing
 
 BLOCK_STEPS = 1024
 """Env steps of a block, or one of each world: a learner's batch is larger than it asked for by a block at most."""
 
+_ndarray = np.ndarray
 _ENDS: tuple[End, ...] = ("no", "terminated", "truncated")
 
 
@@ -61,6 +66,10 @@ class BlockBuilder:
         self._steps_before = np.zeros(width, np.int64)
         self._return_before = np.zeros(width)
         self._next: Array | None = None
+        self.fresh = np.ones(width, bool)
+        """Of a recurrent policy: which worlds have no memory, since an episode begins with their next step."""
+        self._states: list[Array] = []
+        self._next_states: list[Array] = []
 
     # ---- a block
 
@@ -89,6 +98,7 @@ class BlockBuilder:
     def begin(self, layout: Layout, kind: Kind, origin: Origin, limit: int) -> None:
         """Start the next block, of at most `limit` >= 1 rows. Observations that ended the last one are kept."""
         refuse(layout)
+        self._begin_states(layout, limit)
         self.layout, self.kind, self.origin, self.limit = layout, kind, origin, limit
         self.step_bytes = self.bytes_of(layout, kind)
         width, obs, action = self.width, layout.obs, layout.action
@@ -102,7 +112,7 @@ class BlockBuilder:
         self._end = np.zeros((limit, width), np.uint8)
         self._acted_at = np.zeros(limit)
         self._logged_at = np.zeros(limit)
-        self._last: list[tuple[NDArray[np.int64], Array]] = []
+        self._last: list[tuple[NDArray[np.int64], list[Array]]] = []
         self._ended = 0
         self.rows = 0  # what there are without a step are of worlds that all rested
         self.begun = True
@@ -131,25 +141,22 @@ class BlockBuilder:
         Raises `EpisodeError` for another shape, a dtype that doesn't cast, NaN or infinity, and for other observations
         than those that have ended the last block.
         """
-        layout = self.layout
-        assert layout is not None
-        values = self._cast(observations, "observations", layout.obs.shape, layout.obs.dtype)
-        row = self.rows
-        if self._float and not np.isfinite(values).all():
-            self._not_finite("observation", values)
+        rows, row = self._rows_of(observations, "observations"), self.rows
         if not row and self._next is not None:
             goes_on = self._names >= 0
-            if not np.array_equal(self._next[goes_on], values[goes_on]):
+            if not np.array_equal(self._next[goes_on], rows[goes_on]):
                 raise EpisodeError(
                     "other observations of this step have been given already and are on their way as the last ones of "
                     "a fragment: call again with those"
                 )
-        self._obs[row] = values
+        self._obs[row] = rows
         return cast(Array, self._obs[row])
 
-    def act(self, actions: Array, logps: Array, dist_inputs: Array, now: float) -> None:
-        """A step of all worlds but those that rest. Copies. Raises `EpisodeError` for a log-probability that isn't
-        finite: the weights are not."""
+    def act(
+        self, actions: Array, logps: Array, dist_inputs: Array, now: float, state: Sequence[NDArray[Any]] = ()
+    ) -> None:
+        """A step of all worlds but those that rest, and the memory after it. Copies. Raises `EpisodeError` for a
+        log-probability that isn't finite: the weights are not."""
         row = self.rows
         if not isfinite(float(logps.sum())):
             raise EpisodeError(
@@ -164,6 +171,11 @@ class BlockBuilder:
         self.rows = row + 1
         self.steps += self.width - int(np.count_nonzero(resting))
         self.logged = False
+        if self._states:
+            for column, array in zip(self._states, state, strict=True):
+                column[row + 1] = array
+            self.fresh &= resting
+            self._forget(resting, row + 1)
 
     def log(
         self, rewards: Any, terminated: Any, truncated: Any, last_observations: Any, now: float
@@ -171,11 +183,10 @@ class BlockBuilder:
         """What the last step came to, (width,) each; returns the returns of the episodes that ended with it.
         `last_observations`: (width, *shape), looked at where an episode ended. Raises `EpisodeError`, and logs nothing,
         where one of these doesn't fit."""
-        layout, row = self.layout, self.rows - 1
-        assert layout is not None
+        row = self.rows - 1
         gains = self._cast(rewards, "rewards", (), np.dtype(np.float64))
         if not (np.abs(gains) <= FLOAT32_MAX).all():
-            self._not_finite("reward", gains)
+            self._not_finite("rewards", gains)
         over = self._flags("terminated", terminated)
         cut = self._flags("truncated", truncated)
         live = self._live[row]
@@ -186,13 +197,10 @@ class BlockBuilder:
                     f"an episode of world {int(ended.argmax())} has ended: log_step needs the observations that the "
                     f"last actions led to"
                 )
-            values = self._cast(last_observations, "last observations", layout.obs.shape, layout.obs.dtype)
-            last = self._last_of(ended, values)
-            self._last.append((np.flatnonzero(ended) * self.limit + row, last))
-            self._ended += len(last)
+            self._end_there(ended, self._rows_of(last_observations, "last observations", ended))
             self._end[row] = np.where(over, 1, 2) * ended
-        self._rewards[row] = np.where(live, gains, 0.0)
-        self.returns += np.where(live, gains, 0.0)
+        self._rewards[row] = gained = np.where(live, gains, 0.0)
+        self.returns += gained
         self._logged_at[row] = now
         self.logged = True
         returns: NDArray[np.float64] = self.returns[ended]
@@ -207,12 +215,8 @@ class BlockBuilder:
             return np.zeros(0)
         row = self.rows - 1
         running = self._live[row] & (self._end[row] == 0)
-        layout = self.layout
-        assert layout is not None
-        values = self._cast(observations, "observations", layout.obs.shape, layout.obs.dtype)
-        last = self._last_of(running, values)
-        self._last.append((np.flatnonzero(running) * self.limit + row, last))
-        self._ended += len(last)
+        values = self._rows_of(observations, "last observations", running)
+        self._end_there(running, values)
         self._end[row][running] = 2
         self._obs[self.rows] = values
         returns: NDArray[np.float64] = self.returns[running]
@@ -220,14 +224,44 @@ class BlockBuilder:
         self._running[running] = False
         return returns
 
-    def _last_of(self, ended: NDArray[np.bool_], values: Array) -> Array:
-        """A copy of these worlds' rows. Raises `EpisodeError` for one that isn't finite."""
-        last = values[ended]
-        if self._float and not np.isfinite(last).all():
-            spoiled = np.zeros_like(values)
-            spoiled[ended] = last
-            self._not_finite("last observation", spoiled)
-        return last
+    def _end_there(self, ended: NDArray[np.bool_], observations: Array) -> None:
+        """Keep what these worlds' episodes come to after the last row."""
+        last = [observations[ended]]
+        self._last.append((np.flatnonzero(ended) * self.limit + self.rows - 1, last))
+        self._ended += len(last[0])
+        if self._states:
+            last += [column[self.rows][ended] for column in self._states]
+            self.fresh |= ended
+            self._forget(ended, self.rows)
+
+    # ---- memory
+
+    @property
+    def memory(self) -> list[Array]:
+        """(width, *shape) for each of the layout's `state`: what the policy remembers before the next step."""
+        return [column[self.rows] for column in self._states] if self._states else []
+
+    def remember(self, state: Sequence[NDArray[Any]]) -> None:
+        """What `fresh` worlds begin with, (width, *shape) each, where the layout doesn't say it."""
+        for column, array in zip(self._states, state, strict=True):
+            column[self.rows][self.fresh] = array[self.fresh]
+
+    def _forget(self, worlds: NDArray[np.bool_], row: int) -> None:
+        """These begin an episode with step `row`."""
+        layout = self.layout
+        assert layout is not None
+        for column, start in zip(self._states, layout.starts, strict=False):
+            column[row][worlds] = start
+
+    def _begin_states(self, layout: Layout, limit: int) -> None:
+        """Columns of a new block. The memory of another policy than the one that acts from now on is no memory."""
+        goes_on = self.layout is not None and self.layout.state == layout.state
+        self._states = [np.zeros((limit + 1, self.width, *s.row.shape), s.row.dtype) for s in layout.state]
+        if not goes_on:
+            self.fresh[:] = True
+            self._next_states = []
+        for column, start in zip(self._states, self._next_states or layout.starts, strict=False):
+            column[0] = start
 
     # ---- cutting
 
@@ -260,22 +294,26 @@ class BlockBuilder:
         since = np.where(goes_on, self._since[owner], self._acted_at[row[starts]])
         seconds = np.maximum(self._logged_at[row[stops - 1]] - since, 0.0)
         ends = end[stops - 1]
-        # Each piece has one row more of observations: those after its steps.
-        obs: Array = np.empty((len(at) + len(stops), *layout.obs.shape), layout.obs.dtype)
-        obs[np.arange(len(at)) + np.repeat(pieces, lengths)] = self._obs[row, world]
-        after = stops + pieces
-        open_ = ends == 0
-        obs[after[open_]] = self._obs[rows, owner[open_]]
+        # Each piece has one row more of observations and memory: those after its steps.
+        steps_at, after, open_ = np.arange(len(at)) + np.repeat(pieces, lengths), stops + pieces, ends == 0
+        order = np.zeros(0, np.int64)
         if self._last:
-            # As pieces stand: by world, then by row.
-            keys = np.concatenate([key for key, _ in self._last])
-            obs[after[~open_]] = np.concatenate([values for _, values in self._last])[np.argsort(keys)]
+            order = np.argsort(np.concatenate([key for key, _ in self._last]))  # as pieces stand: by world, then by row
+        longer: list[Array] = []
+        for i, column in enumerate([self._obs, *self._states]):
+            values: Array = np.empty((len(at) + len(stops), *column.shape[2:]), column.dtype)
+            values[steps_at] = column[row, world]
+            values[after[open_]] = column[rows, owner[open_]]
+            if self._last:
+                values[after[~open_]] = np.concatenate([last[i] for _, last in self._last])[order]
+            longer.append(values)
         columns: dict[str, Array] = {
-            "obs": obs,
+            "obs": longer[0],
             "actions": self._actions[row, world],
             "rewards": rewards,
             "action_logp": self._logp[row, world],
             "action_dist_inputs": self._dist[row, world],
+            **{f"{STATE_IN}{state.name}": c for state, c in zip(layout.state, longer[1:], strict=True)},
         }
         segments = [
             Segment(f"w{name}", t, n, _ENDS[how], so_far, took)
@@ -290,6 +328,7 @@ class BlockBuilder:
         self._steps_before[owner[open_]] = (t0 + lengths)[open_]
         self._return_before[owner[open_]] = (before + sums)[open_]
         self._next = self._obs[rows].copy()
+        self._next_states = [column[rows].copy() for column in self._states]
         self.t0 += rows
         self.rows = self.steps = 0
         self.begun = False
@@ -300,6 +339,50 @@ class BlockBuilder:
         return None
 
     # ---- what doesn't fit
+
+    def _rows_of(self, observations: Any, what: str, among: NDArray[np.bool_] | None = None) -> Array:
+        """(width, *shape) as columns have them. Raises `EpisodeError` for what doesn't fit, and for NaN or infinity in
+        rows of `among` (None = all)."""
+        layout = self.layout
+        assert layout is not None
+        if (
+            type(observations) is _ndarray
+            and observations.dtype is layout.obs.dtype
+            and observations.shape == self._obs.shape[1:]
+        ):
+            rows: Array = observations
+        elif layout.packing is not None:
+            return self._pack(layout.packing, observations, what, among)
+        else:
+            rows = self._cast(observations, what, layout.obs.shape, layout.obs.dtype)
+        if self._float and not np.isfinite(rows).all():
+            self._check_among(what, rows, among)
+        return rows
+
+    def _pack(self, packing: Packing, observations: Any, what: str, among: NDArray[np.bool_] | None) -> Array:
+
+        def cast_part(values: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+            name = f"{what} {name}"
+            array = self._cast(values, name, shape, dtype)
+            if dtype.kind == "f" and not np.isfinite(array).all():
+                self._check_among(name, array, among)
+            return array
+
+        try:
+            return packing.pack_rows(observations, self.width, cast_part)
+        except KeyError as e:
+            raise EpisodeError(
+                f"{what} have no {e.args[0]}: give them as Gymnasium's vectors do, dicts and tuples of arrays with a "
+                f"row for each world, as the environment's observation_space describes it"
+            ) from None
+
+    def _check_among(self, what: str, rows: Array, among: NDArray[np.bool_] | None) -> None:
+        if among is None:
+            self._not_finite(what, rows)
+        if not np.isfinite(rows[among]).all():
+            spoiled = np.zeros_like(rows)
+            spoiled[among] = rows[among]
+            self._not_finite(what, spoiled)
 
     def _cast(self, values: Any, what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """`values` in `dtype`. Raises `EpisodeError` for another shape or values that `dtype` can't hold."""
@@ -337,27 +420,18 @@ class BlockBuilder:
         world, entry = np.argwhere(~(np.abs(flat) <= FLOAT32_MAX))[0].tolist()
         where = "" if flat.shape[1] == 1 else f" (entry {entry} of {flat.shape[1]})"
         raise EpisodeError(
-            f"expected finite {what}s, world {world}'s is {flat[world, entry]}{where}: one such value would spoil the "
+            f"expected finite {what}, world {world}'s is {flat[world, entry]}{where}: one such value would spoil the "
             f"whole training; look for its cause in the simulation"
         )
 
 
 def refuse(layout: Layout) -> None:
     """Raises `VectorError` for a policy that columns of worlds can't serve."""
-    if layout.packing is not None:
-        why = "its observations are Dicts or Tuples"
-    elif layout.actions is not None:
-        why = "its actions are Dicts or Tuples"
-    elif layout.state:
-        why = "the policy is recurrent"
-    elif layout.lookback:
-        why = "the policy looks at earlier observations"
-    else:
-        return
-    raise VectorError(
-        f"{why}, which the vector form doesn't serve: use an episode for each world, with get_actions for all of them "
-        f"(drive_vector does)"
-    )
+    if layout.lookback:
+        raise VectorError(
+            "the policy looks at earlier observations, which the vector form doesn't serve: use an episode for each "
+            "world, with get_actions for all of them (drive_vector does)"
+        )
 
 
 def _split(
@@ -365,6 +439,7 @@ def _split(
 ) -> list[Cut]:
     """Fragments of whole pieces, as few as `most` bytes and the limit on segments allow."""
     cuts = []
+    total = len(columns["rewards"])  # of steps: columns that have more rows have one more for each piece
     first = row = step = 0
     while first < len(segments):
         size = steps = 0
@@ -376,7 +451,7 @@ def _split(
             size, steps, until = size + more, steps + segments[until].steps, until + 1
         rows = steps + until - first
         arrays = {
-            name: values[row : row + rows] if name == "obs" else values[step : step + steps]
+            name: values[row : row + rows] if len(values) > total else values[step : step + steps]
             for name, values in columns.items()
         }
         cuts.append(Cut(origin, 0, steps, 0.0, arrays, tuple(segments[first:until])))

@@ -86,15 +86,19 @@ class Packing:
         with the part's name, where one is missing."""
         row = np.empty(self.nbytes, np.uint8)
         for part in self.parts:
-            value = given
-            for key in part.keys:
-                try:
-                    value = value[key]
-                except (KeyError, IndexError, TypeError):
-                    raise KeyError(part.name) from None
-            array = np.ascontiguousarray(cast(value, part.name, part.shape, part.dtype))
+            array = np.ascontiguousarray(cast(_value_of(part, given), part.name, part.shape, part.dtype))
             row[part.at : part.end] = array.reshape(-1).view(np.uint8)
         return row
+
+    def pack_rows(self, given: Any, rows: int, cast: Cast) -> NDArray[np.uint8]:
+        """(rows, nbytes) of a structure of arrays of `rows` rows each, as Gymnasium's vectors have it. `cast` makes
+        (rows, *shape) of each part's. Raises as `pack` does."""
+        packed = np.empty((rows, self.nbytes), np.uint8)
+        for part in self.parts:
+            array = np.ascontiguousarray(cast(_value_of(part, given), part.name, part.shape, part.dtype))
+            if array.size:
+                packed[:, part.at : part.end] = array.reshape(rows, -1).view(np.uint8)
+        return packed
 
     def join(self, structure: Any, rows: int) -> NDArray[np.uint8]:
         """The inverse of `unpack`: a structure of arrays of (n, ...) -> (n, nbytes). They are cast."""
@@ -132,6 +136,17 @@ class Packing:
             return next(rest)
 
         return build(self.space)
+
+
+def _value_of(part: Part, given: Any) -> Any:
+    """Where `part` stands in a structure. Raises `KeyError` with its name where it is missing."""
+    value = given
+    for key in part.keys:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            raise KeyError(part.name) from None
+    return value
 
 
 def children(space: gym.Space[Any]) -> list[tuple[str | int, gym.Space[Any]]]:

@@ -313,7 +313,7 @@ class Policy:
         self._epsilon_in = np.zeros((1, 1), np.float32) if manifest.epsilon else None
         self._action_out = np.zeros((1, manifest.action.size), manifest.action.dtype)
         self._env_action_out = np.zeros((1, manifest.env_action.size), manifest.env_action.dtype)
-        self._action_parts = _Parts(manifest.action_parts, self._action_out)
+        self._action_parts = Parts(manifest.action_parts, self._action_out)
         self._env_parts = [
             np.zeros((1, part.size), part.dtype) if i in self._transformed else self._action_parts.arrays[i]
             for i, part in enumerate(manifest.env_action_parts)
@@ -441,7 +441,7 @@ class Policy:
             )
         names = ["action_logp", "action_dist_inputs", *(f"state_out/{part.name}" for part in manifest.state)]
         told = len(names)
-        names += self._action_outputs
+        names += self.action_outputs
         values = self._batch_session.run_with_ort_values(names, inputs)
         outputs = [value.numpy() for value in values]
         env_actions, actions = self._acted(dict(zip(names[told:], outputs[told:], strict=True)), rows)
@@ -615,7 +615,7 @@ class Policy:
                     f"the policy's graph has no output env_actions{suffix}, and its manifest says it differs"
                 )
         self.transforms = bool(self._transformed)
-        self._action_outputs = [name for name in outputs if name.startswith(("actions", "env_actions"))]
+        self.action_outputs = [name for name in outputs if name.startswith(("actions", "env_actions"))]
         for said, is_ in (
             (inputs, {node.name: (node.type, node.shape) for node in self._session.get_inputs()}),
             (outputs, found),
@@ -683,22 +683,29 @@ class Policy:
             raise PolicyError(f"{what} of dtype {array.dtype} can't be given as {dtype}") from error
 
 
-class _Parts:
-    """Arrays for the parts of one row of bytes, which `join` copies into it."""
+class Parts:
+    """Arrays for the parts of packed `rows`, (n, bytes of all): `arrays`, (n, entries of the part) each."""
 
-    def __init__(self, parts: Sequence[Tensor], row: NDArray[np.uint8]) -> None:
+    def __init__(self, parts: Sequence[Tensor], rows: NDArray[Any]) -> None:
         self.arrays: list[NDArray[Any]] = []
         self._cuts: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
         at = 0
         for part in parts:
-            array = np.zeros((1, part.size), part.dtype)
+            array = np.zeros((len(rows), part.size), part.dtype)
             self.arrays.append(array)
-            self._cuts.append((row[0, at : at + part.nbytes], array.reshape(-1).view(np.uint8)))
+            if part.nbytes:
+                self._cuts.append((rows[:, at : at + part.nbytes], array.view(np.uint8)))
             at += part.nbytes
 
     def join(self) -> None:
-        for to, part in self._cuts:
-            to[...] = part
+        """Arrays -> rows."""
+        for rows, part in self._cuts:
+            rows[...] = part
+
+    def split(self) -> None:
+        """Rows -> arrays."""
+        for rows, part in self._cuts:
+            part[...] = rows
 
 
 def _aligned(weight: Weight) -> NDArray[Any]:

@@ -43,13 +43,12 @@ def pieces(header: FRAGMENT, arrays: dict[str, Any]) -> Iterator[tuple[FRAGMENT,
     """A fragment as it is, or one of several episodes as if each of its segments had come alone."""
     row = step = 0
     for part in header.segments:
-        rows = {"obs": slice(row, row + part.steps + 1)}
-        steps = slice(step, step + part.steps)
+        rows, steps = slice(row, row + part.steps + 1), slice(step, step + part.steps)
         alone = msgspec.structs.replace(
             header, episode=part.episode, t0=part.t0, steps=part.steps, end=part.end,
             return_so_far=part.return_so_far, seconds=part.seconds,
         )  # fmt: skip
-        yield alone, {name: values[rows.get(name, steps)] for name, values in arrays.items()}
+        yield alone, {name: values[rows if len(values) > header.steps else steps] for name, values in arrays.items()}
         row, step = row + part.steps + 1, step + part.steps
     if not header.segments:
         yield header, arrays

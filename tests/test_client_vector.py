@@ -263,30 +263,28 @@ def test_calls_out_of_order(world: World) -> None:
             vector.end(bad(N, 0))
 
 
-def test_a_policy_with_a_memory_is_refused_and_driven_by_episodes() -> None:
-    from test_recurrent_acting import ACTIONS, OBSERVATIONS, blob, body
-
+def test_a_policy_that_looks_back_is_refused_and_driven_by_episodes(world: World) -> None:
     class Ten(gym.Env[Any, Any]):
         observation_space, action_space = OBSERVATIONS, ACTIONS
 
         def reset(self, **_: Any) -> Any:
             self.at = 0
-            return np.zeros(OBSERVATIONS.shape, np.float32), {}
+            return np.zeros(3, np.float32), {}
 
         def step(self, action: Any) -> Any:
             self.at += 1
-            return np.zeros(OBSERVATIONS.shape, np.float32), 1.0, self.at == 10, False, {}
+            return np.zeros(3, np.float32), 1.0, self.at == 10, False, {}
 
-    spaces = {"observation_space": OBSERVATIONS, "action_space": ACTIONS}
-    with broker() as server, training(server, blob=blob(), body=body(1), **spaces) as fake:
-        with connect(server.frontend, episodes=3) as client:
-            vector = client.vector(3)
-            with pytest.raises(EpisodeError, match="the policy is recurrent, which the vector form doesn't serve"):
-                vector.get_actions(np.zeros((3, *OBSERVATIONS.shape), np.float32))
-            vector.abandon()
-            assert drive_vector(client, SyncVectorEnv([Ten] * 3), episodes=6).episodes >= 6
-            assert client.close() == 0
-        assert all(not header.segments for header, _ in fake.taken) and fake.taken
+    server, fake = world
+    with service(server) as serves, connect(server.frontend, inference="remote", **SPACES) as client:
+        serves.lookback = 2
+        vector = client.vector(3)
+        with pytest.raises(EpisodeError, match="looks at earlier observations, which the vector form doesn't serve"):
+            vector.get_actions(np.zeros((3, 3), np.float32))
+        vector.abandon()
+        assert drive_vector(client, SyncVectorEnv([Ten] * 3), episodes=6).episodes >= 6
+        assert client.close() == 0
+    assert all(not header.episode.startswith("w") for header, _ in fake.taken) and fake.taken
 
 
 def test_rows_in_which_all_worlds_rest_are_no_steps(world: World) -> None:

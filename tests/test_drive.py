@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from rllink_zmq import connect
 from rllink_zmq.drive_loops import _wake, drive, drive_many
 from rllink_zmq.drive_loops_vector import drive_vector
-from rllink_zmq.errors import SettingsError
+from rllink_zmq.errors import SettingsError, VectorError
 
 
 @pytest.fixture
@@ -217,6 +217,12 @@ class Noting:
         session = SimpleNamespace(episodes=2)
         self.flow = SimpleNamespace(session=session, remote=None, connections=[], look=lambda: None)
         self.seen = []
+
+    def vector(self, worlds):
+        def refuse(*_):
+            raise VectorError("a policy that looks back")
+
+        return SimpleNamespace(can_act=refuse, abandon=lambda: None)
 
     def start_episode(self, **options):
         seen = []

@@ -25,8 +25,10 @@ from rllink_zmq.arrays import from_body, to_buffers
 from rllink_zmq.client_policy import layout_of_policy
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.fragments import Cut, FragmentBuilder, Origin
+from rllink_zmq.fragments_block import BlockBuilder
 from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.policy import Policy, unpack_policy
+from rllink_zmq.policy_batch import BatchPolicy
 from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import export_policy, weights_body
 from rllink_zmq.rllib.recurrent import Memory
@@ -96,7 +98,8 @@ def as_fragment(cut: Cut, name: str, end: str) -> Lease:
     """A fragment as it comes out of the wire."""
     columns, body = to_buffers(cut.arrays)
     message = FRAGMENT(
-        b"s" * 16, 1, 1, name, cut.t0, cut.steps, end, "run", 3, cut.return_so_far, columns  # type: ignore[arg-type]
+        b"s" * 16, 1, 1, name, cut.t0, cut.steps, end, "run", 3, cut.return_so_far, columns,  # type: ignore[arg-type]
+        segments=cut.segments,
     )  # fmt: skip
     read, frames = unpack(pack(message, body))
     assert isinstance(read, FRAGMENT)
@@ -135,16 +138,68 @@ class Simulated:
         return leases
 
 
-def ours(rllib: Rllib, length: int) -> list[list[SingleAgentEpisode]]:
-    simulated, builder = Simulated(rllib, length), EpisodeBuilder(StatelessCartPole().observation_space,
-        gym.spaces.Discrete(2), rllib.module)  # fmt: skip
+class SimulatedTogether:
+    """The same by columns: a world for each of the runner's episodes, which rests before it begins and when it has
+    ended. A call ends a block; `fragment_bytes` make several fragments of it."""
+
+    def __init__(self, rllib: Rllib, length: int, fragment_bytes: int = 4000) -> None:
+        self._worlds = list({episode.id_: None for call in rllib.samples for episode in call})
+        policy = Policy.load(rllib.blob, seed=0)
+        policy.apply(0, rllib.body)
+        self._layout = layout_of_policy(policy.manifest)
+        self._policy = BatchPolicy(policy, len(self._worlds))
+        self._block = BlockBuilder("worlds", len(self._worlds))
+        self._length = length
+        self._fragment_bytes = fragment_bytes
+
+    def fragments(self, call: list[SingleAgentEpisode]) -> list[Lease]:
+        block, width, leases = self._block, len(self._worlds), []
+        rows = max(map(len, call))
+        # Who goes on does so in the first row; who goes on after this call, in its last one.
+        begins = {self._worlds.index(e.id_): 0 if e.t_started else rows - len(e) for e in call}
+        chunks = {self._worlds.index(e.id_): e for e in call}
+        observations = np.zeros((width, 2), np.float32)
+        actions, logps, rewards = np.zeros(width, np.int64), np.zeros(width, np.float32), np.zeros(width)
+        for row in range(rows):
+            resting, ends, last = np.ones(width, bool), np.zeros(width, bool), np.zeros((width, 2), np.float32)
+            for world, episode in chunks.items():
+                t = row - begins[world]
+                if 0 <= t < len(episode):
+                    resting[world] = False
+                    observations[world], last[world] = episode.get_observations(t), episode.get_observations(t + 1)
+                    actions[world], rewards[world] = episode.get_actions(t), episode.get_rewards(t)
+                    logps[world] = episode.get_extra_model_outputs(Columns.ACTION_LOGP, t)
+                    ends[world] = t + 1 == len(episode) and episode.is_terminated
+            block.rest(resting)
+            if not block.begun:
+                block.begin(self._layout, "acted", Origin("run", 3), self._length)
+            acted = self._policy.act(block.observe(observations), block.memory)
+            block.act(actions, logps, acted.action_dist_inputs, 0.0, acted.state)
+            block.log(rewards, ends, np.zeros(width, bool), last, 0.0)
+            if block.full or row == rows - 1:
+                block.observe(last)
+                leases += [as_fragment(cut, "worlds", "no") for cut in block.cuts(self._fragment_bytes)]
+        return leases
+
+
+def ours(rllib: Rllib, length: int, *, together: bool = False) -> list[list[SingleAgentEpisode]]:
+    alone, block = Simulated(rllib, length), SimulatedTogether(rllib, length)
+    builder = EpisodeBuilder(StatelessCartPole().observation_space, gym.spaces.Discrete(2), rllib.module)
     calls = []
     for call in rllib.samples:
-        leases = [lease for episode in call for lease in simulated.fragments(episode)]
+        if together:
+            leases = block.fragments(call)
+        else:
+            leases = [lease for episode in call for lease in alone.fragments(episode)]
         built, refused = builder.build(leases)
         assert not refused
         calls.append([chunk.episode for chunk in built])
     return calls
+
+
+def by_contents(episodes: list[SingleAgentEpisode]) -> list[SingleAgentEpisode]:
+    """In an order that names and times don't change."""
+    return sorted(episodes, key=lambda episode: np.asarray(episode.get_observations()).tobytes())
 
 
 def learned_from(rllib: Rllib, episodes: list[SingleAgentEpisode], max_seq_len: int) -> dict[str, NDArray[Any]]:
@@ -168,13 +223,16 @@ def learned_from(rllib: Rllib, episodes: list[SingleAgentEpisode], max_seq_len: 
     return flat
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["episodes", "columns"])
 @pytest.mark.parametrize("max_seq_len", [1, 4, 20])
 @pytest.mark.parametrize("length", [1, 5, 64])
-def test_the_learner_gets_what_rllibs_own_runner_gives_it(rllib: Rllib, length: int, max_seq_len: int) -> None:
-    calls = ours(rllib, length)
+def test_the_learner_gets_what_rllibs_own_runner_gives_it(
+    rllib: Rllib, length: int, max_seq_len: int, together: bool
+) -> None:
+    calls = ours(rllib, length, together=together)
     starts = {episode.t_started > 0 for call in rllib.samples for episode in call}
     assert starts == {True, False}  # or the chunks that begin in the middle of an episode weren't tried
-    for theirs, mine in zip(rllib.samples, calls, strict=True):
+    for theirs, mine in zip(map(by_contents, rllib.samples), map(by_contents, calls), strict=True):
         assert [(len(e), e.t_started, e.is_done) for e in mine] == [(len(e), e.t_started, e.is_done) for e in theirs]
         expected = learned_from(rllib, theirs, max_seq_len)
         found = learned_from(rllib, mine, max_seq_len)

@@ -24,7 +24,7 @@ MODEL = {"use_lstm": True, "lstm_cell_size": 16, "fcnet_hiddens": [16], "max_seq
 
 
 def simulators(addresses: dict[str, str], *more: str) -> Any:
-    """Four StatelessCartPoles at this broker, for a `with`."""
+    """StatelessCartPoles at this broker, for a `with`; four, unless `more` says otherwise."""
     path = os.pathsep.join([str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])])
     return rllink(
         "simulate", "--env", "stateless_cartpole:StatelessCartPole-v0", "--broker", addresses["frontend"], "--num", "4",
@@ -39,10 +39,15 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("inference", ["local", "remote"])
 def test_a_recurrent_ppo_trains(inference: str, addresses: dict[str, str], built: list[Algorithm]) -> None:
     config = ppo().environment(StatelessCartPole).rl_module(model_config=MODEL)
-    with simulators(addresses, "--inference", inference):
+    with (
+        simulators(addresses, "--inference", inference, "--num", "2"),
+        simulators(addresses, "--inference", inference, "--num", "1", "--vector", "3") as together,
+    ):
         algorithm = attach(config, addresses["backend"]).build_algo()
         built.append(algorithm)
         results = [algorithm.train() for _ in range(3)]
+        assert together.poll() is None
+        assert status(addresses)["simulators"] == 3
     assert all(r["env_runners"]["num_env_steps_sampled"] >= 500 for r in results)
     assert results[-1]["learners"][DEFAULT_MODULE_ID]["num_module_steps_trained"] > 0
     ledger = status(addresses)["ledger"]

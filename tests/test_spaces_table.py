@@ -24,9 +24,14 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.utils.spaces.space_utils import get_base_struct_from_space, unsquash_action
 from test_packed_policies import fragment
 
+from rllink_zmq.arrays import to_buffers
+from rllink_zmq.client_policy import layout_of_policy
 from rllink_zmq.errors import SpaceError
-from rllink_zmq.fragments import layout_of_spaces
+from rllink_zmq.fragments import Origin, layout_of_spaces
+from rllink_zmq.fragments_block import BlockBuilder
+from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.policy import Policy, unpack_policy
+from rllink_zmq.policy_batch import BatchPolicy
 from rllink_zmq.rllib.attach import attach
 from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import weights_body
@@ -34,6 +39,7 @@ from rllink_zmq.rllib.export_connectors import own_flattening
 from rllink_zmq.rllib.pipelines import Filters, FragmentConnectors, Pipelines, has_own_connectors
 from rllink_zmq.rllib.policies import policy_of
 from rllink_zmq.rllib.service import ModuleActor
+from rllink_zmq.session_runner import Lease
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -222,12 +228,36 @@ def walk(cell: Cell) -> None:
     )
     (built,), refused = builder.build([sent])
     assert not refused
-    ours, theirs = (_learned(cell, episode) for episode in (built.episode, cell.episode))
-    for column in (Columns.OBS, Columns.ACTIONS, Columns.ACTION_LOGP, Columns.ACTION_DIST_INPUTS):
-        tree.assert_same_structure(ours[column], theirs[column])
-        for mine, its in zip(leaves(ours[column]), leaves(theirs[column]), strict=True):
-            assert mine.shape == its.shape
-            np.testing.assert_allclose(mine, its, rtol=1e-3, atol=1e-4)
+    together, refused = builder.build([as_columns(cell, policy)])
+    assert not refused and len(together) == 2
+    theirs = _learned(cell, cell.episode)
+    for episode in (built.episode, *(each.episode for each in together)):
+        ours = _learned(cell, episode)
+        for column in (Columns.OBS, Columns.ACTIONS, Columns.ACTION_LOGP, Columns.ACTION_DIST_INPUTS):
+            tree.assert_same_structure(ours[column], theirs[column])
+            for mine, its in zip(leaves(ours[column]), leaves(theirs[column]), strict=True):
+                assert mine.shape == its.shape
+                np.testing.assert_allclose(mine, its, rtol=1e-3, atol=1e-4)
+
+
+def as_columns(cell: Cell, policy: Policy) -> Lease:
+    """The fragment of a vector of two such worlds, which see the same and draw the same."""
+    block, batch, noise = BlockBuilder("worlds", 2), BatchPolicy(policy, 2), noise_of(cell)
+    block.begin(layout_of_policy(policy.manifest), "acted", Origin("r", 0), len(noise))
+    both = [tree.map_structure(lambda part: np.stack([part, part]), one) for one in cell.observations]
+    for t, row in enumerate(noise):
+        policy.draw = lambda drawn, row=row: np.copyto(drawn, row)  # type: ignore[method-assign, misc]
+        acted = batch.act(block.observe(both[t]))
+        block.act(acted.actions, acted.action_logp, acted.action_dist_inputs, 0.0)
+        for mine, its in zip(leaves(acted.env_actions), leaves(cell.got[t]), strict=True):
+            np.testing.assert_allclose(mine, np.stack([its, its]), rtol=1e-4, atol=1e-4)
+        ends = np.full(2, t == len(noise) - 1)
+        block.log(np.ones(2), ends, np.zeros(2, bool), both[t + 1], 0.0)
+    block.observe(both[-1])
+    (cut,) = block.cuts(1 << 20)
+    columns, body = to_buffers(cut.arrays)
+    message = FRAGMENT(b"s" * 16, 1, 1, "worlds", 0, cut.steps, "no", "r", 0, 0.0, columns, segments=cut.segments)
+    return Lease(message, tuple(body))
 
 
 def _learned(cell: Cell, episode: Any) -> Any:

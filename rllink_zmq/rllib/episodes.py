@@ -289,7 +289,8 @@ class EpisodeBuilder:
     ) -> list[Piece]:
         """The pieces of a fragment of several episodes: views of its columns."""
         filled = not self._outputs or Columns.ACTION_DIST_INPUTS in outputs
-        plain = self._connectors is None and self._packing is None and filled
+        plain = self._connectors is None and filled
+        whole = observations if self._packing is None else self._packing.unpack(observations.view(np.uint8))
         pieces = []
         row = step = 0
         timings = message.timings
@@ -302,9 +303,12 @@ class EpisodeBuilder:
             )  # fmt: skip
             timings = {}
             mine = {name: values[step:next_step] for name, values in outputs.items()}
-            seen: Any = observations[row:next_row]
             if not plain:
-                seen, _ = self._seen(alone, {"obs": seen}, mine)
+                seen, _ = self._seen(alone, {"obs": observations[row:next_row]}, mine)
+            elif self._packing is None:
+                seen = whole[row:next_row]
+            else:
+                seen = tree.map_structure(lambda a, rows=slice(row, next_row): a[rows], whole)
             memory = [column[row:next_row] for column in state]
             pieces.append(Piece(alone, seen, actions[step:next_step], rewards[step:next_step], mine, memory, 0))
             row, step = next_row, next_step
