@@ -15,7 +15,6 @@ from ray.rllib.algorithms.marwil import MARWILConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.algorithms.sac import SACConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
-from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rllink_zmq.errors import ConnectionTimeout, SettingsError, SpaceError
 from rllink_zmq.rllib import ZmqEnvRunner, attach
@@ -79,14 +78,55 @@ def test_rules_of_ppo_and_appo() -> None:
 
 
 def test_what_a_replay_buffer_cant_do_with_is_refused(tmp_path: Path) -> None:
-    config = DQNConfig().environment("CartPole-v1").rl_module(model_config={"use_lstm": True, "max_seq_len": 4})
+    config = DQNConfig().environment("CartPole-v1")
     with pytest.raises(SettingsError, match="an audit proves that each was trained on once"):
         attach(config, NOWHERE, audit=tmp_path)
+
+
+SEQUENCES = {"replay_buffer_config": {"type": "EpisodeReplayBuffer", "capacity": 100}}
+MEMORY = {"use_lstm": True, "max_seq_len": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "says"),
+    [
+        (lambda: SACConfig().environment("Pendulum-v1"), SEQUENCES, "RLlib's SAC knows no memory"),
+        (lambda: DQNConfig().environment("CartPole-v1"), SEQUENCES | {"num_atoms": 5}, r"\(num_atoms=5\) of sequences"),
+        (lambda: DQNConfig().environment("CartPole-v1"), SEQUENCES | {"n_step": 3}, "n_step=1 alone, and it is 3"),
+    ],
+)
+def test_a_memory_that_rllib_cant_train_is_refused(config: Any, changes: dict[str, Any], says: str) -> None:
+    made = config().training(**changes).rl_module(model_config=MEMORY)
+    with pytest.raises(SettingsError, match=says):
+        attach(made, NOWHERE)
+    attach(made.rl_module(model_config={"max_seq_len": 4}), NOWHERE)
+
+
+def test_a_module_of_ones_own_has_no_memory_with_sac() -> None:
+    from recurrent_module import made
+
+    with pytest.raises(SettingsError, match=r"Recurrent has a memory\. RLlib's SAC knows no memory"):
+        policy_of(attach(SACConfig().environment("Pendulum-v1"), NOWHERE), made())
+
+
+@pytest.mark.parametrize(
+    ("buffer", "model", "warned"),
+    [
+        ({"type": "EpisodeReplayBuffer"}, MEMORY, False),
+        ({"type": "EpisodeReplayBuffer"}, {"use_lstm": True}, True),
+        ({"type": "PrioritizedEpisodeReplayBuffer"}, MEMORY, True),
+        (None, MEMORY, True),
+        (None, {}, False),
+    ],
+)
+def test_a_memory_that_dqn_would_not_learn_is_told(
+    buffer: Any, model: Any, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = DQNConfig().environment("CartPole-v1").rl_module(model_config=model)
+    if buffer is not None:
+        config.training(replay_buffer_config=buffer)
     attach(config, NOWHERE)
-    spaces = {DEFAULT_MODULE_ID: (config.observation_space, config.action_space)}
-    module = config.get_rl_module_spec(spaces=spaces, inference_only=True).build()
-    with pytest.raises(SettingsError, match=r"has a memory \(use_lstm\), and with a replay buffer"):
-        policy_of(config, module)
+    assert ("it trains as if each began an episode" in caplog.text) is warned
 
 
 def test_dqn_and_sac_get_what_rllibs_own_runner_returns() -> None:

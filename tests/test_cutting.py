@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from ray.rllib.connectors.common.add_observations_from_episodes_to_batch import AddObservationsFromEpisodesToBatch
 from ray.rllib.utils.replay_buffers.episode_replay_buffer import EpisodeReplayBuffer
 from ray.rllib.utils.replay_buffers.prioritized_episode_buffer import PrioritizedEpisodeReplayBuffer
 from test_episodes import ACT, OBS, lease
@@ -186,3 +187,22 @@ def test_log_probabilities_are_asked_for_where_the_algorithm_needs_them() -> Non
     assert np.isnan(chunk.episode.get_extra_model_outputs("action_logp")).all()
     (chunk,) = builder_of().join(checked(builder_of(), lease(3)))
     assert set(chunk.episode.extra_model_outputs) == {"weights_seq_no"}
+
+
+def test_samples_of_one_episode_stay_apart_in_a_learners_batch() -> None:
+    """In the order in which they were drawn, as priorities are told. RLlib tells them apart by numbers after their ids,
+    if these have no underscore."""
+    fragments = [
+        Lease(msgspec.structs.replace(one.message, episode=f"my_{one.message.episode}%"), one.body)
+        for one in flow(100, seed=4)
+    ]
+    buffer = BUFFERS["prioritized"]()
+    for answer in answers(builder_of(), fragments, 4):
+        buffer.add([chunk.episode for chunk in answer])
+    drawn = buffer.sample(num_items=60, n_step=1, beta=0.4, sample_episodes=True)
+    expected = [np.asarray(episode.get_observations(0)) for episode in drawn]
+    piece = AddObservationsFromEpisodesToBatch(as_learner_connector=True)
+    batch = piece(rl_module=None, batch={}, episodes=drawn, shared_data={})  # type: ignore[arg-type]
+    assert len(batch["obs"]) == 60
+    for (one,), observation in zip(batch["obs"].values(), expected, strict=True):
+        np.testing.assert_array_equal(one[0], observation)

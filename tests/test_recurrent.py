@@ -49,7 +49,7 @@ CALLS, STEPS = 3, 45
 class Rllib(NamedTuple):
     """RLlib's own side: a runner's samples, call by call, the module they were made with, and a learner of it."""
 
-    config: PPOConfig
+    config: Any
     samples: list[list[SingleAgentEpisode]]
     module: Any
     learner: Any
@@ -72,7 +72,7 @@ def config_of(max_seq_len: int, **model: Any) -> PPOConfig:
     )  # fmt: skip
 
 
-def sampled(config: PPOConfig) -> Rllib:
+def sampled(config: Any) -> Rllib:
     torch.manual_seed(5)
     runner = SingleAgentEnvRunner(config=config, worker_index=0)
     module = runner.module.unwrapped()
@@ -121,7 +121,9 @@ class Simulated:
         builder = self._builders.setdefault(episode.id_, FragmentBuilder(episode.id_))
         observations = np.asarray(episode.get_observations())
         actions, rewards = episode.get_actions(), episode.get_rewards()
-        logps = episode.get_extra_model_outputs(Columns.ACTION_LOGP)
+        logps = np.zeros(len(episode))
+        if Columns.ACTION_LOGP in episode.extra_model_outputs:  # not with DQN
+            logps = episode.get_extra_model_outputs(Columns.ACTION_LOGP)
         leases = []
         for t in range(len(episode)):
             if not builder.steps:

@@ -13,6 +13,7 @@ from processes import REAL_RAY, balanced, environment, rllink, status
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.examples.envs.classes.stateless_cartpole import StatelessCartPole
+from small_dqn import dqn
 from small_ppo import appo, only_staleness, ppo, streams
 
 from rllink_zmq.rllib import attach
@@ -70,3 +71,30 @@ def test_a_recurrent_appo_trains(addresses: dict[str, str], built: list[Algorith
         streams(algorithm)
     ledger = status(addresses)["ledger"]
     assert balanced(ledger) and only_staleness(ledger)
+
+
+@pytest.mark.long
+def test_a_recurrent_dqn_trains(addresses: dict[str, str], built: list[Algorithm]) -> None:
+    """By simulators that act themselves, one by one and as a vector, and by one that asks."""
+    config = dqn(1).environment(StatelessCartPole).rl_module(model_config=MODEL | {"head_fcnet_hiddens": []})
+    config.training(replay_buffer_config={"type": "EpisodeReplayBuffer", "capacity": 10_000}, burn_in_len=2)
+    with (
+        simulators(addresses, "--num", "1") as alone,
+        simulators(addresses, "--num", "1", "--vector", "2") as together,
+        simulators(addresses, "--num", "1", "--inference", "remote") as asking,
+    ):
+        algorithm = attach(config, addresses["backend"]).build_algo()
+        built.append(algorithm)
+        results = [algorithm.train() for _ in range(3)]
+        shown = status(addresses)
+        assert [simulator.poll() for simulator in (alone, together, asking)] == [None] * 3
+    assert shown["acting"]["answered"] > 20
+    learned = results[-1]["learners"][DEFAULT_MODULE_ID]
+    assert learned["num_module_steps_trained"] > 0 and np.isfinite(learned["qf_loss"])
+    episodes = algorithm.local_replay_buffer.episodes
+    assert sum(map(len, episodes)) >= 600
+    for episode in episodes:
+        kept = episode.get_extra_model_outputs("state_out")
+        assert len(kept["h"]) == len(episode) and np.abs(kept["h"]).max() > 0.0
+    ledger = shown["ledger"]
+    assert balanced(ledger) and not ledger["dropped"]

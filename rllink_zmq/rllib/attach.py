@@ -38,7 +38,7 @@ from rllink_zmq.rllib.multi_agent_policies import check_agents, check_multi_agen
 from rllink_zmq.rllib.multi_agent_runner import ZmqMultiAgentEnvRunner
 from rllink_zmq.rllib.runner import ZmqEnvRunner
 from rllink_zmq.rllib.settings import KEY, LinkSettings, style_of, trainer_terms
-from rllink_zmq.rllib.trainable import check_trainable
+from rllink_zmq.rllib.trainable import check_memory, check_trainable
 from rllink_zmq.rllib.trainer import TrainerCallback
 from rllink_zmq.session_runner import ObserverSession
 from rllink_zmq.spaces import agents_from_wire, from_wire, spaces_to_wire
@@ -109,6 +109,7 @@ def attach(
         spaces_to_wire(observation_space, action_space), layout_of_spaces(observation_space, action_space)
     config.environment(observation_space=observation_space, action_space=action_space)
     check_trainable(config)
+    check_memory(config)
     config.env_runners(env_runner_cls=ZmqMultiAgentEnvRunner if config.is_multi_agent else ZmqEnvRunner)
     config.learners(learner_connector=audited(config._learner_connector, folder))
     callbacks = config.callbacks_class

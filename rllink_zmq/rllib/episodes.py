@@ -42,6 +42,10 @@ from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.session_runner import Lease
 from rllink_zmq.wire import check_columns
 
+ESCAPES = str.maketrans({"_": "%5F", "%": "%25"})
+"""RLlib's learner takes samples of one episode for one long episode where its id has an underscore
+(`AddObservationsFromEpisodesToBatch`): their sequences run together, and priorities get mixed up."""
+
 REMEMBERED = 10_000
 """Episodes whose continuation is known: more than simulators that one runner serves."""
 
@@ -377,7 +381,7 @@ class EpisodeBuilder:
         first, last, buffered = pieces[0].message, pieces[-1].message, not self._needs_logp
         key = (first.session, first.episode)
         known = self._next.pop(key, None)
-        name = f"{first.session.hex()[:8]}_{first.episode}"
+        name = f"{first.session.hex()[:8]}-{first.episode.translate(ESCAPES)}"
         began: float | None = None if first.t0 else 0.0
         fits = known is not None and known[0] == first.t0
         if known is not None and fits:

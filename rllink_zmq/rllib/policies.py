@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import msgspec
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.algorithms.sac.sac import SACConfig
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.core.rl_module.torch import TorchRLModule
@@ -20,7 +21,8 @@ from rllink_zmq.rllib.export import OPSET, export_policy
 from rllink_zmq.rllib.export_connectors import check_connectors
 from rllink_zmq.rllib.pipelines import Pipelines
 from rllink_zmq.rllib.recurrent import Memory
-from rllink_zmq.rllib.settings import explores, style_of
+from rllink_zmq.rllib.settings import explores
+from rllink_zmq.rllib.trainable import NO_MEMORY_IN_SAC
 from rllink_zmq.spaces import to_wire
 
 logger = logging.getLogger("rllink_zmq")
@@ -29,12 +31,9 @@ logger = logging.getLogger("rllink_zmq")
 def policy_of(config: AlgorithmConfig, module: RLModule) -> bytes:
     """The blob of `module` behind the connectors of `config`. Where it can't be exported a warning says why, and that
     simulators have to ask. Raises `PolicyError` for what runners can't act by either, `SettingsError` for settings that
-    a filter can't do with, and for memory together with a replay buffer."""
-    if style_of(config) == "exact" and module.is_stateful():
-        raise SettingsError(
-            f"{type(module).__name__} has a memory (use_lstm), and with a replay buffer (DQN, SAC) it can't be trained "
-            f"through the broker yet: leave it out, or use PPO, APPO or IMPALA"
-        )
+    a filter can't do with, and for a memory where the algorithm has none."""
+    if isinstance(config, SACConfig) and module.is_stateful():
+        raise SettingsError(f"{type(module).__name__} has a memory. {NO_MEMORY_IN_SAC}")
     try:
         flattening = check_connectors(config)
         return export_policy(

@@ -1,4 +1,5 @@
-"""Which spaces RLlib's own models train, and why not the others: told before a training is built, with the part's name.
+"""Which spaces RLlib's own models train, with which algorithms they may remember, and why not the others: told before a
+training is built, a space with the part's name.
 
 Where RLlib's own runner raises an error for a space, deep inside of its build or with its first sample, or gives the
 environment what doesn't belong into its action space, this says so in words. `tests/test_spaces_table.py` holds each of
@@ -7,6 +8,7 @@ these rules against RLlib. A model or connectors of the user's own may do what R
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,11 +16,19 @@ import gymnasium as gym
 import numpy as np
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.dqn.dqn import DQNConfig
+from ray.rllib.algorithms.sac.sac import SACConfig
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 
 from rllink_zmq.errors import PolicyError, SettingsError, SpaceError
 from rllink_zmq.packing import children
 from rllink_zmq.rllib.export_connectors import check_agents_connectors, pieces
+
+logger = logging.getLogger("rllink_zmq")
+
+NO_MEMORY_IN_SAC = (
+    "RLlib's SAC knows no memory (with use_lstm its own runner can't act): leave it out, or train with DQN, PPO, APPO "
+    "or IMPALA"
+)
 
 FLATTEN = (
     "add RLlib's FlattenObservations: config.env_runners(env_to_module_connector=lambda env, spaces, device: "
@@ -66,6 +76,35 @@ def _check(
         )
     if reason := action_misfit(actions):
         raise SpaceError(f"RLlib can't train such actions: {reason}")
+
+
+def check_memory(config: AlgorithmConfig) -> None:
+    """Raises `SettingsError` for a memory (`use_lstm`) that RLlib can't train with a replay buffer, and logs a warning
+    where it trains, but as if each step began an episode."""
+    model = config.model_config or {}
+    if not isinstance(config, DQNConfig | SACConfig) or not model.get("use_lstm"):
+        return
+    if isinstance(config, SACConfig):
+        raise SettingsError(f"use_lstm: {NO_MEMORY_IN_SAC}")
+    if config.num_atoms > 1:
+        raise SettingsError(
+            f"use_lstm: RLlib's learner of DQN raises for distributions of Q-values (num_atoms={config.num_atoms}) of "
+            f"sequences: use num_atoms=1"
+        )
+    buffer = (config.replay_buffer_config or {}).get("type")
+    named = getattr(buffer, "__name__", str(buffer)).rpartition(".")[2]
+    if "Prioritized" in named or not model.get("max_seq_len"):
+        logger.warning(
+            "use_lstm: simulators remember, but what RLlib draws from this replay buffer are single steps without "
+            "their memory, and it trains as if each began an episode. Sequences are drawn with config.training("
+            "replay_buffer_config={'type': 'EpisodeReplayBuffer', 'capacity': ...}) and 'max_seq_len' in the "
+            "model_config; here these are %s and %s",
+            named, model.get("max_seq_len"),
+        )  # fmt: skip
+    elif config.n_step != 1:
+        raise SettingsError(
+            f"use_lstm: RLlib's replay buffer draws sequences with n_step=1 alone, and it is {config.n_step}"
+        )
 
 
 def observation_misfit(space: gym.Space[Any]) -> str:
