@@ -44,7 +44,7 @@ from rllink_zmq.wire import check_columns
 
 ESCAPES = str.maketrans({"_": "%5F", "%": "%25"})
 """RLlib's learner takes samples of one episode for one long episode where its id has an underscore
-(`AddObservationsFromEpisodesToBatch`): their sequences run together, and priorities get mixed up."""
+(`AddObservationsFromEpisodesToBatch`): their sequences would run together."""
 
 REMEMBERED = 10_000
 """Episodes whose continuation is known: more than simulators that one runner serves."""
