@@ -303,6 +303,11 @@ class FragmentBuilder:
         self.episode_return += value
 
     @property
+    def last_reward(self) -> float:
+        """What the last action has been given so far."""
+        return self._reward
+
+    @property
     def layout(self) -> Layout | None:
         """Of the fragment being built."""
         return self._layout

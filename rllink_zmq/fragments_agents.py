@@ -367,7 +367,9 @@ class AgentsBuilder(FragmentBuilder):
         origin = AgentsOrigin.of(self.origin.run, self.counts_as, all_versions)
         made = Cut(origin, self.t0, self.steps, self._before, arrays, modules=versions, agents=tuple(entries))
         self.agents = {name: agent for name, agent in self.agents.items() if agent.end == "no"}
-        self._before = self.episode_return
+        # What a step has been given that goes on into a later fragment is that one's.
+        begun = sum(agent.rows.last_reward for agent in self.agents.values() if agent.acted)
+        self._before = self.episode_return - begun
         self.t0 += self.steps
         self.steps = 0
         return made
