@@ -107,6 +107,10 @@ class AgentsReader(PolicyReader):
 
     # ---- inside
 
+    @property
+    def _acting(self) -> Iterable[Policy]:
+        return self.policies.values()
+
     def _newest_of(self, module: str) -> int:
         """The newest version of this module that is known."""
         wanted = self._wanted.modules.get(module)

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Iterable
 from typing import ClassVar, Self, cast
 
 import numpy as np
@@ -145,12 +146,18 @@ class PolicyReader:
                 self._load()
             self._switch(now)
             session.policy_held = self._loaded
-            if self.policy is not None and session.run == wanted.run:
+            if session.run == wanted.run:
                 # One client's ACK may be older than another's. A new run may begin with fewer.
                 self._sampled = max(self._sampled, (session.run, session.sampled))
-                self.policy.advance(self._sampled[1])
+                for policy in self._acting:
+                    policy.advance(self._sampled[1])
 
     # ---- inside
+
+    @property
+    def _acting(self) -> Iterable[Policy]:
+        """What acts here."""
+        return () if self.policy is None else (self.policy,)
 
     def _tell(self, session: SimulatorSession, now: float) -> None:
         self._wanted.told(session.run, session.version, session.policy, now)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ray.rllib.algorithms.dqn import DQNConfig
 from ray.rllib.algorithms.sac import SACConfig
 
@@ -28,3 +30,16 @@ def sac(runners: int = 1) -> SACConfig:
     )
     config.min_sample_timesteps_per_iteration = 200
     return config
+
+
+def several(config: Any = None, runners: int = 1) -> Any:
+    """MultiAgentCartPole, two agents with a policy each; DQN by default."""
+    from ray.rllib.examples.envs.classes.multi_agent import MultiAgentCartPole
+
+    config = config or dqn(runners)
+    buffer = {"type": "MultiAgentPrioritizedEpisodeReplayBuffer", "capacity": 10_000, "alpha": 0.6, "beta": 0.4}
+    return (
+        config.environment(MultiAgentCartPole, env_config={"num_agents": 2})
+        .multi_agent(policies={"pole_0", "pole_1"}, policy_mapping_fn=lambda agent, *_, **__: f"pole_{agent}")
+        .training(replay_buffer_config=buffer)
+    )

@@ -328,6 +328,21 @@ def test_chunks_of_agents_that_act_together_are_rllibs(module: MultiRLModule, se
         assert_same(learner_batch(module, [one]), learner_batch(module, [other]))
 
 
+@pytest.mark.parametrize("style", ["together", "turns", "ragged"])
+@pytest.mark.parametrize("seed", range(3))
+def test_an_episodes_return_is_whole_wherever_calls_are_cut(module: MultiRLModule, style: str, seed: int) -> None:
+    """Also what an agent is given for a step that hangs over a cut: it is counted once, with the step."""
+    first, made = trajectory(seed, 40, style)
+    (theirs,) = rllibs(first, made, ())
+    builder = MultiAgentEpisodeBuilder(*SPACES, module, mapping)
+    builder.dist_inputs = {"p": 3, "q": 3}
+    for one in fragments(first, made, sorted(random.Random(seed).sample(range(1, 40), 4))):
+        ((*_, built), _) = builder.build([one])
+    assert built.finished is not None and built.finished.length == 40
+    assert built.finished.total == pytest.approx(theirs.get_return())
+    assert sum(total for _, _, total in built.finished.agents.values()) == pytest.approx(theirs.get_return())
+
+
 # ---- what doesn't fit
 
 
@@ -363,6 +378,10 @@ def too_early(arrays: dict[str, np.ndarray]) -> None:
     arrays["p/t"][0] = -1_000_000
 
 
+def complete_before(arrays: dict[str, np.ndarray]) -> None:
+    arrays["p/t"][:2] = -1, 0
+
+
 def removed(one: Lease) -> Lease:
     first, *rest = one.message.agents
     return changed(
@@ -387,10 +406,11 @@ def shorter(arrays: dict[str, np.ndarray]) -> None:
         (lambda one: with_columns(one, no_logp), "agent 'a' .module 'p'.: .*a fragment needs 'action_logp'"),
         (lambda one: with_columns(one, backwards), "agent 'a': 'p/t' must be one rising integer"),
         (lambda one: with_columns(one, too_early), "agent 'a': 'p/t' begins before the episode does"),
+        (lambda one: with_columns(one, complete_before), "agent 'a': a step was complete before this fragment"),
         (removed, "there is no policy 'gone' of agent 'a' in this training"),
         (lambda one: with_columns(one, shorter), "agent .* .module 'q'.: .*'actions'"),
     ],
-    ids=["module", "single", "agent", "nan", "missing", "times", "too early", "removed", "length"],
+    ids=["module", "single", "agent", "nan", "missing", "times", "too early", "complete before", "removed", "length"],
 )
 def test_a_fragment_that_does_not_fit_is_refused_by_name_and_nothing_else_is(
     module: MultiRLModule, spoil: Callable[[Lease], Lease], why: str

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 from fake_training import broker
 from processes import REAL_RAY, ROOT
@@ -274,6 +275,53 @@ def test_agents_that_remember_and_see_several_parts(
     assert fragments >= 40 and trained * 0.5 < steps < trained * 2.0, "each agent's steps count"
 
 
+def test_dqn_trains_several_agents(cluster: None, server: Server, built: list[Algorithm]) -> None:
+    """One policy learns, the other is frozen; one simulator acts by itself, and a runner acts for the other. RLlib gets
+    exactly as many steps as it asks for, and its replay buffer takes them."""
+    import multi_agent_cartpole as example
+    from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
+    from small_dqn import several
+
+    config = several().multi_agent(policies_to_train=["pole_0"])
+    with simulators(server, example.make), simulators(server, example.make, inference="remote"):
+        algorithm = build(config, server)
+        built.append(algorithm)
+        results = [algorithm.train() for _ in range(3)]
+        acts = server.core.acts  # type: ignore[union-attr]
+    sampled = results[-1]["env_runners"]
+    steps = sampled[NUM_ENV_STEPS_SAMPLED_LIFETIME]
+    assert steps >= 600 and steps % 4 == 0
+    buffer = algorithm.local_replay_buffer
+    assert buffer.get_num_timesteps() == steps
+    for name in ("pole_0", "pole_1"):
+        lifetime = algorithm.metrics.peek(("env_runners", "num_module_steps_sampled_lifetime", name))
+        assert buffer.get_num_timesteps(name) == lifetime > 200
+    learners = results[-1]["learners"]
+    assert np.isfinite(learners["pole_0"]["qf_loss"]) and "qf_loss" not in learners.get("pole_1", {})
+    versions = server.core.module_versions  # type: ignore[union-attr]
+    assert versions["pole_1"] == 0 < versions["pole_0"]
+    assert acts["answered"] > 50 and acts["refused"] == 0
+    assert set(sampled["agent_episode_returns_mean"]) == {"0", "1"}
+    ledger = results[-1]["rllink"]["ledger"]
+    assert not ledger["dropped"], ledger
+
+
+@pytest.mark.long
+def test_sac_trains_several_agents(cluster: None, server: Server, built: list[Algorithm]) -> None:
+    import multi_agent_cartpole as example
+    from small_dqn import sac, several
+
+    with simulators(server, example.make, example.make):
+        algorithm = build(several(sac()), server)
+        built.append(algorithm)
+        results = [algorithm.train() for _ in range(2)]
+    assert results[-1]["env_runners"]["num_env_steps_sampled_lifetime"] == 400
+    for name in ("pole_0", "pole_1"):
+        assert np.isfinite(results[-1]["learners"][name]["qf_loss"])
+        assert server.core.module_versions[name] > 10  # type: ignore[union-attr]
+    assert not results[-1]["rllink"]["ledger"]["dropped"]
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -290,14 +338,3 @@ def test_what_can_not_be_trained_is_refused_in_words(change: Callable[[Any], Any
 
     with pytest.raises(SettingsError, match=why):
         attach(change(example.config()), "tcp://127.0.0.1:5556")
-
-
-def test_algorithms_that_can_not_have_several_agents_yet() -> None:
-    from ray.rllib.algorithms.dqn import DQNConfig
-    from ray.rllib.examples.envs.classes.multi_agent import MultiAgentCartPole
-
-    from rllink_zmq.rllib import attach
-
-    config = DQNConfig().environment(MultiAgentCartPole).multi_agent(policies={"p"}, policy_mapping_fn=lambda *_: "p")
-    with pytest.raises(SettingsError, match="DQN with several agents can't be trained through the broker yet"):
-        attach(config, "tcp://127.0.0.1:5556")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import gymnasium as gym
 import msgspec
@@ -103,22 +103,12 @@ class Piece(NamedTuple):
     def cut(self, first: int, steps: int) -> Piece:
         """Its steps `first` to `first + steps - 1`, as if they had come alone. When they ended isn't known, unless they
         are its last ones."""
-        message = self.message
-        if steps == message.steps:
+        if steps == self.message.steps:
             return self
         last = first + steps
-        header = msgspec.structs.replace(
-            message,
-            t0=message.t0 + first,
-            steps=steps,
-            end=message.end if last == message.steps else "no",
-            return_so_far=message.return_so_far + float(self.rewards[:first].sum(dtype=np.float64)),
-            seconds=message.seconds if last == message.steps else math.nan,
-            timings={} if first else message.timings,
-        )
         rows = slice(first, self.back + last + 1)  # as many before its own first one
         return Piece(
-            header,
+            cut_header(self.message, first, steps, float(self.rewards[:first].sum(dtype=np.float64))),
             tree.map_structure(lambda a: a[rows], self.observations),
             self.actions[first:last],
             self.rewards[first:last],
@@ -128,7 +118,38 @@ class Piece(NamedTuple):
         )
 
 
-def cut(pieces: Sequence[Piece], first: int, steps: int) -> list[Piece]:
+def cut_header(message: FRAGMENT, first: int, steps: int, before: float) -> FRAGMENT:
+    """Of steps `first` to `first + steps - 1` of this fragment; `before`: the rewards of those before."""
+    last = first + steps == message.steps
+    return msgspec.structs.replace(
+        message,
+        t0=message.t0 + first,
+        steps=steps,
+        end=message.end if last else "no",
+        return_so_far=message.return_so_far + before,
+        seconds=message.seconds if last else math.nan,
+        timings={} if first else message.timings,
+    )
+
+
+class HasMessage(Protocol):
+    """A checked fragment."""
+
+    @property
+    def message(self) -> FRAGMENT: ...
+
+
+class CanBeCut(HasMessage, Protocol):
+    """One that can be handed over in parts."""
+
+    def cut(self, first: int, steps: int) -> Self: ...
+
+
+P = TypeVar("P", bound=HasMessage)
+C = TypeVar("C", bound=CanBeCut)
+
+
+def cut(pieces: Sequence[C], first: int, steps: int) -> list[C]:
     """Steps `first` to `first + steps - 1` of pieces that follow each other."""
     found = []
     for piece in pieces:
@@ -188,7 +209,7 @@ class EpisodeBuilder:
     def join(self, pieces: Iterable[Piece]) -> list[Built]:
         """Chunks of what was checked before, in the order of their first pieces."""
         with collector_paused():
-            chunks = chunks_of(pieces, self._continues)
+            chunks = chunks_of(pieces, self.continues)
             built = [self._chunk(chunk) for chunk in chunks]
         if self.audit is not None:
             handed: dict[tuple[bytes, int], int] = {}
@@ -234,7 +255,8 @@ class EpisodeBuilder:
                 refused.append(Refusal(lease.message, ProtocolError(text)))
         return good, refused
 
-    def _continues(self, chunk: Sequence[Piece], piece: Piece) -> bool:
+    def continues(self, chunk: Sequence[Piece], piece: Piece) -> bool:
+        """Whether RLlib may have `piece` as the rest of `chunk`."""
         first, last, message = chunk[0].message, chunk[-1].message, piece.message
         return (
             last.end == "no"
@@ -242,7 +264,7 @@ class EpisodeBuilder:
             and message.t0 + message.steps - first.t0 <= self.longest
             and _dtypes(piece.observations) == _dtypes(chunk[0].observations)
             and piece.actions.dtype == chunk[0].actions.dtype
-            and (self._needs_logp or _mark(chunk[-1].observations, -1) == _mark(piece.observations, piece.back))
+            and (self._needs_logp or mark_of(chunk[-1].observations, -1) == mark_of(piece.observations, piece.back))
         )
 
     def _check_columns(self, lease: Lease) -> list[Piece]:
@@ -386,13 +408,13 @@ class EpisodeBuilder:
         fits = known is not None and known[0] == first.t0
         if known is not None and fits:
             began = known[2]
-            fits = not buffered or known[3] == _mark(pieces[0].observations, pieces[0].back)
+            fits = not buffered or known[3] == mark_of(pieces[0].observations, pieces[0].back)
         if known is not None and fits:
             name = known[1]
         elif first.t0:
             name = f"{name}@{first.t0}"
         if last.end == "no":
-            mark = _mark(pieces[-1].observations, -1) if buffered else None
+            mark = mark_of(pieces[-1].observations, -1) if buffered else None
             self._next[key] = (last.t0 + last.steps, name, last.seconds, mark)
             if len(self._next) > REMEMBERED:
                 self._next.popitem(last=False)
@@ -509,7 +531,7 @@ def _dtypes(observations: Any) -> Sequence[np.dtype[Any]]:
     return [array.dtype for array in tree.flatten(observations)]
 
 
-def _mark(observations: Any, row: int) -> int:
+def mark_of(observations: Any, row: int) -> int:
     """Tells one row of observations from another without keeping it: an image has many bytes."""
     if isinstance(observations, np.ndarray):
         return hash(observations[row].tobytes())
@@ -524,16 +546,6 @@ def _buffer(values: Any, lookback: int = 0, space: gym.Space[Any] | None = None)
     buffer = InfiniteLookbackBuffer(data=values, space=space)
     buffer.lookback = lookback  # its constructor takes the number of a dict's keys for its length
     return buffer
-
-
-class HasMessage(Protocol):
-    """A checked fragment."""
-
-    @property
-    def message(self) -> FRAGMENT: ...
-
-
-P = TypeVar("P", bound=HasMessage)
 
 
 def chunks_of(pieces: Iterable[P], continues: Callable[[Sequence[P], P], bool]) -> list[list[P]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import gymnasium as gym
 import numpy as np
@@ -26,11 +26,11 @@ from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT, STATE_IN, AgentId, AgentRows
 from rllink_zmq.rllib.audit import COLUMN, names
 from rllink_zmq.rllib.collector import collector_paused
-from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal, chunks_of
+from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal, chunks_of, mark_of
+from rllink_zmq.rllib.exploration import epsilon_schedule
 from rllink_zmq.rllib.flattening import FlattenedFragments, Flattening
+from rllink_zmq.rllib.multi_agent_replay import SKIP, AgentsPiece, ReplayedEpisode
 from rllink_zmq.session_runner import Lease
-
-SKIP = MultiAgentEpisode.SKIP_ENV_TS_TAG
 
 
 class AgentsFinished(NamedTuple):
@@ -52,27 +52,25 @@ class AgentsBuilt(NamedTuple):
     timings: Sequence[Mapping[str, float]]
 
 
-class AgentsPiece(NamedTuple):
-    """One fragment, checked: each agent's rows, and at which env step (counted in the episode) each of its
-    observations came."""
-
-    message: FRAGMENT
-    agents: dict[AgentId, tuple[AgentRows, Piece, NDArray[np.int64]]]
-
-
 class _Place(NamedTuple):
-    """Where an episode goes on: env step, name, seconds; of each agent its module, steps and return so far."""
+    """Where an episode goes on: env step, name, seconds; of each agent its module, steps and return so far. `last`: of
+    agents that have been handed over under this name, their last observation (`mark_of`), None of one that has ended.
+    """
 
     t: int
     name: str
     seconds: float
     agents: dict[AgentId, tuple[str, int, float]]
+    last: dict[AgentId, int | None]
+
+
+_Rows: TypeAlias = tuple[AgentRows, Piece, NDArray[np.int64]]
 
 
 class MultiAgentEpisodeBuilder:
     """Builds chunks for one runner. The spaces are those of each agent; `modules`: all that there are, by id.
-    `longest`, `audit`: as of `EpisodeBuilder`. `flattenings`: what is done to observations, of agents that it is done
-    to. `dist_inputs`: of each module, how many numbers a row of that column has."""
+    `longest`, `audit`, `needs_logp`: as of `EpisodeBuilder`. `flattenings`: what is done to observations, of agents
+    that it is done to. `dist_inputs`: of each module, how many numbers a row of that column has."""
 
     def __init__(
         self,
@@ -83,7 +81,10 @@ class MultiAgentEpisodeBuilder:
         longest: float = float("inf"),
         flattenings: Mapping[AgentId, Flattening] | None = None,
         audit: Log | None = None,
+        *,
+        needs_logp: bool = True,
     ) -> None:
+        self._needs_logp = needs_logp
         self.observation_spaces = dict(observation_spaces)
         self.action_spaces = dict(action_spaces)
         self.module = module
@@ -116,8 +117,9 @@ class MultiAgentEpisodeBuilder:
 
     def join(self, pieces: Iterable[AgentsPiece]) -> list[AgentsBuilt]:
         """Chunks of what was checked before, in the order of their first pieces."""
-        chunks = chunks_of(pieces, self._continues)
-        built = [self._chunk(chunk) for chunk in chunks]
+        with collector_paused():
+            chunks = chunks_of(pieces, self._continues)
+            built = [self._chunk(chunk) for chunk in chunks]
         if self.audit is not None:
             self.audit.handed(
                 (piece.message.session, piece.message.number, sum(rows.steps for rows in piece.message.agents))
@@ -146,7 +148,7 @@ class MultiAgentEpisodeBuilder:
                     f"there is no policy '{module}'{' of agent ' * bool(whose)}{whose} in this training (any more?); "
                     f"there are {', '.join(self.module.keys())}"
                 )
-        agents: dict[AgentId, tuple[AgentRows, Piece, NDArray[np.int64]]] = {}
+        agents: dict[AgentId, _Rows] = {}
         at: dict[str, tuple[int, int]] = {}
         named = names(message.session, message.number, sum(rows.steps for rows in message.agents))
         for rows in message.agents:
@@ -182,6 +184,10 @@ class MultiAgentEpisodeBuilder:
             raise ProtocolError(f"agent {rows.agent!r}: '{prefix}t' must be one rising integer for each observation")
         if times[-1] > message.steps:
             raise ProtocolError(f"agent {rows.agent!r}: '{prefix}t' goes past the fragment's {message.steps} env steps")
+        if times[1] <= 0:
+            raise ProtocolError(
+                f"agent {rows.agent!r}: a step was complete before this fragment, as '{prefix}t' has it"
+            )
         if times[0] < -message.t0:
             raise ProtocolError(f"agent {rows.agent!r}: '{prefix}t' begins before the episode does")
         columns, body = to_buffers(mine)
@@ -201,12 +207,13 @@ class MultiAgentEpisodeBuilder:
 
     def _builder(self, rows: AgentRows) -> EpisodeBuilder:
         key = (rows.agent, rows.module)
-        builder, module = self._builders.get(key), self.module[rows.module]
-        if builder is None or builder.module is not module:
+        builder, module = self._builders.get(key), self.module.get(rows.module)
+        if builder is None or (module is not None and builder.module is not module):
             agent = rows.agent
             builder = self._builders[key] = EpisodeBuilder(
                 self.observation_spaces[agent], self.action_spaces[agent], module,
-                connectors=self._connectors.get(agent),
+                connectors=self._connectors.get(agent), needs_logp=self._needs_logp,
+                outputs=not epsilon_schedule(module),
             )  # fmt: skip
         builder.dist_inputs = self.dist_inputs.get(rows.module, 0)
         return builder
@@ -219,30 +226,26 @@ class MultiAgentEpisodeBuilder:
             return False
         if message.t0 + message.steps - first.t0 > self.longest:
             return False
-        ended: dict[AgentId, AgentRows] = {}
+        newest: dict[AgentId, _Rows] = {}
         for earlier in chunk:
-            ended |= {agent: rows for agent, (rows, _, _) in earlier.agents.items()}
+            newest |= earlier.agents
         return all(
-            agent not in ended
-            or (
-                ended[agent].end == "no"
-                and ended[agent].module == rows.module
-                and rows.t0 == ended[agent].t0 + ended[agent].steps
-            )
-            for agent, (rows, _, _) in piece.agents.items()
+            agent not in newest
+            or (newest[agent][0].module == rows.module and self._builder(rows).continues([newest[agent][1]], mine))
+            for agent, (rows, mine, _) in piece.agents.items()
         )
 
     def _chunk(self, pieces: Sequence[AgentsPiece]) -> AgentsBuilt:
         first, last = pieces[0].message, pieces[-1].message
         t0, steps = first.t0, last.t0 + last.steps - first.t0
-        name, began, before = self._place(first)
-        by_agent: dict[AgentId, list[tuple[AgentRows, Piece, NDArray[np.int64]]]] = {}
+        by_agent: dict[AgentId, list[_Rows]] = {}
         for piece in pieces:
             for agent, each in piece.agents.items():
                 by_agent.setdefault(agent, []).append(each)
+        name, began, before, seen = self._place(first, {agent: some[0] for agent, some in by_agent.items()})
         totals = dict(before)
         episode = None
-        if by_agent:
+        if by_agent or not self._needs_logp:  # a replay buffer takes env steps that nobody completed for a gap
             episode = self._empty(name, t0, {agent: some[0][0].module for agent, some in by_agent.items()})
         for agent, some in by_agent.items():
             rows = some[0][0]
@@ -256,14 +259,18 @@ class MultiAgentEpisodeBuilder:
             episode.agent_episodes[agent] = single
             episode.agent_t_started[agent] = rows.t0
             times = np.concatenate([*(each[:-1] for _, _, each in some[:-1]), some[-1][2]])
-            episode.env_t_to_agent_t[agent] = _env_steps(times, rows.t0, t0, steps)
+            episode.env_t_to_agent_t[agent] = _env_steps(times, rows.t0 if self._needs_logp else 0, t0, steps)
             taken = sum(each.steps for each, _, _ in some)
             total = rows.return_so_far + float(sum(p.rewards.sum(dtype=np.float64) for _, p, _ in some))
             totals[agent] = (rows.module, rows.t0 + taken, total)
+            if not self._needs_logp:
+                ended, newest = some[-1][0].end != "no", some[-1][1]
+                seen[agent] = None if ended else mark_of(newest.observations, -1)
         if episode is not None:
             episode.env_t = t0 + steps
             episode.is_terminated, episode.is_truncated = last.end == "terminated", last.end == "truncated"
-        self._remember(last, name, totals)
+        if last.end == "no":
+            self._remember(last, name, totals, seen)
         timings = [piece.message.timings for piece in pieces if piece.message.timings]
         step_seconds = (last.seconds - began) / steps if began is not None and last.seconds > began else None
         finished = None
@@ -276,7 +283,8 @@ class MultiAgentEpisodeBuilder:
         return AgentsBuilt(episode, finished, step_seconds, timings)
 
     def _empty(self, name: str, t0: int, modules: dict[AgentId, str]) -> MultiAgentEpisode:
-        return MultiAgentEpisode(
+        make = MultiAgentEpisode if self._needs_logp else ReplayedEpisode
+        return make(
             id_=name,
             observation_space=self.observation_spaces,
             action_space=self.action_spaces,
@@ -285,23 +293,42 @@ class MultiAgentEpisodeBuilder:
             agent_to_module_mapping_fn=self._mapping,
         )
 
-    def _place(self, message: FRAGMENT) -> tuple[str, float | None, Mapping[AgentId, tuple[str, int, float]]]:
+    def _place(
+        self, message: FRAGMENT, begins: Mapping[AgentId, _Rows]
+    ) -> tuple[str, float | None, Mapping[AgentId, tuple[str, int, float]], dict[AgentId, int | None]]:
         """The chunk's episode id; when it began, in seconds since the episode did, if that is known; what is known of
-        its agents."""
+        its agents; and what was last handed over of them under that id. `begins`: each agent's first rows in it."""
         key = (message.session, message.episode)
         known = self._places.pop(key, None)
         name = f"{message.session.hex()[:8]}_{message.episode}"
-        if known is not None and known.t == message.t0:
-            return known.name, known.seconds, known.agents
+        if known is not None and known.t == message.t0 and self._fits(known, begins):
+            return known.name, known.seconds, known.agents, known.last
         if message.t0:
-            return f"{name}@{message.t0}", None, known.agents if known is not None else {}
-        return name, 0.0, {}
+            return f"{name}@{message.t0}", None, known.agents if known is not None else {}, {}
+        return name, 0.0, {}, {}
 
-    def _remember(self, last: FRAGMENT, name: str, totals: dict[AgentId, tuple[str, int, float]]) -> None:
-        if last.end == "no":
-            self._places[last.session, last.episode] = _Place(last.t0 + last.steps, name, last.seconds, totals)
-            if len(self._places) > REMEMBERED:
-                self._places.popitem(last=False)
+    @staticmethod
+    def _fits(known: _Place, begins: Mapping[AgentId, _Rows]) -> bool:
+        """Whether each agent goes on where it was: a replay buffer stops the training where one does not."""
+        return all(
+            agent not in known.last
+            or (
+                known.agents[agent][:2] == (rows.module, rows.t0)
+                and known.last[agent] == mark_of(piece.observations, piece.back)
+            )
+            for agent, (rows, piece, _) in begins.items()
+        )
+
+    def _remember(
+        self,
+        last: FRAGMENT,
+        name: str,
+        totals: dict[AgentId, tuple[str, int, float]],
+        seen: dict[AgentId, int | None],
+    ) -> None:
+        self._places[last.session, last.episode] = _Place(last.t0 + last.steps, name, last.seconds, totals, seen)
+        if len(self._places) > REMEMBERED:
+            self._places.popitem(last=False)
 
 
 def _env_steps(times: NDArray[np.int64], agent_t: int, t0: int, steps: int) -> InfiniteLookbackBuffer:

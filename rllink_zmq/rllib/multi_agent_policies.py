@@ -19,6 +19,7 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
+from ray.rllib.utils.replay_buffers.multi_agent_episode_buffer import MultiAgentEpisodeReplayBuffer
 
 from rllink_zmq.errors import PolicyError, SettingsError, SpaceError
 from rllink_zmq.fragments import layout_of_spaces
@@ -34,6 +35,9 @@ from rllink_zmq.rllib.settings import explores, style_of
 from rllink_zmq.spaces import agents_to_wire
 
 logger = logging.getLogger("rllink_zmq")
+
+BUFFERS = ("MultiAgentEpisodeReplayBuffer", "MultiAgentPrioritizedEpisodeReplayBuffer")
+"""RLlib's replay buffers for several agents, by their names in a config."""
 
 EPISODES = 64
 """Made-up episodes that the mapping is asked for."""
@@ -84,10 +88,7 @@ def crew_of(config: AlgorithmConfig, module: MultiRLModule) -> bytes:
 def check_multi_agent(config: AlgorithmConfig) -> None:
     """Raises `SettingsError` for what can't be trained with several agents."""
     if style_of(config) == "exact":
-        raise SettingsError(
-            f"{type(config).__name__.removesuffix('Config')} with several agents can't be trained through the broker "
-            f"yet: use PPO, APPO or IMPALA"
-        )
+        _check_buffer(config)
     if config.evaluation_interval:
         raise SettingsError(
             "evaluation with several agents can't go through the broker yet: remove config.evaluation(...)"
@@ -98,6 +99,19 @@ def check_multi_agent(config: AlgorithmConfig) -> None:
             f"'env_steps', and give the batch so many"
         )
     check_module_ids(sorted(map(str, config.policies)))
+
+
+def _check_buffer(config: AlgorithmConfig) -> None:
+    """Raises `SettingsError` for a replay buffer that holds no episodes of several agents: RLlib's default."""
+    kind = config.replay_buffer_config["type"]
+    name = kind.rsplit(".", 1)[-1] if isinstance(kind, str) else kind.__name__
+    fits = name in BUFFERS if isinstance(kind, str) else issubclass(kind, MultiAgentEpisodeReplayBuffer)
+    if not fits:
+        raise SettingsError(
+            f"replay_buffer_config={{'type': {name!r}}} holds no episodes of several agents: "
+            f"config.training(replay_buffer_config={{'type': 'MultiAgentPrioritizedEpisodeReplayBuffer', 'capacity': "
+            f"50000, 'alpha': 0.6, 'beta': 0.4}}), say, or 'MultiAgentEpisodeReplayBuffer'"
+        )
 
 
 def check_module_ids(ids: Sequence[str]) -> None:

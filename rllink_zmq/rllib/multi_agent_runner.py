@@ -35,7 +35,7 @@ from rllink_zmq.rllib.multi_agent_policies import CrewManifest, agents_of, is_tr
 from rllink_zmq.rllib.runner import Held, ZmqEnvRunner
 from rllink_zmq.rllib.service import MAX_ROWS, ModuleActor
 from rllink_zmq.rllib.service_agents import AgentsActService
-from rllink_zmq.rllib.settings import explores, longest_chunk
+from rllink_zmq.rllib.settings import explores, longest_chunk, trainer_terms
 
 logger = logging.getLogger("rllink_zmq")
 
@@ -64,6 +64,7 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
         return MultiAgentEpisodeBuilder(
             *agents_of(config), self.module, config.policy_mapping_fn, longest, self._flattenings,
             None if config.in_evaluation else runner_log(self.settings.audit),
+            needs_logp=trainer_terms(config).needs_logp,
         )  # fmt: skip
 
     def _flattening_for(self, agents: Sequence[AgentId]) -> Flattening | None:
@@ -109,11 +110,15 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
             return
         config, settings = self.config, self.settings
         normalize, clip = bool(config.normalize_actions), bool(config.clip_actions)
+
+        def sampled() -> int:
+            return link.pool.sampled
+
         try:
             actors = {
                 name: ModuleActor(
-                    multi[name], about, multi[name].action_space, normalize, clip, self._device,
-                    flattening=self._flattening_for(manifest.agents[name]),
+                    multi[name], about, multi[name].action_space, normalize, clip, self._device, sampled,
+                    self._flattening_for(manifest.agents[name]),
                 )
                 for name, about in manifest.modules.items()
             }  # fmt: skip

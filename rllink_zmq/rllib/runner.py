@@ -195,6 +195,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self.leave()
         if self._run not in ("", run):
             self._filters.restart()
+            self._builder.forget()  # what RLlib has been restored with may not go as far
             if self.held is not None:
                 self._filters.own(self.held.version, self.held.connectors)
         self._run = run
