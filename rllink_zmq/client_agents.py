@@ -21,7 +21,7 @@ from rllink_zmq.audit import Log
 from rllink_zmq.client import Backpressure, Client, Inference, Stats, check_choices, log_of_audit, opened
 from rllink_zmq.client_agents_policy import AgentsReader
 from rllink_zmq.client_agents_remote import PendingAgents, RemoteAgents
-from rllink_zmq.client_episode import explores
+from rllink_zmq.client_episode import explores, logs_in_evaluation
 from rllink_zmq.client_flow import Flow
 from rllink_zmq.client_remote import Pairs
 from rllink_zmq.compression import Compression, check_compression
@@ -95,7 +95,7 @@ class AgentsFlow(Flow):
             for builder, _ in pairs:
                 assert isinstance(builder, AgentsBuilder)
                 if not builder.steps:
-                    builder.counts_as = reader.counts_as(builder.origin)
+                    builder.counts_as = self.counts_as(builder.origin)
                 if builder.crew is not reader.crew and reader.crew is not None:
                     fixed = {agent: each.module for agent, each in builder.agents.items()}
                     builder.recast(reader.cast(fixed), reader.crew.failures)
@@ -112,6 +112,10 @@ class AgentsFlow(Flow):
         if remote.origin is None or remote.origin.run < told.run:
             remote.origin = told  # until the first answer
         return remote.origin
+
+    def counts_as(self, origin: Origin) -> int:
+        assert isinstance(origin, AgentsOrigin)
+        return self.reader.counts_as(origin)
 
     def layout_of(self, kind: Kind) -> Layout | None:
         return self.reader.layout
@@ -161,15 +165,22 @@ class AgentsClient:
         """Counts, as of the last look. Steps are env steps."""
         return self.base.stats
 
+    @property
+    def evaluates(self) -> bool:
+        """As `Client.evaluates`."""
+        return self.base.evaluates
+
     def start_episode(
-        self, episode_id: str | None = None, training_enabled: bool = True, *, explore: bool | None = None
+        self, episode_id: str | None = None, training_enabled: bool | None = None, *, explore: bool | None = None
     ) -> AgentsEpisode:
-        """A new episode; the last one has ended. `training_enabled`: False = it is not sent at all, and acts as the
-        trainer's evaluation config says, or as `explore` does. Raises EpisodeError, RefusedError."""
+        """A new episode; the last one has ended. Arguments and what it raises as of `Client.start_episode`."""
         flow = self.flow
-        if training_enabled and explore is not None:
+        if training_enabled is not False and explore is not None:
             raise EpisodeError("explore is for episodes that are not trained on: training_enabled=False")
         flow.look_if_due()
+        undecided = training_enabled is None
+        if training_enabled is None:
+            training_enabled = not self.evaluates
         if flow.builders:
             raise EpisodeError(
                 f"episode '{next(iter(flow.builders))}' is open: end it first, or connect_agents() for each episode at "
@@ -182,7 +193,9 @@ class AgentsClient:
             raise EpisodeError(f"expected an episode_id of 1 to 64 characters, got {len(episode_id)}")
         builder = AgentsBuilder(episode_id, self.agents, sent=training_enabled, explore=explore)
         flow.builders[episode_id] = builder
-        return AgentsEpisode(flow, builder)
+        if not training_enabled and explore is None:
+            flow.evaluate(builder)
+        return AgentsEpisode(flow, builder, undecided=undecided)
 
     def close(self, timeout: float = 5.0) -> int:
         """As `Client.close`."""
@@ -204,14 +217,15 @@ class AgentsEpisode:
     it without `end_episode` abandons it: what isn't sent yet is discarded and counted.
     """
 
-    def __init__(self, flow: AgentsFlow, builder: AgentsBuilder) -> None:
-        """Use `AgentsClient.start_episode`."""
+    def __init__(self, flow: AgentsFlow, builder: AgentsBuilder, *, undecided: bool = False) -> None:
+        """Use `AgentsClient.start_episode`. `undecided`: it was left to the trainer what this episode is for."""
         self.id = builder.episode
         self.training_enabled = builder.sent
         self.builder = builder
         self.open = True
         self._flow = flow
-        self._cost = 1 if builder.sent else 0
+        self._undecided = undecided
+        self._cost = 1 if builder.sent or builder.evaluation is not None else 0
         self._pending: PendingAgents | None = None
         self._started: float | None = time.monotonic()
 
@@ -311,6 +325,8 @@ class AgentsEpisode:
         episode's actions are all logged, or all the policies'. Waits and raises as `get_action` does."""
         builder = self.builder
         turn = self._turn("log_action", observations, terminateds, truncateds)
+        if not self.training_enabled and logs_in_evaluation(builder, undecided=self._undecided and not self.steps):
+            self.training_enabled, self._cost = True, 1
         if not self._goes_on("logged"):
             self._flow.prepare([(builder, turn)], "logged", wait=True)
         builder.observe(turn)

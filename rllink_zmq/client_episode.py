@@ -129,8 +129,9 @@ class Episode:
         """
         if self._pending is not None:
             self._pending.forget()
-        if not self.training_enabled:
-            self._logs_in_evaluation()
+        undecided = self.open and self._undecided and not self.steps
+        if not self.training_enabled and logs_in_evaluation(self.builder, undecided=undecided):
+            self.training_enabled, self._cost = True, 1
         kind: Kind = "given" if action_logp is None else "logged"
         if not self._goes_on(kind):
             self.check_open("log_action")
@@ -138,13 +139,6 @@ class Episode:
         self.builder.observe(observation)
         self.builder.log(action, action_logp)
         self._flow.credit -= self._cost
-
-    def _logs_in_evaluation(self) -> None:
-        """An evaluation is of the policy's actions. Who left it to the trainer and chooses actions itself trains."""
-        if self.open and self._undecided and not self.steps:
-            self.builder.sent = self.training_enabled = True
-            self._cost = 1
-        self.builder.evaluation = None
 
     def log_returns(self, reward: float) -> None:
         """Add `reward` to the reward of the last action. Several calls add up; none means 0.
@@ -215,6 +209,14 @@ class Episode:
             self._pending.forget()
         self.builder.limit = 0
         self._flow.builders.pop(self.id, None)
+
+
+def logs_in_evaluation(builder: FragmentBuilder, *, undecided: bool) -> bool:
+    """The simulator chooses the actions of an episode that isn't trained on, and an evaluation is of the policy's. Who
+    has left it to the trainer (`undecided`) trains: then it is True."""
+    builder.evaluation = None
+    builder.sent = builder.sent or undecided
+    return undecided
 
 
 def explores(builder: FragmentBuilder, policy: Policy) -> bool:

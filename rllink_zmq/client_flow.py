@@ -339,6 +339,10 @@ class Flow:
         session = self.session
         return Origin(session.run, session.evaluation) if session.evaluation >= 0 and session.window else None
 
+    def counts_as(self, origin: Origin) -> int:
+        """The version that an evaluation takes an episode for that begins with these weights."""
+        return origin.version
+
     def _may_evaluate(self, pairs: Pairs, origin: Origin) -> bool:
         """Whether those of `pairs` that are evaluated may go on: there are their weights, and room for their steps."""
         evaluated = [builder for builder, _ in pairs if builder.evaluation is not None]
@@ -350,7 +354,11 @@ class Flow:
             wanted = builder.evaluation = self._evaluated()  # it may be over by now, or another one have begun
             if wanted is None:
                 continue
-            if origin < wanted if self.remote is None else time.monotonic() < self.evaluation_due:
+            if (
+                (origin.run, self.counts_as(origin)) < wanted
+                if self.remote is None
+                else time.monotonic() < self.evaluation_due
+            ):
                 return False
         self.measure()
         if self._room_to_evaluate >= len(evaluated):

@@ -8,16 +8,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
 
-from rllink_zmq.client import Client, Episode
+from rllink_zmq.client import Client, Episode, HasFlow
 from rllink_zmq.client_flow import WAIT_SLICE, Waiting, listen
 from rllink_zmq.client_policy import PolicyReader
 from rllink_zmq.client_remote import PendingAction
-from rllink_zmq.fragments import Origin
+from rllink_zmq.fragments import FragmentBuilder, Origin
 
 TURN_STEPS, TURN_SECONDS = 16, 0.005
 """What one client takes before the next has its turn, and `stop` is looked at."""
@@ -300,10 +300,17 @@ class _Seat:
             self._episode = None
 
 
+class HasBuilder(Protocol):
+    """An episode, of one agent or of several."""
+
+    @property
+    def builder(self) -> FragmentBuilder: ...
+
+
 class Idle:
     """When a loop that is there for evaluations has nothing to do: after the first one of a run, between them."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: HasFlow) -> None:
         self._flow = client.flow
         self._began = 0
 
@@ -320,7 +327,7 @@ class Idle:
         """Whether this run's trainer has had an evaluation, as far as the client knows."""
         return self._flow.evaluated_run != "" and self._flow.evaluated_run == self._flow.session.run
 
-    def worthless(self, episodes: Sequence[Episode]) -> bool:
+    def worthless(self, episodes: Sequence[HasBuilder]) -> bool:
         """These count in no evaluation, and are in the way of the next one, or nothing wants them at all."""
         flow = self._flow
         if not self._evaluates or any(episode.builder.evaluation is not None for episode in episodes):

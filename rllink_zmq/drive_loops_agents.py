@@ -10,13 +10,13 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from importlib import import_module
-from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, cast
 
 import gymnasium as gym
 
-from rllink_zmq.client_agents import AgentsClient, AgentsFlow
+from rllink_zmq.client_agents import AgentsClient, AgentsEpisode, AgentsFlow
 from rllink_zmq.client_flow import WAIT_SLICE, Waiting, listen
-from rllink_zmq.drive_loops import TURN_SECONDS, Stop, Summary, Tally
+from rllink_zmq.drive_loops import TURN_SECONDS, Idle, Stop, Summary, Tally
 from rllink_zmq.errors import RemovedError, SettingsError
 from rllink_zmq.fragments_agents import ALL
 from rllink_zmq.messages import AgentId
@@ -172,15 +172,16 @@ def drive_agents(
     steps: int | None = None,
     seed: int | None = None,
     stop: Stop | None = None,
-    training_enabled: bool = True,
+    training_enabled: bool | None = None,
     tally: Tally | None = None,
 ) -> Summary:
     """Run `env` (RLlib's `MultiAgentEnv`, PettingZoo's `ParallelEnv` or `AECEnv`) with the client's policies for so
     many `episodes`, or env `steps`, or until `stop()`; for ever with none. Returns count all agents' rewards.
 
     `seed`: of the first reset. An episode that is cut off by `steps` is ended as truncated where every agent has an
-    observation to end with, and is abandoned otherwise; so is one in which an agent's policy is removed. Raises what
-    `AgentsEpisode.get_action` does, and SettingsError for another environment."""
+    observation to end with, and is abandoned otherwise; so is one in which an agent's policy is removed.
+    `training_enabled`: as of `drive`. Raises what `AgentsEpisode.get_action` does, and SettingsError for another
+    environment."""
     return drive_agents_many(
         [(client, env)], episodes=episodes, steps=steps, seed=seed, stop=stop, training_enabled=training_enabled,
         tally=tally,
@@ -194,7 +195,7 @@ def drive_agents_many(
     steps: int | None = None,
     seed: int | None = None,
     stop: Stop | None = None,
-    training_enabled: bool = True,
+    training_enabled: bool | None = None,
     tally: Tally | None = None,
 ) -> Summary:
     """`drive_agents` for many clients with an environment each, in turn, in this thread. `episodes` and `steps` are for
@@ -202,7 +203,7 @@ def drive_agents_many(
     count = tally or Tally()
     pairs = list(pairs)
     loops = {
-        i: _seat(client, env, count, episodes, steps, None if seed is None else seed + i, training_enabled)
+        i: _Seat(client, env, count, episodes, steps, None if seed is None else seed + i, training_enabled).run()
         for i, (client, env) in enumerate(pairs)
     }
     waiting: Waiting | None = None
@@ -210,71 +211,114 @@ def drive_agents_many(
         while loops and not (stop is not None and stop()):
             waits = {i: next(loop, None) for i, loop in loops.items()}
             loops = {i: loop for i, loop in loops.items() if waits[i] is not None}
-            if not loops or not all(waits[i] for i in loops):
+            if not loops or any(waits[i] == "goes on" for i in loops):
                 waiting = None
                 continue
             now = time.monotonic()
-            waiting = waiting or Waiting(now)
-            flows = [pairs[i][0].flow for i in loops]
-            waiting.say(lambda flow=flows[0]: _why(flow), now)  # type: ignore[misc]
-            listen(flows, WAIT_SLICE)
+            busy = [pairs[i][0].flow for i in loops if waits[i] == "waits"]
+            waiting = (waiting or Waiting(now)) if busy else None
+            if waiting is not None:
+                waiting.say(lambda flow=busy[0]: _why(flow), now)  # type: ignore[misc]
+            listen([pairs[i][0].flow for i in loops], WAIT_SLICE)
     finally:
         for loop in loops.values():
             loop.close()
     return count.summary()
 
 
-def _seat(
-    client: AgentsClient,
-    env: Any,
-    count: Tally,
-    episodes: int | None,
-    steps: int | None,
-    seed: int | None,
-    training_enabled: bool,
-) -> Generator[bool, None, None]:
-    """One client's loop. Yields whether it has to wait; else it has only had its turn."""
-    agents: Agents = env if isinstance(env, _Together | _InTurn) else agents_env(env)
-    left = [float("inf") if n is None else n for n in (episodes, steps)]
-    until = time.monotonic() + TURN_SECONDS
-    while left[0] > 0 and left[1] > 0:
-        episode = client.start_episode(training_enabled=training_enabled)
-        outcome = Outcome(agents.reset(seed), {}, {}, {})
-        seed = None
-        try:
-            with episode:
-                while True:
-                    while not episode.can_act(*_turn(outcome)):
-                        yield True
-                        until = time.monotonic() + TURN_SECONDS
-                    if client.flow.remote is None:
-                        actions = episode.get_action(*_turn(outcome))
-                    else:
-                        asked = episode.get_action_async(*_turn(outcome))
-                        while not asked.done():
-                            yield True
-                            until = time.monotonic() + TURN_SECONDS
-                        actions = asked.result()
-                    outcome = agents.step(actions)
-                    episode.log_returns(outcome.rewards)
-                    count.steps += 1
-                    left[1] -= 1
-                    if outcome.over or episode.all_ended(*_turn(outcome)):
-                        episode.finish(*_turn(outcome))
-                        count.ended(episode.episode_return)
-                        left[0] -= 1
-                        if left[0] <= 0:
-                            client.flow.look()  # nobody calls it any more: what is queued leaves now
-                        break
-                    if left[1] <= 0:
-                        if episode.waiting <= outcome.observations.keys():
-                            episode.finish(outcome.observations, outcome.terminateds, {**outcome.truncateds, ALL: True})
+Waits: TypeAlias = Literal["goes on", "waits", "idle"]
+"""Of a loop that gives others their turn; idle: it waits for the next evaluation."""
+
+
+class _Seat:
+    """One client and its environment."""
+
+    def __init__(
+        self,
+        client: AgentsClient,
+        env: Any,
+        tally: Tally,
+        episodes: int | None,
+        steps: int | None,
+        seed: int | None,
+        training_enabled: bool | None,
+    ) -> None:
+        self._client = client
+        self._agents: Agents = env if isinstance(env, _Together | _InTurn) else agents_env(env)
+        self._tally = tally
+        self._episodes_left = float("inf") if episodes is None else episodes
+        self._steps_left = float("inf") if steps is None else steps
+        self._seed = seed
+        self._training_enabled = training_enabled
+        self._idle = Idle(client)
+        self._until = 0.0
+
+    def run(self) -> Generator[Waits, None, None]:
+        """All episodes. Yields when it has to wait, or has had its turn."""
+        client = self._client
+        self._until = time.monotonic() + TURN_SECONDS
+        while self._episodes_left > 0 and self._steps_left > 0:
+            while self._training_enabled is False and self._idle.waits():
+                client.flow.look_if_due()
+                yield from self._pause("idle")
+            while client.flow.remote is None and not client.ready:
+                yield from self._pause("waits")
+            self._idle.begins()
+            episode = client.start_episode(training_enabled=self._training_enabled)
+            first = Outcome(self._agents.reset(self._seed), {}, {}, {})
+            self._seed = None
+            try:
+                with episode:
+                    yield from self._play(episode, first)
+            except RemovedError as e:
+                log.warning("%s", e)
+
+    def _play(self, episode: AgentsEpisode, outcome: Outcome) -> Generator[Waits, None, None]:
+        """One episode, to its end, or until it is to be left as it is."""
+        client, tally = self._client, self._tally
+        while not self._worthless(episode):
+            while not episode.can_act(*_turn(outcome)):
+                if self._worthless(episode) or self._may_serve(episode):
+                    return
+                yield from self._pause("waits")
+            if client.flow.remote is None:
+                actions = episode.get_action(*_turn(outcome))
+            else:
+                asked = episode.get_action_async(*_turn(outcome))
+                while not asked.done():
+                    if self._worthless(episode):
                         return
-                    if time.monotonic() >= until:
-                        yield False
-                        until = time.monotonic() + TURN_SECONDS
-        except RemovedError as e:
-            log.warning("%s", e)
+                    yield from self._pause("waits")
+                actions = asked.result()
+            outcome = self._agents.step(actions)
+            episode.log_returns(outcome.rewards)
+            tally.steps += 1
+            self._steps_left -= 1
+            if outcome.over or episode.all_ended(*_turn(outcome)):
+                episode.finish(*_turn(outcome))
+                tally.ended(episode.episode_return)
+                self._episodes_left -= 1
+                if self._episodes_left <= 0:
+                    client.flow.look()  # nobody calls it any more: what is queued leaves now
+                return
+            if self._steps_left <= 0:
+                if episode.training_enabled and episode.waiting <= outcome.observations.keys():
+                    episode.finish(outcome.observations, outcome.terminateds, {**outcome.truncateds, ALL: True})
+                return
+            if time.monotonic() >= self._until:
+                yield from self._pause("goes on")
+
+    def _pause(self, state: Waits) -> Generator[Waits, None, None]:
+        yield state
+        self._until = time.monotonic() + TURN_SECONDS
+
+    def _worthless(self, episode: AgentsEpisode) -> bool:
+        return self._training_enabled is False and self._idle.worthless([episode])
+
+    def _may_serve(self, episode: AgentsEpisode) -> bool:
+        """Whether it is to evaluate, and can't go on with what it does: training stands still meanwhile."""
+        trains = self._training_enabled is None and episode.training_enabled
+        return trains and self._client.evaluates and self._client.flow.credit <= 0
 
 
 def _why(flow: AgentsFlow) -> str:

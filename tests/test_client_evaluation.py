@@ -28,6 +28,7 @@ from rllink_zmq.sampling import Next
 from rllink_zmq.sampling_evaluation import Evaluation, Wanted
 from rllink_zmq.session import State
 from rllink_zmq.session_evaluator import EvaluatorSession
+from rllink_zmq.session_runner import Lease
 from rllink_zmq.transport import Connection, poll
 
 SPACES: dict[str, Any] = {"observation_space": OBSERVATIONS, "action_space": ACTIONS}
@@ -35,11 +36,13 @@ World = tuple[Server, Training, "Evaluator"]
 
 
 class Evaluator:
-    """An evaluation runner in a thread. `returned`: what the last call that ended has returned, None before."""
+    """An evaluation runner in a thread. `returned`: what the last call that ended has returned, None before; `leases`:
+    the same, with their bodies."""
 
-    def __init__(self, backend: str) -> None:
-        self.session = EvaluatorSession(os.urandom(16), RUNS[0], name="evaluator")
+    def __init__(self, backend: str, run: str = RUNS[0]) -> None:
+        self.session = EvaluatorSession(os.urandom(16), run, name="evaluator")
         self.returned: list[FRAGMENT] | None = None
+        self.leases: list[Lease] = []
         self._evaluation = Evaluation(self.session)
         self._connection = Connection(self.session, backend)
         self._wanted: Wanted | None = None
@@ -49,9 +52,12 @@ class Evaluator:
         until(lambda: self.session.state is State.LIVE, "the evaluator greets")
 
     def evaluate(self, episodes: int, version: int = 0) -> None:
+        """Begin a call for so many."""
+        self.ask(Wanted(episodes, 0, version, True, 60.0))
+
+    def ask(self, wanted: Wanted) -> None:
         """Begin a call."""
-        self.returned = None
-        self._wanted = Wanted(episodes, 0, version, True, 60.0)
+        self.returned, self._wanted = None, wanted
 
     def stop(self) -> None:
         self._stop = True
@@ -69,7 +75,8 @@ class Evaluator:
                 calling = True
             if self._evaluation.step(time.monotonic()) is Next.RETURN and calling:
                 calling = False
-                self.returned = [lease.message for lease in self._evaluation.take_out()]
+                self.leases = self._evaluation.take_out()
+                self.returned = [lease.message for lease in self.leases]
             self._connection.flush()
         self._connection.close()
 

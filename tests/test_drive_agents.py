@@ -255,6 +255,9 @@ def test_command_line_runs_several_agents(server: Server) -> None:
         assert result.exit_code == 0, result.output
         assert '"episodes": 6' in result.output and '"env_steps": 48' in result.output
         assert played(fake, 48) == {"a": 36, "b": 24}
+        shown = CliRunner().invoke(cli, [*arguments, "--episodes", "1", "--evaluate", "--json"])
+        assert shown.exit_code == 0, shown.output
+        assert '"episodes": 2' in shown.output and fake.steps == 48, "nobody trains on what is there for evaluations"
         refused = CliRunner().invoke(cli, [*arguments, "--vector", "4"])
         assert refused.exit_code != 0
         assert "has several agents, which can't go with --vector yet" in f"{refused.output}{refused.exception}"

@@ -169,9 +169,8 @@ class Work:
     def _connect_agents(self, make: Callable[[], Any], host: str) -> None:
         """`connect` for an environment of several agents. Raises SettingsError for what those can't do."""
         plan = self._plan
-        for wanted, option in ((plan.vector, "--vector"), (plan.evaluate, "--evaluate")):
-            if wanted:
-                raise SettingsError(f"--env {plan.env} has several agents, which can't go with {option} yet")
+        if plan.vector:
+            raise SettingsError(f"--env {plan.env} has several agents, which can't go with --vector yet")
         for i in range(plan.first, plan.first + plan.number):
             env = agents_env(make())
             client = connect_agents(
@@ -201,7 +200,10 @@ class Work:
         plan = self._plan
         seed = None if plan.seed is None else plan.seed + plan.first * (plan.vector or 1)
         if self._agents:
-            drive_agents_many(self._agents, episodes=plan.episodes, seed=seed, stop=stopped, tally=self._tally)
+            drive_agents_many(
+                self._agents, episodes=plan.episodes, seed=seed, stop=stopped, tally=self._tally,
+                training_enabled=False if plan.evaluate else None,
+            )  # fmt: skip
         elif plan.vector:
             drive_vectors(
                 zip(self._clients, self._vectors, strict=True), episodes=plan.episodes, seed=seed, stop=stopped,

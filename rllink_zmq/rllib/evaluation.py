@@ -32,6 +32,8 @@ ELSEWHERE = {
     "rl_module_spec": "simulators have one policy, that of training",
     "env_to_module_connector": "what acts is training's",
     "module_to_env_connector": "what acts is training's",
+    "policies": "simulators have one policy for each agent, that of training",
+    "policy_mapping_fn": "agents are mapped to policies as in training",
     "normalize_actions": "simulators have one policy, that of training",
     "clip_actions": "simulators have one policy, that of training",
 }

@@ -89,10 +89,6 @@ def check_multi_agent(config: AlgorithmConfig) -> None:
     """Raises `SettingsError` for what can't be trained with several agents."""
     if style_of(config) == "exact":
         _check_buffer(config)
-    if config.evaluation_interval:
-        raise SettingsError(
-            "evaluation with several agents can't go through the broker yet: remove config.evaluation(...)"
-        )
     if config.count_steps_by != "env_steps":
         raise SettingsError(
             f"count_steps_by={config.count_steps_by!r}: what is on its way is bounded in env steps; leave it at "

@@ -302,7 +302,9 @@ class Trainer:
             self._thread.call(lambda now: self.session.change(terms, now)).result(timeout=10)
             self._await_welcome()
             self._first = self._learned()
-            self._group.foreach_env_runner(lambda runner: runner.recast(manifest) if runner.joined else None)
+            for group in (self._group, self._owner.eval_env_runner_group):
+                if group is not None:
+                    group.foreach_env_runner(lambda runner: runner.recast(manifest) if runner.joined else None)
         self._modules = self._modules_ever(self._modules)
         gone = before.keys() - manifest.modules.keys()
         logger.info("policies: %s; new: %s; removed: %s", *(", ".join(sorted(n)) or "none" for n in (
