@@ -340,7 +340,7 @@ class Flow:
         return Origin(session.run, session.evaluation) if session.evaluation >= 0 and session.window else None
 
     def counts_as(self, origin: Origin) -> int:
-        """The version that an evaluation takes an episode for that begins with these weights."""
+        """The version as which these weights count where an episode for evaluation begins with them."""
         return origin.version
 
     def _may_evaluate(self, pairs: Pairs, origin: Origin) -> bool:

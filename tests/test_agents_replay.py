@@ -237,6 +237,20 @@ def test_after_an_answer_that_may_be_lost_no_episode_goes_on_under_its_id(
     buffer.sample(num_items=50, n_step=1, beta=0.4)
 
 
+def test_what_was_taken_before_its_policy_was_removed_is_handed_over() -> None:
+    """A runner keeps parts for calls to come, and policies may be removed meanwhile."""
+    spaces = dict.fromkeys(("p", "q"), (OBSERVATION, ACTION))
+    module = config_of("DQN").get_multi_rl_module_spec(spaces=spaces).build()
+    builder = builder_of(module)
+    before, after = fragments(*trajectory(1, 20, "together"), (8,))
+    kept, _ = builder.check([before])
+    module.remove_module("q")
+    (built,) = builder.join(cut(kept, 3, 5))
+    assert built.episode is not None and built.episode.agent_ids == set(MODULE_OF)
+    _, ((_, error),) = builder.check([after])
+    assert "there is no policy 'q' of agent" in str(error)
+
+
 @pytest.mark.parametrize("kind", BUFFERS)
 def test_an_agent_that_goes_on_from_elsewhere_has_another_episode(modules: dict[str, MultiRLModule], kind: str) -> None:
     """RLlib's buffers would stop the training where an agent's observations of two chunks don't meet."""
