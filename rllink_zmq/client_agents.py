@@ -316,19 +316,21 @@ class AgentsEpisode:
         self,
         observations: Mapping[AgentId, Any],
         actions: Mapping[AgentId, Any],
-        action_logps: Mapping[AgentId, float],
+        action_logps: Mapping[AgentId, float] | None = None,
         terminateds: Mapping[AgentId, bool] | None = None,
         truncateds: Mapping[AgentId, bool] | None = None,
     ) -> None:
         """An env step whose actions the simulator chose itself: of each agent that has an observation and has not ended
-        with it. `actions`: in the action space as RLlib trains on it; `action_logps`: their log-probabilities. An
-        episode's actions are all logged, or all the policies'. Waits and raises as `get_action` does."""
+        with it. `actions`: in the action space as RLlib trains on it; `action_logps`: their log-probabilities; None:
+        nobody knows, which is enough for DQN and SAC. An episode's actions are all logged in one of these ways, or all
+        the policies'. Waits and raises as `get_action` does."""
         builder = self.builder
         turn = self._turn("log_action", observations, terminateds, truncateds)
         if not self.training_enabled and logs_in_evaluation(builder, undecided=self._undecided and not self.steps):
             self.training_enabled, self._cost = True, 1
-        if not self._goes_on("logged"):
-            self._flow.prepare([(builder, turn)], "logged", wait=True)
+        kind: Kind = "given" if action_logps is None else "logged"
+        if not self._goes_on(kind):
+            self._flow.prepare([(builder, turn)], kind, wait=True)
         builder.observe(turn)
         waiting = [agent for agents in builder.to_act().values() for agent in agents]
         for agent in actions:
@@ -337,10 +339,10 @@ class AgentsEpisode:
                     f"episode '{self.id}': an action for agent {agent!r}, which has no observation to act on"
                 )
         for agent in waiting:
-            if agent not in actions or agent not in action_logps:
+            if agent not in actions or (action_logps is not None and agent not in action_logps):
                 raise EpisodeError(f"episode '{self.id}': agent {agent!r} is to act, and has no action and action_logp")
         for agent in waiting:
-            builder.logged(agent, actions[agent], action_logps[agent])
+            builder.logged(agent, actions[agent], None if action_logps is None else action_logps[agent])
         builder.stepped()
         self._flow.credit -= self._cost
 
@@ -451,10 +453,10 @@ class AgentsEpisode:
 
     def _goes_on(self, kind: Kind) -> bool:
         builder, flow = self.builder, self._flow
-        if builder.steps and builder.kind != kind:
+        if self.steps and builder.kind != kind:
             raise EpisodeError(
-                f"episode '{self.id}': an episode's actions are all logged (log_action), or all are the policies' "
-                f"(get_action)"
+                f"episode '{self.id}': an episode's actions are all logged (log_action, with action_logps or without), "
+                f"or all are the policies' (get_action)"
             )
         return 0 < builder.steps < builder.limit and flow.credit > 0 and time.monotonic() < flow.look_at
 

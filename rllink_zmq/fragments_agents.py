@@ -284,9 +284,9 @@ class AgentsBuilder(FragmentBuilder):
         agent.rows.act(action, logp, dist_inputs, state)
         agent.acted, agent.chosen = True, self.origin.versions.get(agent.module, 0)
 
-    def logged(self, name: AgentId, action: Any, logp: float) -> None:
-        """The simulator has chosen it itself. Raises `EpisodeError` as `FragmentBuilder.log` does, and for an agent
-        whose policy would have to remember the step."""
+    def logged(self, name: AgentId, action: Any, logp: float | None) -> None:
+        """The simulator has chosen it itself; None: nobody knows how probable it was. Raises `EpisodeError` as
+        `FragmentBuilder.log` does, and for an agent whose policy would have to remember the step."""
         agent = self.agents[name]
         if agent.rows.remembers:
             raise EpisodeError(

@@ -199,6 +199,26 @@ def test_what_the_simulator_chose_itself_comes_without_dist_inputs(server: Serve
         np.testing.assert_array_equal(columns["frozen/actions"], [1, 0])
 
 
+def test_actions_of_no_known_probability_are_for_replay_buffers(server: Server) -> None:
+    with trained(server, needs_logp=False, fragment_steps=2) as fake, client(server) as mine:
+        episode = mine.start_episode()
+        for t in range(2):
+            episode.log_action({"left": seen(t)}, {"left": t})
+        with pytest.raises(EpisodeError, match="with action_logps or without"):
+            episode.log_action({"left": seen(2)}, {"left": 1}, {"left": -0.5})
+        with pytest.raises(EpisodeError, match="agent 'left' is to act, and has no action"):
+            episode.log_action({"left": seen(2)}, {})
+        episode.log_action({"left": seen(2)}, {"left": 1})
+        episode.end_episode({"left": seen(3)}, {ALL: True})
+        until(lambda: fake.steps == 3, "all env steps are taken")
+        assert all("frozen/action_logp" not in columns for _, columns in fake.taken)
+        assert [a for _, columns in fake.taken for a in columns["frozen/actions"]] == [0, 1, 1]
+    with trained(server) as _, client(server) as mine, mine.start_episode() as episode:
+        until(lambda: mine.ready, "it knows the training")
+        with pytest.raises(EpisodeError, match="corrects for how probable each action was"):
+            episode.log_action({"left": seen(0)}, {"left": 1})
+
+
 def test_the_broker_may_be_restarted() -> None:
     """Weights of each module are offered and published again, and the episode goes on."""
     broker = Restartable()

@@ -113,3 +113,17 @@ def test_each_module_is_offered_when_it_has_changed() -> None:
     given(5, learns=learned, new=other)
     one.recast(CrewManifest({"learns": manifest.modules["learns"], "new": manifest.modules["stays"]}))
     assert sorted(link.told) == [("learns", 5), ("new", 5)]
+
+
+def test_after_a_restore_no_episode_goes_on_under_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the replay buffer was restored with may not go as far as what the runner has handed over."""
+    config = attach(dqn(0), "tcp://127.0.0.1:9")
+    one = ZmqEnvRunner(config=config, worker_index=0, num_workers=0)
+    assert one.module is not None
+    manifest = unpack_policy(policy_of(config, one.module))[0]
+    forgot: list[str] = []
+    monkeypatch.setattr(one._builder, "forget", lambda: forgot.append(one._run))
+    for run in ("run 1", "run 1", "run 2"):
+        one.join(run, manifest)
+    one.leave()
+    assert forgot == ["run 1"], "with a new run, and not where it joins the same one again"
