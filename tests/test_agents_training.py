@@ -329,6 +329,7 @@ def test_sac_trains_several_agents(cluster: None, server: Server, built: list[Al
 def test_evaluation_of_several_agents(cluster: None, server: Server, built: list[Algorithm]) -> None:
     """A simulator that is there for it serves, and one of those that train; the most likely actions are taken."""
     import multi_agent_cartpole as example
+    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
     config = example.config().training(train_batch_size_per_learner=500).evaluation(
         evaluation_interval=1, evaluation_num_env_runners=1, evaluation_duration=6, evaluation_sample_timeout_s=30,
@@ -338,6 +339,14 @@ def test_evaluation_of_several_agents(cluster: None, server: Server, built: list
         algorithm = build(config.env_runners(num_env_runners=0), server, evaluation_share=0.3)
         built.append(algorithm)
         results = [algorithm.train() for _ in range(2)]
+        # Another policy for one of the agents: evaluation has it, too.
+        algorithm.add_module(
+            "late", RLModuleSpec.from_module(algorithm.get_module("pole_1")),
+            new_agent_to_module_mapping_fn=lambda agent, *_, **__: "late" if agent else "pole_0",
+            new_should_module_be_updated=["pole_0", "late"],
+        )  # fmt: skip
+        last = algorithm.train()["evaluation"]["env_runners"]
+    assert last["num_episodes"] == 6 and last["num_module_steps_sampled"].get("late", 0) > 0
     for result in results:
         mine = result["evaluation"]["env_runners"]
         assert mine["num_episodes"] == 6
@@ -348,7 +357,8 @@ def test_evaluation_of_several_agents(cluster: None, server: Server, built: list
         assert mine["episode_len_mean"] * 6 == pytest.approx(mine["num_env_steps_sampled"])
         assert result["env_runners"]["num_env_steps_sampled"] >= 500
     ledger = server.core.evaluation_ledger.as_json()  # type: ignore[union-attr]
-    sampled = sum(result["evaluation"]["env_runners"]["num_env_steps_sampled"] for result in results)
+    each = [*(result["evaluation"]["env_runners"] for result in results), last]
+    sampled = sum(one["num_env_steps_sampled"] for one in each)
     assert ledger["delivered"]["steps"] == sampled, "an evaluation takes what it counts"
     assert not results[-1]["rllink"]["ledger"]["dropped"].keys() - {"stale", "abandoned"}
 

@@ -113,6 +113,10 @@ def test_each_module_is_offered_when_it_has_changed() -> None:
     given(5, learns=learned, new=other)
     one.recast(CrewManifest({"learns": manifest.modules["learns"], "new": manifest.modules["stays"]}))
     assert sorted(link.told) == [("learns", 5), ("new", 5)]
+    # The first one learns no more: what it is by then is offered once.
+    one.config = one.config.copy(copy_frozen=False).multi_agent(policies_to_train=[])
+    assert given(6, learns=learned, new=other) == [("learns", 6)]
+    assert given(7, learns=learned, new=other) == []
 
 
 def test_after_a_restore_no_episode_goes_on_under_its_id(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
             if not is_trained(self.config, name):
                 # It is handed out as it was with the others, or with weights that somebody has set.
                 checksum = zlib.crc32(load())
-                if known is not None and checksum == self._frozen[name]:
+                if known is not None and checksum == self._frozen.get(name):
                     continue
                 self._frozen[name] = checksum
                 version = self._since if known is None else held.version
