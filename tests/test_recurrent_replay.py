@@ -17,6 +17,8 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.examples.envs.classes.stateless_cartpole import StatelessCartPole
 from ray.rllib.utils.replay_buffers.episode_replay_buffer import EpisodeReplayBuffer
 from test_cutting import answers
+from test_pipelines import BOX, DISCRETE, Halved, actor_of, samples
+from test_pipelines import rllib as rllib_episode
 from test_recurrent import CALLS, STEPS, Rllib, Simulated, learned_from, sampled
 
 from rllink_zmq.arrays import from_body
@@ -137,3 +139,28 @@ def test_service_policy_and_module_act_the_same(rllib: Rllib) -> None:
     policy.epsilon = 0.5
     chosen = np.stack([policy.act(rows, state=before).actions for _ in range(60)])
     assert (chosen != local.actions).any(0).all(), "each is sometimes another than the best one"
+
+
+@pytest.mark.parametrize("explore", [True, False], ids=["drawn", "greedy"])
+def test_behind_connectors_it_remembers_as_rllibs_own_runner_does(explore: bool) -> None:
+    """Two rows at once, of which one is RLlib's episode, step by step."""
+    made = (
+        DQNConfig()
+        .environment(observation_space=BOX, action_space=DISCRETE)
+        .env_runners(env_to_module_connector=lambda env, spaces, device: [Halved()], num_env_runners=0)
+        .rl_module(model_config={"fcnet_hiddens": [8], "use_lstm": True, "lstm_cell_size": 6, "max_seq_len": 4})
+    )
+    observations = samples(BOX)
+    theirs = rllib_episode(made, observations)
+    actor, manifest = actor_of(made)
+    state, starts = None, np.array([False, True])
+    for t, observation in enumerate(observations[:-1]):
+        answer = actor.act(np.stack([observation, observations[0]]), explore, state, starts if t else None)
+        kept = Memory(actor._module).flat(theirs.get_extra_model_outputs("state_out", t))
+        first = Memory(actor._module).flat(theirs.get_extra_model_outputs("state_out", 0))
+        for part, mine, begins in zip(manifest.state, kept, first, strict=True):
+            np.testing.assert_allclose(answer[f"state_out/{part.name}"], np.stack([mine, begins]), atol=1e-6)
+        if not explore:
+            assert answer["actions"][0] == theirs.get_actions(t)
+            assert answer["actions"].tolist() == answer["action_dist_inputs"].argmax(1).tolist()
+        state = [answer[f"state_out/{part.name}"] for part in manifest.state]
