@@ -102,6 +102,13 @@ def test_a_memory_that_rllib_cant_train_is_refused(config: Any, changes: dict[st
     attach(made.rl_module(model_config={"max_seq_len": 4}), NOWHERE)
 
 
+def test_a_memory_of_several_agents_is_refused_with_a_replay_buffer() -> None:
+    from small_dqn import several
+
+    with pytest.raises(SettingsError, match="use_lstm: RLlib's replay buffers of several agents draw single steps"):
+        attach(several().rl_module(model_config=MEMORY), NOWHERE)
+
+
 def test_a_module_of_ones_own_has_no_memory_with_sac() -> None:
     from recurrent_module import made
 

@@ -32,6 +32,7 @@ from rllink_zmq.rllib.flattening import Flattening
 from rllink_zmq.rllib.policies import remote_manifest
 from rllink_zmq.rllib.service import ModuleActor
 from rllink_zmq.rllib.settings import explores, style_of
+from rllink_zmq.rllib.trainable import NO_MEMORY_OF_AGENTS
 from rllink_zmq.spaces import agents_to_wire
 
 logger = logging.getLogger("rllink_zmq")
@@ -234,6 +235,8 @@ def _export(
     sees: _Sees | None,
 ) -> bytes:
     single = module[name]
+    if style_of(config) == "exact" and single.is_stateful():
+        raise SettingsError(f"the policy '{name}' has a memory. {NO_MEMORY_OF_AGENTS}")
     observation_space, action_space, flattening = sees or _Sees(single.observation_space, single.action_space)
     try:
         blob = export_policy(

@@ -25,6 +25,11 @@ from rllink_zmq.rllib.export_connectors import check_agents_connectors, pieces
 
 logger = logging.getLogger("rllink_zmq")
 
+NO_MEMORY_OF_AGENTS = (
+    "RLlib's replay buffers of several agents draw single steps without what was remembered before them: leave "
+    "use_lstm out, or train with PPO, APPO or IMPALA"
+)
+
 NO_MEMORY_IN_SAC = (
     "RLlib's SAC knows no memory (with use_lstm its own runner can't act): leave it out, or train with DQN, PPO, APPO "
     "or IMPALA"
@@ -86,6 +91,8 @@ def check_memory(config: AlgorithmConfig) -> None:
         return
     if isinstance(config, SACConfig):
         raise SettingsError(f"use_lstm: {NO_MEMORY_IN_SAC}")
+    if config.is_multi_agent:
+        raise SettingsError(f"use_lstm: {NO_MEMORY_OF_AGENTS}")
     if config.num_atoms > 1:
         raise SettingsError(
             f"use_lstm: RLlib's learner of DQN raises for distributions of Q-values (num_atoms={config.num_atoms}) of "
