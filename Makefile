@@ -36,7 +36,7 @@ format: install ## let ruff put the tree in order
 
 test: check ## check, then all tests but the long ones: the quick ones, of which some sleep, then those that start a Ray; three at a time
 	$(BIN)/pytest -n 3 -m 'not ray and not long'
-	$(BIN)/pytest -n 3 --dist loadfile -m 'ray and not long'
+	$(BIN)/pytest -n 3 --maxschedchunk 1 -m 'ray and not long'
 
 test-long: install ## faults in real processes, and Ray nodes in network namespaces (root, iproute2, nftables)
 	$(BIN)/pytest -n 0 -m long

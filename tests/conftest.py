@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ def pytest_collection_finish() -> None:
     which takes a sixth of the time of the simulated worlds."""
     gc.collect()
     gc.freeze()
+    if "rllink_zmq.rllib.export" in sys.modules:
+        from quick_exports import quicken
+
+        quicken()
 
 
 @pytest.fixture
@@ -58,9 +63,9 @@ def ray_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster(ray_environment: None) -> Iterator[None]:
-    """A Ray for the tests of one file."""
+    """A Ray for the tests of one process: to start one takes as long as some of them."""
     import ray
 
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -188,9 +188,9 @@ def test_a_loop_that_is_there_for_evaluations_rests_between_them(world: World) -
         """Two evaluations of three episodes, with a rest after the first."""
         nonlocal calls, most, rests_until
         if calls == 1 and evaluator.returned is not None and mine.flow.session.evaluation < 0:
-            if not rests_until:
+            if not rests_until and not mine.flow.builders:  # what it is in the middle of goes on to its end
                 most, rests_until = env.total, time.monotonic() + 0.3
-            assert env.total == most, "it does nothing between them"
+            assert not rests_until or env.total == most, "it does nothing between them"
         if not calls or (0 < rests_until < time.monotonic() and calls == 1):
             calls += 1
             evaluator.evaluate(3, version=2)

@@ -30,10 +30,10 @@ def test_all_parts_are_learned(addresses: dict[str, str], built: list[Algorithm]
     """By simulators that act themselves, one by one and as a vector, and by one that asks. The environment ends a
     simulator whose action is none of its space."""
     config = (
-        ppo()
+        ppo(runners=1)
         .environment(observation_space=parted_env.OBSERVATIONS, action_space=parted_env.ACTIONS, env=None)
         .env_runners(env_to_module_connector=lambda env, spaces, device: FlattenObservations())
-        .training(lr=5e-3, num_epochs=6)
+        .training(lr=5e-3, num_epochs=6, gamma=0.0)  # what an action is worth shows at once
     )
     config.env = None
     with (

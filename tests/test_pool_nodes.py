@@ -32,6 +32,7 @@ def appo() -> APPOConfig:
 @pytest.fixture
 def nodes(ray_environment: None) -> Iterator[Cluster]:
     """A head and two more, of one CPU each."""
+    ray.shutdown()  # that of other tests
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         made.add_node(num_cpus=1)

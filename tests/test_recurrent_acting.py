@@ -237,7 +237,9 @@ def test_a_start_that_is_learned_and_a_memory_that_is_none_are_refused() -> None
 class Served:
     """What `test_service.answered` wants."""
 
-    actor = ModuleActor(made(), unpack_policy(blob())[0], ACTIONS, True, False)
+    def __init__(self) -> None:
+        self.actor = ModuleActor(made(), unpack_policy(blob())[0], ACTIONS, True, False)
+        self.actor.apply(0, body(1))
 
 
 def ask(request: int, arrays: dict[str, NDArray[Any]]) -> tuple[ACT, bytes]:
@@ -246,14 +248,13 @@ def ask(request: int, arrays: dict[str, NDArray[Any]]) -> tuple[ACT, bytes]:
 
 
 def test_a_request_brings_its_memory_and_gets_the_next() -> None:
-    Served.actor.apply(0, body(1))
     rng = np.random.default_rng(3)
     rows = rng.normal(size=(4, 3)).astype(np.float32)
     shapes = {"lstm/c": (2, 4), "lstm/h": (2, 4), "trace": (3,)}
     state = {f"state_in/{name}": rng.normal(size=(4, *shape)).astype(np.float32) for name, shape in shapes.items()}
     mixed = np.array([False, True, False, True])
     said = answered(
-        Served,  # type: ignore[arg-type]
+        Served(),  # type: ignore[arg-type]
         ask(1, {"obs": rows, **state}),
         ask(2, {"obs": rows, **state, "starts": mixed}),
         ask(3, {"obs": rows}),
@@ -279,7 +280,6 @@ def test_a_request_brings_its_memory_and_gets_the_next() -> None:
 
 @pytest.mark.parametrize("change", ["missing", "shape", "dtype", "unknown", "starts"])
 def test_a_memory_that_does_not_fit_is_told(change: str) -> None:
-    Served.actor.apply(0, body(1))
     arrays: dict[str, NDArray[Any]] = {
         "obs": np.zeros((1, 3), np.float32), "state_in/lstm/c": np.zeros((1, 2, 4), np.float32),
         "state_in/lstm/h": np.zeros((1, 2, 4), np.float32), "state_in/trace": np.zeros((1, 3), np.float32),
@@ -293,6 +293,6 @@ def test_a_memory_that_does_not_fit_is_told(change: str) -> None:
     }[change]
     if change == "missing":
         del arrays["state_in/trace"]
-    ((message, _),) = answered(Served, ask(1, arrays))  # type: ignore[arg-type]
+    ((message, _),) = answered(Served(), ask(1, arrays))  # type: ignore[arg-type]
     assert message.code == "malformed"
     assert message.text.startswith("expected the policy's memory before this step, state_in/lstm/c float32[2, 4]")

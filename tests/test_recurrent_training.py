@@ -39,7 +39,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("inference", ["local", "remote"])
 def test_a_recurrent_ppo_trains(inference: str, addresses: dict[str, str], built: list[Algorithm]) -> None:
-    config = ppo().environment(StatelessCartPole).rl_module(model_config=MODEL)
+    config = ppo(runners=1).environment(StatelessCartPole).rl_module(model_config=MODEL)
     with (
         simulators(addresses, "--inference", inference, "--num", "2"),
         simulators(addresses, "--inference", inference, "--num", "1", "--vector", "3") as together,

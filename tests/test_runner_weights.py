@@ -111,7 +111,11 @@ def test_each_module_is_offered_when_it_has_changed() -> None:
     assert set(one.module.keys()) == {"learns", "new"}
     link.told = []
     given(5, learns=learned, new=other)
-    one.recast(CrewManifest({"learns": manifest.modules["learns"], "new": manifest.modules["stays"]}))
+    one.recast(
+        CrewManifest(
+            {"learns": manifest.modules["learns"], "new": manifest.modules["stays"]}, {"learns": ["a"], "new": ["b"]}
+        )
+    )
     assert sorted(link.told) == [("learns", 5), ("new", 5)]
     # The first one learns no more: what it is by then is offered once.
     one.config = one.config.copy(copy_frozen=False).multi_agent(policies_to_train=[])

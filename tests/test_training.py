@@ -84,7 +84,7 @@ def test_weights_leave_the_learner_side_once_and_simulators_follow(
 def test_without_simulators_train_comes_back_and_training_starts_when_one_joins(
     addresses: dict[str, str], built: list[Algorithm]
 ) -> None:
-    algorithm = attach(ppo(), addresses["backend"]).build_algo()
+    algorithm = attach(ppo(runners=1), addresses["backend"]).build_algo()
     built.append(algorithm)
     assert algorithm.train().get("env_runners", {}).get("num_env_steps_sampled", 0) == 0
     assert status(addresses)["waiting_for"] == ["a simulator (rllink-zmq simulate)"]
@@ -110,7 +110,7 @@ def test_appo_trains_and_nothing_is_dropped(addresses: dict[str, str], built: li
 
 def test_continuous_actions_train(addresses: dict[str, str], built: list[Algorithm]) -> None:
     with simulators(addresses, 2, "Pendulum-v1"):
-        config = ppo().environment("Pendulum-v1")
+        config = ppo(runners=1).environment("Pendulum-v1")
         algorithm = attach(config, addresses["backend"]).build_algo()
         built.append(algorithm)
         result = algorithm.train()
@@ -121,7 +121,7 @@ def test_continuous_actions_train(addresses: dict[str, str], built: list[Algorit
 def test_images_train(addresses: dict[str, str], built: list[Algorithm]) -> None:
     observation_space, action_space = image_env.SPACES
     config = (
-        ppo(batch=400)
+        ppo(runners=1, batch=400)
         .environment(None, observation_space=observation_space, action_space=action_space)
         .training(lr=1e-3)
         .rl_module(model_config={"conv_filters": [[8, 4, 4], [16, 3, 2]], "fcnet_hiddens": [32]})

@@ -100,7 +100,7 @@ def test_random_bytes_on_both_sockets_are_not_noticed(addresses: dict[str, str],
             socket.linger = 0
             socket.connect(addresses[side])
         with simulators(addresses):
-            algorithm = attach(ppo(), addresses["backend"]).build_algo()
+            algorithm = attach(ppo(runners=1), addresses["backend"]).build_algo()
             built.append(algorithm)
             sent = 0
             results = []
