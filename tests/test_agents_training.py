@@ -186,6 +186,7 @@ def test_streams_train_several_agents(cluster: None, server: Server, built: list
         assert set(result["env_runners"]["module_episode_returns_mean"]) == {"p", "q"}
 
 
+@pytest.mark.long
 def test_runners_act_for_several_agents(cluster: None, server: Server, built: list[Algorithm]) -> None:
     """The one that learns and the frozen one, each by the version of it that is published."""
     import rock_paper_scissors as example
@@ -232,7 +233,7 @@ def test_agents_that_remember_and_see_several_parts(
             num_env_runners=1,
             env_to_module_connector=lambda env, spaces, device: FlattenObservations(multi_agent=True),
         )
-        .training(train_batch_size_per_learner=400, minibatch_size=200, num_epochs=4, lr=1e-2)
+        .training(train_batch_size_per_learner=400, minibatch_size=200, num_epochs=6, lr=1e-2, gamma=0.0)
         .rl_module(
             rl_module_spec=MultiRLModuleSpec(
                 rl_module_specs={"one": RLModuleSpec(model_config=lstm), "other": RLModuleSpec(model_config=model)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ pytestmark = REAL_RAY
 
 def test_checkpoint_and_resume_are_a_new_run(addresses: dict[str, str], built: list[Algorithm], tmp_path: Path) -> None:
     with simulators(addresses):
-        first = attach(ppo(), addresses["backend"]).build_algo()
+        first = attach(ppo(runners=1), addresses["backend"]).build_algo()
         sampled = [first.train()["env_runners"]["num_env_steps_sampled_lifetime"] for _ in range(3)][-1]
         run = first.rllink_trainer.run
         weights = first.get_module().get_state()
@@ -67,15 +68,19 @@ def test_an_older_checkpoint_in_a_live_algorithm_goes_back(
 
 
 def test_a_second_trainer_and_a_simulator_with_other_spaces_are_refused_in_words(
-    addresses: dict[str, str], built: list[Algorithm]
+    addresses: dict[str, str], built: list[Algorithm], caplog: pytest.LogCaptureFixture
 ) -> None:
-    built.append(attach(ppo(runners=1), addresses["backend"]).build_algo())
-    with rllink(
-        "train", "--env", "CartPole-v1", "--broker", addresses["backend"], "--runners", "1", "--stop-time", "1",
-        stderr=subprocess.PIPE,
-    ) as second:  # fmt: skip
-        assert second.stderr is not None
-        until(lambda: "already serves the trainer 'PPO'" in second.stderr.readline(), "it says who is there")
+    """It waits, says for whom, and begins when the first one has ended."""
+    first = attach(ppo(runners=0), addresses["backend"]).build_algo()
+    second = threading.Thread(target=lambda: built.append(attach(ppo(runners=0), addresses["backend"]).build_algo()))
+    second.start()
+    try:
+        until(lambda: "already serves the trainer 'PPO'" in caplog.text, "it says who is there", 60)
+        assert not built
+    finally:
+        first.stop()
+        second.join()
+    assert status(addresses)["weights"]["run_id"] == built[0].rllink_trainer.run, "the broker is its own now"
     with rllink("simulate", "--env", "Acrobot-v1", "--broker", addresses["frontend"], stderr=subprocess.PIPE) as other:
         _, told = other.communicate(timeout=60)
     assert other.returncode == 1
@@ -121,8 +126,8 @@ def test_random_bytes_on_both_sockets_are_not_noticed(addresses: dict[str, str],
 
 def test_the_demo_says_what_it_did() -> None:
     with rllink(
-        "demo", "--stop-return", "40", "--stop-time", "120", "--simulators", "8", "--seed", "0", "--json",
-        stderr=subprocess.PIPE,
+        "demo", "--stop-return", "40", "--stop-time", "120", "--simulators", "8", "--runners", "1", "--seed", "0",
+        "--json", stderr=subprocess.PIPE,
     ) as demo:  # fmt: skip
         out, err = demo.communicate(timeout=200)
     assert demo.returncode == 0, err

@@ -102,6 +102,7 @@ def pushes(runner: Any) -> tuple[int, int]:
     return seen[0], seen[1]
 
 
+@pytest.mark.long
 def test_a_lone_runners_filter_is_published_and_comes_back_with_a_checkpoint(
     addresses: dict[str, str], built: list[Algorithm], tmp_path: Path
 ) -> None:

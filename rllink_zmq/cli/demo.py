@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -30,9 +32,11 @@ STOP_WITHIN_S = 10.0
 PR_SET_PDEATHSIG = 1
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """In the child: SIGTERM when the demo is gone, however it went. Linux only; elsewhere a killed demo leaves them."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it went before
+        os._exit(1)
 
 
 @contextmanager
@@ -43,7 +47,7 @@ def _process(
     process = subprocess.Popen(
         [sys.executable, "-m", "rllink_zmq.cli", *arguments],
         stdin=subprocess.DEVNULL, stdout=stdout or subprocess.DEVNULL, stderr=stderr, text=True, start_new_session=True,
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        preexec_fn=functools.partial(_end_with_parent, os.getpid()) if sys.platform == "linux" else None,
     )  # fmt: skip
     try:
         yield process
