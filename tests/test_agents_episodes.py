@@ -13,9 +13,11 @@ import msgspec
 import numpy as np
 import pytest
 from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.connectors.learner import AddOneTsToEpisodesAndTruncate
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
@@ -25,6 +27,8 @@ from rllink_zmq.fragments import Cut, Layout, Row
 from rllink_zmq.fragments_agents import ALL, AgentsBuilder, AgentsOrigin, Member, Turn, whole
 from rllink_zmq.messages import FRAGMENT, AgentId, AgentRows
 from rllink_zmq.policy_agents import NOBODY, unpack_crew
+from rllink_zmq.rllib import multi_agent_policies
+from rllink_zmq.rllib.export import export_policy
 from rllink_zmq.rllib.multi_agent_episodes import MultiAgentEpisodeBuilder
 from rllink_zmq.rllib.multi_agent_policies import EPISODES, ask_mapping, crew_of
 from rllink_zmq.session_runner import Lease
@@ -462,9 +466,31 @@ def test_a_policy_that_can_not_be_exported_is_named(module: MultiRLModule) -> No
         crew_of(strange, module)
 
 
-def test_a_crew_has_each_architecture_once(module: MultiRLModule) -> None:
+class Mine(DefaultPPOTorchRLModule):
+    """A class of the user's may make anything of its settings."""
+
+
+def test_a_crew_has_each_architecture_once(module: MultiRLModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is exported once, as long as the class is RLlib's."""
     frozen = config().multi_agent(policies={"p", "q"}, policy_mapping_fn=mapping, policies_to_train=["q"])
-    crew, policies = unpack_crew(crew_of(frozen, module))
+    exports: list[str] = []
+
+    def counted(module: Any, *args: Any, **kwargs: Any) -> bytes:
+        exports.append(type(module).__name__)
+        return export_policy(module, *args, **kwargs)
+
+    monkeypatch.setattr(multi_agent_policies, "export_policy", counted)
+    exported: dict[bytes, bytes] = {}
+    crew, policies = unpack_crew(crew_of(frozen, module, exported))
+    assert exports == ["DefaultPPOTorchRLModule"]
+    wide = config().rl_module(model_config={"fcnet_hiddens": [5]})
+    spaces = dict.fromkeys(("p", "q"), (OBSERVATION, ACTION))
+    for changed, count, last in (
+        (wide.get_multi_rl_module_spec(spaces=spaces), 2, "DefaultPPOTorchRLModule"),
+        (config().rl_module(rl_module_spec=RLModuleSpec(Mine)).get_multi_rl_module_spec(spaces=spaces), 4, "Mine"),
+    ):
+        crew_of(frozen, changed.build(), exported)
+        assert (len(exports), exports[-1]) == (count, last), "another width, and a class that isn't RLlib's"
     assert crew.agents == (7, "a", "b", "c") or set(crew.agents) == set(MODULE_OF)
     assert len(policies) == 1 and [(m.id, m.policy, m.trained) for m in crew.modules] == [
         ("p", 0, False),

@@ -271,8 +271,8 @@ def test_agents_that_remember_and_see_several_parts(
             result = algorithm.train()
         assert result["env_runners"]["num_module_steps_sampled"].keys() >= {"one", "later"}
         assert server.core.module_versions["later"] > 0  # type: ignore[union-attr]
-        algorithm.stop()
-        built.clear()
+    algorithm.stop()
+    built.clear()
     verdict = judge(read([tmp_path / "logs"]))
     assert not any(verdict.broken.values()), verdict.broken
     fragments, steps = verdict.used

@@ -33,7 +33,7 @@ from rllink_zmq.rllib.policies import remote_manifest
 from rllink_zmq.rllib.service import ModuleActor
 from rllink_zmq.rllib.settings import explores, style_of
 from rllink_zmq.rllib.trainable import NO_MEMORY_OF_AGENTS
-from rllink_zmq.spaces import agents_to_wire
+from rllink_zmq.spaces import agents_to_wire, to_wire
 
 logger = logging.getLogger("rllink_zmq")
 
@@ -63,11 +63,13 @@ def acts_for(module: int, agents: Sequence[AgentId], draws: Sequence[Sequence[in
     return [agent for i, agent in enumerate(agents) if any(draw[i] == module for draw in draws)]
 
 
-def crew_of(config: AlgorithmConfig, module: MultiRLModule) -> bytes:
+def crew_of(config: AlgorithmConfig, module: MultiRLModule, exported: dict[bytes, bytes] | None = None) -> bytes:
     """The blob of all modules of `module` behind the connectors of `config`, and of the mapping. Where one can't be
-    exported a warning says why, and that simulators have to ask. Raises `PolicyError`, with the module's name, for one
-    that runners can't act by either, and `SettingsError`, with the agent's, for a mapping that
-    names no module."""
+    exported a warning says why, and that simulators have to ask. `exported`: what is known of earlier calls with this
+    config, and grows: an export takes seconds, and RLlib's modules of one architecture need one. Raises `PolicyError`,
+    with the module's name, for one that runners can't act by either, and `SettingsError`, with the agent's, for a
+    mapping that names no module."""
+    exported = {} if exported is None else exported
     flattenings = check_agents_connectors(config)
     observation_spaces, action_spaces = agents_of(config)
     agents = list(observation_spaces)
@@ -79,7 +81,8 @@ def crew_of(config: AlgorithmConfig, module: MultiRLModule) -> bytes:
     modules = []
     for name in ids:
         mine = acts_for(ids.index(name), agents, [draw.modules for draw in draws])
-        blob = _export(config, module, name, _spaces_of(name, mine, observation_spaces, action_spaces, flattenings))
+        sees = _spaces_of(name, mine, observation_spaces, action_spaces, flattenings)
+        blob = _export(config, module, name, sees, exported)
         modules.append(CrewModule(name, places.setdefault(blob, len(places)), is_trained(config, name)))
         if len(blobs) < len(places):
             blobs.append(blob)
@@ -233,11 +236,15 @@ def _export(
     module: MultiRLModule,
     name: str,
     sees: _Sees | None,
+    exported: dict[bytes, bytes],
 ) -> bytes:
     single = module[name]
     if style_of(config) == "exact" and single.is_stateful():
         raise SettingsError(f"the policy '{name}' has a memory. {NO_MEMORY_OF_AGENTS}")
     observation_space, action_space, flattening = sees or _Sees(single.observation_space, single.action_space)
+    key = _architecture(single, observation_space, action_space, flattening)
+    if key in exported:
+        return exported[key]
     try:
         blob = export_policy(
             single,
@@ -254,7 +261,22 @@ def _export(
         blob = _remote_policy(config, single, observation_space, action_space, flattening, why)
         logger.warning("simulators have to ask for the actions of this policy: the policy '%s': %s", name, error)
         return blob
+    if key:
+        exported[key] = blob
     return blob
+
+
+def _architecture(
+    module: RLModule, observation_space: gym.Space[Any], action_space: gym.Space[Any], flattening: Flattening | None
+) -> bytes:
+    """The same for modules of RLlib's own that differ in their weights alone; b'' for a class that isn't RLlib's."""
+    kind, catalog = type(module.unwrapped()), type(module.catalog)
+    if not all(each.__module__.startswith("ray.rllib.") for each in (kind, catalog)):
+        return b""
+    built = (
+        f"{kind.__module__}.{kind.__qualname__} {catalog.__qualname__} {module.model_config} {flattening is not None}"
+    )
+    return msgspec.msgpack.encode((built, to_wire(observation_space), to_wire(action_space)))
 
 
 def _remote_policy(

@@ -66,7 +66,8 @@ class Trainer:
         self._owner = algorithm
         self._terms = trainer_terms(config)
         local = self._local = algorithm.env_runner
-        self._spaces, blob, self.manifest = _offered(algorithm)
+        self._exported: dict[bytes, bytes] = {}
+        self._spaces, blob, self.manifest = _offered(algorithm, self._exported)
         self._modules = self._modules_ever()
         self._module_specs: MultiRLModuleSpec | None = None
         self.run = new_run_id()
@@ -280,7 +281,7 @@ class Trainer:
         for a module that can't be exported, `SettingsError` for a mapping or an id that can't be used: simulators go
         on with what they have."""
         before = self.manifest.modules
-        spaces, blob, manifest = _offered(self._owner)
+        spaces, blob, manifest = _offered(self._owner, self._exported)
         if policy_hash(blob) == self._policy:
             return
         self._spaces, self.manifest = spaces, manifest
@@ -365,8 +366,9 @@ class Trainer:
         self._thread.stop()
 
 
-def _offered(algorithm: Algorithm) -> tuple[Spaces, bytes, Any]:
-    """What this training is of, as the broker is told: its spaces, its policy, and what runners must know of it."""
+def _offered(algorithm: Algorithm, exported: dict[bytes, bytes]) -> tuple[Spaces, bytes, Any]:
+    """What this training is of, as the broker is told: its spaces, its policy, and what runners must know of it.
+    `exported`: as of `crew_of`."""
     config, local = algorithm.config, algorithm.env_runner
     several = config.is_multi_agent
     make = config.get_multi_rl_module_spec if several else config.get_rl_module_spec
@@ -376,7 +378,7 @@ def _offered(algorithm: Algorithm) -> tuple[Spaces, bytes, Any]:
         else make(env=None, spaces=algorithm.spaces, inference_only=True).build()
     )  # fmt: skip
     if several:
-        blob = crew_of(config, module)
+        blob = crew_of(config, module, exported)
         return agents_to_wire(*agents_of(config)), blob, CrewManifest.of(blob)
     blob = policy_of(config, module)
     return spaces_to_wire(config.observation_space, config.action_space), blob, unpack_policy(blob)[0]
