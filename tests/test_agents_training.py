@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,11 +36,12 @@ sys.path.append(str(ROOT / "examples"))
 def simulators(
     server: Server,
     *make: Callable[[], Any],
-    inference: Inference = "local",
+    inference: Inference | Sequence[Inference] = "local",
     training_enabled: bool | None = None,
     **options: Any,
 ) -> Iterator[None]:
-    """One for each of these, in a thread of its own."""
+    """One for each of these, in a thread of its own. `inference`: of all, or of each."""
+    inferences = [inference] * len(make) if isinstance(inference, str) else inference
     stop = threading.Event()
     failed: list[BaseException] = []
 
@@ -52,7 +53,7 @@ def simulators(
                 observation_spaces=agents.observation_spaces,
                 action_spaces=agents.action_spaces,
                 seed=i,
-                inference=inference,
+                inference=inferences[i],
                 **options,
             ) as client:
                 drive_agents(client, env, seed=i, stop=stop.is_set, training_enabled=training_enabled)
@@ -245,7 +246,7 @@ def test_agents_that_remember_and_see_several_parts(
         return make({"num_agents": 2})
 
     audit = {"audit": tmp_path / "logs"}
-    with simulators(server, one, **audit), simulators(server, one, inference="remote", compression="zstd", **audit):
+    with simulators(server, one, one, inference=("local", "remote"), compression="zstd", **audit):
         algorithm = build(config, server, **audit)
         built.append(algorithm)
         first = algorithm.train()["env_runners"]["module_episode_returns_mean"]
@@ -288,7 +289,7 @@ def test_dqn_trains_several_agents(cluster: None, server: Server, built: list[Al
     from small_dqn import several
 
     config = several().multi_agent(policies_to_train=["pole_0"])
-    with simulators(server, example.make), simulators(server, example.make, inference="remote"):
+    with simulators(server, example.make, example.make, inference=("local", "remote")):
         algorithm = build(config, server)
         built.append(algorithm)
         results = [algorithm.train() for _ in range(2)]

@@ -193,6 +193,7 @@ def test_a_restored_training_evaluates(addresses: dict[str, str], built: list[Al
         assert algorithm.train()["evaluation"]["env_runners"]["num_episodes"] == 2
 
 
+@pytest.mark.long
 def test_services_act_for_evaluation(addresses: dict[str, str], built: list[Algorithm]) -> None:
     remote = ("--inference", "remote")
     with simulators(addresses, 2, more=remote), simulators(addresses, 1, more=(*remote, *EVALUATORS)):

@@ -37,7 +37,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(np.allclose(one[name], other[name]) for name in one.keys() & other.keys())
 
 
-@pytest.mark.parametrize("inference", ["local", "remote"])
+@pytest.mark.parametrize("inference", ["local", pytest.param("remote", marks=pytest.mark.long)])
 def test_a_recurrent_ppo_trains(inference: str, addresses: dict[str, str], built: list[Algorithm]) -> None:
     config = ppo(runners=1).environment(StatelessCartPole).rl_module(model_config=MODEL)
     with (

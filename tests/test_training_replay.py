@@ -31,7 +31,7 @@ def updates(algorithm: Algorithm) -> int:
     return int(algorithm.rllink_trainer.status()["version"])
 
 
-@pytest.mark.parametrize(("inference", "runners"), [("local", 2), ("remote", 1)])
+@pytest.mark.parametrize(("inference", "runners"), [("local", 2), pytest.param("remote", 1, marks=pytest.mark.long)])
 def test_dqn_makes_the_updates_that_it_would_make_by_itself(
     inference: str, runners: int, addresses: dict[str, str], built: list[Algorithm]
 ) -> None:
