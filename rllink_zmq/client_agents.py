@@ -341,8 +341,11 @@ class AgentsEpisode:
         for agent in waiting:
             if agent not in actions or (action_logps is not None and agent not in action_logps):
                 raise EpisodeError(f"episode '{self.id}': agent {agent!r} is to act, and has no action and action_logp")
+        logps = {agent: None if action_logps is None else action_logps[agent] for agent in waiting}
         for agent in waiting:
-            builder.logged(agent, actions[agent], None if action_logps is None else action_logps[agent])
+            builder.check_logged(agent, actions[agent], logps[agent])
+        for agent in waiting:
+            builder.logged(agent, actions[agent], logps[agent])
         builder.stepped()
         self._flow.credit -= self._cost
 

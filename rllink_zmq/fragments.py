@@ -80,6 +80,10 @@ class Layout(NamedTuple):
     actions: Packing | None = None
     env_actions: Packing | None = None
 
+    def like(self, other: Layout) -> bool:
+        """Whether rows of one are rows of the other, whatever the memory starts with."""
+        return self._replace(starts=()) == other._replace(starts=())
+
     @property
     def last_bytes(self) -> int:
         """Bytes beside those of the steps: of the row after the last one, its observation and memory, and of what
@@ -260,19 +264,23 @@ class FragmentBuilder:
         self._reward = 0.0
         self.steps = steps + 1
 
-    def log(self, action: Any, logp: float | None) -> None:
-        """A step whose action the simulator chose, as RLlib's action space has it; None: with no known probability.
-        Raises `EpisodeError` for an action that doesn't fit the space and a log-probability that isn't a finite
-        number."""
-        layout, steps = self._layout, self.steps
+    def fitting(self, action: Any, logp: float | None) -> tuple[Any, float | None]:
+        """What `log` would store of these. Raises as it does, and changes nothing."""
+        layout = self._layout
         assert layout is not None
         if layout.actions is None:
             action = self._cast(action, "action", layout.action.shape, layout.action.dtype)
             self._check_action("action", action, layout.choices)
         else:
             action = self._pack_action(layout.actions, action)
-        if logp is not None:
-            logp = self._number(logp, "action_logp")
+        return action, None if logp is None else self._number(logp, "action_logp")
+
+    def log(self, action: Any, logp: float | None) -> None:
+        """A step whose action the simulator chose, as RLlib's action space has it; None: with no known probability.
+        Raises `EpisodeError` for an action that doesn't fit the space and a log-probability that isn't a finite
+        number."""
+        action, logp = self.fitting(action, logp)
+        steps = self.steps
         if steps == self._rows:
             self._grow()
         self._logp[steps] = 0.0 if logp is None else logp

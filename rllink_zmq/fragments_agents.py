@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rllink_zmq.arrays import Array
 from rllink_zmq.errors import EpisodeError, RemovedError
 from rllink_zmq.fragments import Cut, End, FragmentBuilder, Kind, Layout, Origin, Row
-from rllink_zmq.messages import AgentId, AgentRows
+from rllink_zmq.messages import MAX_AGENTS_STEPS, AgentId, AgentRows
 
 log = logging.getLogger("rllink_zmq")
 
@@ -122,13 +122,16 @@ class AgentsBuilder(FragmentBuilder):
         self.step_bytes = layout.step_bytes(kind)
         for agent in self.agents.values():
             agent.rows.origin, agent.rows.limit = origin, limit + 1
+            if agent.rows.kind != kind and not agent.rows.steps and agent.rows.layout is not None:
+                agent.rows.begin(agent.rows.layout, kind, origin, limit + 1)  # `observe` comes again
 
     def recast(self, cast: Mapping[AgentId, Member], failures: Mapping[AgentId, str]) -> None:
         """How agents take part from now on. Raises `RemovedError`, with its name, for one in the episode whose module
         has gone or has become another."""
         for name, agent in self.agents.items():
             member = cast.get(name)
-            if member is None or member.module != agent.module or member.layout != agent.rows.layout:
+            layout = agent.rows.layout
+            if member is None or member.module != agent.module or layout is None or not member.layout.like(layout):
                 raise RemovedError(
                     f"{self._where}: the policy '{agent.module}' by which agent {name!r} acts was removed from the "
                     f"training, or is another one now: abandon this episode, and start another one"
@@ -284,15 +287,20 @@ class AgentsBuilder(FragmentBuilder):
         agent.rows.act(action, logp, dist_inputs, state)
         agent.acted, agent.chosen = True, self.origin.versions.get(agent.module, 0)
 
-    def logged(self, name: AgentId, action: Any, logp: float | None) -> None:
-        """The simulator has chosen it itself; None: nobody knows how probable it was. Raises `EpisodeError` as
-        `FragmentBuilder.log` does, and for an agent whose policy would have to remember the step."""
+    def check_logged(self, name: AgentId, action: Any, logp: float | None) -> None:
+        """Raises `EpisodeError` for what `FragmentBuilder.log` refuses, and for an agent whose policy would have to
+        remember the step."""
         agent = self.agents[name]
         if agent.rows.remembers:
             raise EpisodeError(
                 f"{self._where}: agent {name!r} acts by the recurrent policy '{agent.module}', which would not "
                 f"remember an action of the simulator's: let it act (get_action)"
             )
+        agent.rows.fitting(action, logp)
+
+    def logged(self, name: AgentId, action: Any, logp: float | None) -> None:
+        """The simulator has chosen it itself; None: nobody knows how probable it was. Raises as `check_logged`."""
+        agent = self.agents[name]
         agent.rows.log(action, logp)
         agent.acted, agent.chosen = True, self.origin.versions.get(agent.module, 0)
 
@@ -329,6 +337,10 @@ class AgentsBuilder(FragmentBuilder):
             self.episode_return += agent.rows.episode_return - before
 
     # ---- cutting
+
+    def clipped(self, steps: int, layout: Layout, kind: Kind, fragment_bytes: int) -> int:
+        """As the protocol allows."""
+        return min(steps, MAX_AGENTS_STEPS)
 
     @property
     def nbytes(self) -> int:

@@ -29,6 +29,8 @@ MAX_ROWS = 65_536
 MAX_RUNNERS = 1024
 MAX_AGENTS = 255
 """Of an environment: their spaces are a Dict's."""
+MAX_AGENTS_STEPS = 65_536
+"""Env steps of a fragment of several agents, which may have no rows for them."""
 MAX_MODULES = 80
 """Modules that the agents of an environment may be mapped to: each has six columns in a fragment, and its memory."""
 MAX_MODULE_ID = 40

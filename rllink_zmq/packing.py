@@ -66,6 +66,12 @@ class Packing:
         self.nbytes = 0
         self._add(space, ())
 
+    def __eq__(self, other: object) -> bool:
+        """Whether rows of one are rows of the other."""
+        return isinstance(other, Packing) and self.parts == other.parts
+
+    __hash__ = object.__hash__
+
     def _add(self, space: gym.Space[Any], keys: tuple[str | int, ...]) -> None:
         for key, inner in children(space):
             if isinstance(inner, gym.spaces.Dict | gym.spaces.Tuple):

@@ -17,6 +17,7 @@ from rllink_zmq.messages import (
     ACTION,
     CONFIG,
     FRAGMENT,
+    MAX_AGENTS_STEPS,
     MAX_BODY_BYTES,
     MAX_FRAME_BYTES,
     MAX_FRAMES,
@@ -131,6 +132,10 @@ def _check_agents(message: FRAGMENT) -> None:
         raise ProtocolError(f"fragment {message.number} has no columns")
     if message.segments:
         raise ProtocolError("a fragment of several agents is of one episode, and has no segments")
+    if message.steps > MAX_AGENTS_STEPS:
+        raise ProtocolError(
+            f"a fragment of several agents has at most {MAX_AGENTS_STEPS} env steps, this one {message.steps}"
+        )
     steps: dict[str, int] = {}
     agents: dict[str, int] = {}
     for rows in message.agents:

@@ -22,16 +22,17 @@ from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from rllink_zmq.arrays import from_body, to_buffers
-from rllink_zmq.errors import PolicyError, SettingsError
+from rllink_zmq.errors import PolicyError, ProtocolError, SettingsError
 from rllink_zmq.fragments import Cut, Layout, Row
 from rllink_zmq.fragments_agents import ALL, AgentsBuilder, AgentsOrigin, Member, Turn, whole
-from rllink_zmq.messages import FRAGMENT, AgentId, AgentRows
+from rllink_zmq.messages import FRAGMENT, MAX_AGENTS_STEPS, AgentId, AgentRows
 from rllink_zmq.policy_agents import NOBODY, unpack_crew
 from rllink_zmq.rllib import multi_agent_policies
 from rllink_zmq.rllib.export import export_policy
 from rllink_zmq.rllib.multi_agent_episodes import MultiAgentEpisodeBuilder
 from rllink_zmq.rllib.multi_agent_policies import EPISODES, ask_mapping, crew_of
 from rllink_zmq.session_runner import Lease
+from rllink_zmq.wire import pack, unpack
 
 MODULE_OF: dict[AgentId, str] = {"a": "p", "b": "q", "c": "p", 7: "q"}
 OBSERVATION = gym.spaces.Box(-1e6, 1e6, (2,), np.float32)
@@ -393,6 +394,16 @@ def removed(one: Lease) -> Lease:
     )
 
 
+def overflowing(arrays: dict[str, np.ndarray]) -> None:
+    times = arrays["p/t"].astype(np.int64)
+    times[1:3] = 2**63 - 1, -(2**63)
+    arrays["p/t"] = times
+
+
+def of_integers(arrays: dict[str, np.ndarray]) -> None:
+    arrays["p/obs"] = arrays["p/obs"].astype(np.int64)
+
+
 def shorter(arrays: dict[str, np.ndarray]) -> None:
     arrays["q/actions"] = arrays["q/actions"][:-1]
 
@@ -406,6 +417,8 @@ def shorter(arrays: dict[str, np.ndarray]) -> None:
             "the training has several agents, and this fragment is of one",
         ),
         (lambda one: changed(one, agents=renamed(one)), "there is no agent 'x' in this training"),
+        (lambda one: with_columns(one, overflowing), "agent 'a': 'p/t' must be one rising integer"),
+        (lambda one: with_columns(one, of_integers), "agent 'a' .module 'p'.: 'obs' is of int64, the space of float32"),
         (lambda one: with_columns(one, nan), "agent 'b' .module 'q'.: 'rewards' must be one finite number a step"),
         (lambda one: with_columns(one, no_logp), "agent 'a' .module 'p'.: .*a fragment needs 'action_logp'"),
         (lambda one: with_columns(one, backwards), "agent 'a': 'p/t' must be one rising integer"),
@@ -414,7 +427,20 @@ def shorter(arrays: dict[str, np.ndarray]) -> None:
         (removed, "there is no policy 'gone' of agent 'a' in this training"),
         (lambda one: with_columns(one, shorter), "agent .* .module 'q'.: .*'actions'"),
     ],
-    ids=["module", "single", "agent", "nan", "missing", "times", "too early", "complete before", "removed", "length"],
+    ids=[
+        "module",
+        "single",
+        "agent",
+        "overflow",
+        "integers",
+        "nan",
+        "missing",
+        "times",
+        "too early",
+        "complete before",
+        "removed",
+        "length",
+    ],
 )
 def test_a_fragment_that_does_not_fit_is_refused_by_name_and_nothing_else_is(
     module: MultiRLModule, spoil: Callable[[Lease], Lease], why: str
@@ -497,3 +523,19 @@ def test_a_crew_has_each_architecture_once(module: MultiRLModule, monkeypatch: p
         ("q", 0, True),
     ]
     assert crew.needed(["a", "c"]) == ["p"] and crew.needed([7, "a"]) == ["p", "q"]
+
+
+def test_an_agent_whose_spaces_are_not_its_modules_is_refused(module: MultiRLModule) -> None:
+    first, made = trajectory(0, 4, "together")
+    (one,) = fragments(first, made, ())
+    builder = MultiAgentEpisodeBuilder({**SPACES[0], "a": gym.spaces.Box(-1, 1, (5,))}, SPACES[1], module, mapping)
+    ((refusal),) = builder.build([one])[1]
+    assert "the policy 'p' takes other observations than agent 'a' has" in str(refusal.error)
+
+
+def test_a_fragment_of_very_many_env_steps_is_refused() -> None:
+    first, made = trajectory(0, 4, "turns")
+    (one,) = fragments(first, made, ())
+    empty = msgspec.structs.replace(one.message, steps=MAX_AGENTS_STEPS + 1, agents=(), columns=())
+    with pytest.raises(ProtocolError, match=f"at most {MAX_AGENTS_STEPS} env steps, this one {MAX_AGENTS_STEPS + 1}"):
+        unpack(pack(empty, []))

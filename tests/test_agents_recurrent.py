@@ -263,4 +263,4 @@ def test_an_action_of_the_simulators_own_is_refused_for_a_policy_that_remembers(
     builder.begin(whole([layout]), "logged", AgentsOrigin.of(RUN, 4, {"p": 4}), 10)
     builder.observe(Turn({"a": np.zeros(2, np.float32)}))
     with pytest.raises(EpisodeError, match="agent 'a' acts by the recurrent policy 'p'"):
-        builder.logged("a", 0, -1.0)
+        builder.check_logged("a", 0, -1.0)

@@ -266,3 +266,13 @@ def test_an_agent_that_goes_on_from_elsewhere_has_another_episode(modules: dict[
     assert names == ["", "8"]
     built, _ = builder_of(modules["DQN"]).build([whole[0], other[1]])
     assert [episode.id_.partition("@")[2] for episode in episodes_of(built)] == ["", "8"], "in one answer, too"
+
+
+def test_a_name_that_is_used_again_is_another_episode(modules: dict[str, MultiRLModule]) -> None:
+    """The buffer still holds the one that has ended."""
+    builder, buffer = builder_of(modules["DQN"]), MultiAgentEpisodeReplayBuffer(capacity=1000)
+    for number in (1, 2):
+        (one,) = fragments(*trajectory(number, 10, "together"), ())
+        built, _ = builder.build([changed(one, number=number)])
+        buffer.add(episodes_of(built))
+    assert buffer.get_num_timesteps() == 20 and buffer.get_num_episodes() == 2

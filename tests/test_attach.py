@@ -15,6 +15,7 @@ from ray.rllib.algorithms.marwil import MARWILConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.algorithms.sac import SACConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from rllink_zmq.errors import ConnectionTimeout, SettingsError, SpaceError
 from rllink_zmq.rllib import ZmqEnvRunner, attach
@@ -100,6 +101,12 @@ def test_a_memory_that_rllib_cant_train_is_refused(config: Any, changes: dict[st
     with pytest.raises(SettingsError, match=says):
         attach(made, NOWHERE)
     attach(made.rl_module(model_config={"max_seq_len": 4}), NOWHERE)
+
+
+def test_a_memory_in_a_spec_is_seen_too() -> None:
+    made = SACConfig().environment("Pendulum-v1").rl_module(rl_module_spec=RLModuleSpec(model_config=MEMORY))
+    with pytest.raises(SettingsError, match="RLlib's SAC knows no memory"):
+        attach(made, NOWHERE)
 
 
 def test_a_memory_of_several_agents_is_refused_with_a_replay_buffer() -> None:

@@ -105,6 +105,12 @@ def test_two_simulators_with_one_episode_name_are_two_episodes(builder: EpisodeB
     assert a != b
 
 
+def test_a_name_that_is_used_again_is_another_episode(builder: EpisodeBuilder) -> None:
+    """A replay buffer still holds the one that has ended."""
+    ids = [one_chunk(builder, lease(end="terminated", number=number))[0].id_ for number in (1, 2)]
+    assert ids[0] != ids[1]
+
+
 def test_seconds_of_a_step_are_known_where_the_fragment_before_came_here(builder: EpisodeBuilder) -> None:
     assert one_chunk(builder, lease(steps=2, seconds=1.0)).step_seconds == 0.5
     assert one_chunk(builder, lease(steps=2, t0=2, seconds=1.5)).step_seconds == 0.25

@@ -403,7 +403,8 @@ class EpisodeBuilder:
         first, last, buffered = pieces[0].message, pieces[-1].message, not self._needs_logp
         key = (first.session, first.episode)
         known = self._next.pop(key, None)
-        name = f"{first.session.hex()[:8]}-{first.episode.translate(ESCAPES)}"
+        # A simulator may use a name again when its episode has ended: a replay buffer still holds the one before.
+        name = f"{first.session.hex()[:16]}-{first.number}-{first.episode.translate(ESCAPES)}"
         began: float | None = None if first.t0 else 0.0
         fits = known is not None and known[0] == first.t0
         if known is not None and fits:
@@ -472,6 +473,8 @@ class EpisodeBuilder:
         shape = space.shape or ()
         if values.shape[1:] != shape:
             raise ProtocolError(f"'{name}' has rows of shape {list(values.shape[1:])}, the space has {list(shape)}")
+        if isinstance(space, gym.spaces.Box) and (values.dtype.kind == "f") != (np.dtype(space.dtype).kind == "f"):
+            raise ProtocolError(f"'{name}' is of {values.dtype}, the space of {space.dtype}")
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ProtocolError(f"'{name}' holds NaN or infinity")
         if isinstance(space, gym.spaces.Discrete):

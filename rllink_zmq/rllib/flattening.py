@@ -87,10 +87,11 @@ class FlattenedFragments:
 
     def __init__(self, flattening: Flattening) -> None:
         self._flattening = flattening
+        self.observation_space = flattening.observation_space
 
     def rewrite(self, message: FRAGMENT, observations: Any, back: int) -> tuple[Any, gym.Space[Any]]:
         """Observations as the policy saw them, (n, k) float32, and their space."""
-        return self._flattening.of_rows(observations), self._flattening.observation_space
+        return self._flattening.of_rows(observations), self.observation_space
 
     def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> NDArray[Any]:
         """(steps, k): what `module` would have drawn the fragment's actions from."""

@@ -24,6 +24,7 @@ from rllink_zmq.audit import Log
 from rllink_zmq.compression import arrays_of
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT, STATE_IN, AgentId, AgentRows
+from rllink_zmq.packing import children
 from rllink_zmq.rllib.audit import COLUMN, names
 from rllink_zmq.rllib.collector import collector_paused
 from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal, chunks_of, mark_of
@@ -31,6 +32,9 @@ from rllink_zmq.rllib.exploration import epsilon_schedule
 from rllink_zmq.rllib.flattening import FlattenedFragments, Flattening
 from rllink_zmq.rllib.multi_agent_replay import SKIP, AgentsPiece, ReplayedEpisode
 from rllink_zmq.session_runner import Lease
+
+LONGEST_WAIT = 1_000_000
+"""Env steps that an agent's step may take: RLlib has an entry for each."""
 
 
 class AgentsFinished(NamedTuple):
@@ -113,6 +117,9 @@ class MultiAgentEpisodeBuilder:
                 good.append(self._check(lease))
             except ProtocolError as e:
                 refused.append(Refusal(lease.message, e))
+            except Exception as e:  # a user's module may raise anything; other fragments are not to suffer
+                text = f"it can't be read: {type(e).__name__}: {e}"
+                refused.append(Refusal(lease.message, ProtocolError(text)))
         return good, refused
 
     def join(self, pieces: Iterable[AgentsPiece]) -> list[AgentsBuilt]:
@@ -161,11 +168,23 @@ class MultiAgentEpisodeBuilder:
             at[rows.module] = (first + rows.steps, before + 1)
             if not rows.steps:
                 raise ProtocolError(f"agent {rows.agent!r} has no steps in a fragment that lists it")
+            self._check_module(rows)
             piece, times = self._check_agent(message, rows, arrays, first, before)
             if self.audit is not None:
                 piece.outputs[COLUMN], named = named[: rows.steps], named[rows.steps :]
             agents[rows.agent] = rows, piece, times
         return AgentsPiece(message, agents)
+
+    def _check_module(self, rows: AgentRows) -> None:
+        """Raises `ProtocolError` for a module that can't be this agent's: whose spaces are of another kind."""
+        module, connectors = self.module[rows.module], self._connectors.get(rows.agent)
+        seen = self.observation_spaces[rows.agent] if connectors is None else connectors.observation_space
+        for what, agents, its in (
+            ("observations", seen, getattr(module, "observation_space", None)),
+            ("actions", self.action_spaces[rows.agent], getattr(module, "action_space", None)),
+        ):
+            if its is not None and kind_of(agents) != kind_of(its):
+                raise ProtocolError(f"the policy '{rows.module}' takes other {what} than agent {rows.agent!r} has")
 
     def _check_agent(
         self, message: FRAGMENT, rows: AgentRows, arrays: Mapping[str, NDArray[Any]], first: int, before: int
@@ -180,7 +199,7 @@ class MultiAgentEpisodeBuilder:
                 start, count = (first + before, rows.steps + 1) if longer else (first, rows.steps)
                 mine[column] = values[start : start + count]
         times = mine.pop("t", None)
-        if times is None or times.dtype.kind != "i" or times.ndim != 1 or (np.diff(times) <= 0).any():
+        if times is None or times.dtype.kind != "i" or times.ndim != 1 or (times[1:] <= times[:-1]).any():
             raise ProtocolError(f"agent {rows.agent!r}: '{prefix}t' must be one rising integer for each observation")
         if times[-1] > message.steps:
             raise ProtocolError(f"agent {rows.agent!r}: '{prefix}t' goes past the fragment's {message.steps} env steps")
@@ -188,8 +207,10 @@ class MultiAgentEpisodeBuilder:
             raise ProtocolError(
                 f"agent {rows.agent!r}: a step was complete before this fragment, as '{prefix}t' has it"
             )
-        if times[0] < -message.t0:
-            raise ProtocolError(f"agent {rows.agent!r}: '{prefix}t' begins before the episode does")
+        if times[0] < -min(message.t0, LONGEST_WAIT):
+            raise ProtocolError(
+                f"agent {rows.agent!r}: '{prefix}t' begins before the episode does, or {LONGEST_WAIT} env steps back"
+            )
         columns, body = to_buffers(mine)
         version = message.modules[rows.module]
         header = FRAGMENT(
@@ -300,7 +321,7 @@ class MultiAgentEpisodeBuilder:
         its agents; and what was last handed over of them under that id. `begins`: each agent's first rows in it."""
         key = (message.session, message.episode)
         known = self._places.pop(key, None)
-        name = f"{message.session.hex()[:8]}_{message.episode}"
+        name = f"{message.session.hex()[:16]}_{message.number}_{message.episode}"
         if known is not None and known.t == message.t0 and self._fits(known, begins):
             return known.name, known.seconds, known.agents, known.last
         if message.t0:
@@ -339,3 +360,14 @@ def _env_steps(times: NDArray[np.int64], agent_t: int, t0: int, steps: int) -> I
     for i, time in enumerate(times.tolist()):
         entries[time - begins] = agent_t + i
     return InfiniteLookbackBuffer(data=entries, lookback=t0 - begins)
+
+
+def kind_of(space: gym.Space[Any]) -> Any:
+    """What rows of this space are like, whatever their bounds."""
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        return [(key, kind_of(inner)) for key, inner in children(space)]
+    if isinstance(space, gym.spaces.Discrete):
+        return int(space.n)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return space.nvec.tolist()
+    return type(space), space.shape, np.dtype(space.dtype).kind

@@ -8,6 +8,7 @@ these rules against RLlib. A model or connectors of the user's own may do what R
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.dqn.dqn import DQNConfig
 from ray.rllib.algorithms.sac.sac import SACConfig
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 
 from rllink_zmq.errors import PolicyError, SettingsError, SpaceError
@@ -86,7 +88,7 @@ def _check(
 def check_memory(config: AlgorithmConfig) -> None:
     """Raises `SettingsError` for a memory (`use_lstm`) that RLlib can't train with a replay buffer, and logs a warning
     where it trains, but as if each step began an episode."""
-    model = config.model_config or {}
+    model = _model_config(config)
     if not isinstance(config, DQNConfig | SACConfig) or not model.get("use_lstm"):
         return
     if isinstance(config, SACConfig):
@@ -112,6 +114,14 @@ def check_memory(config: AlgorithmConfig) -> None:
         raise SettingsError(
             f"use_lstm: RLlib's replay buffer draws sequences with n_step=1 alone, and it is {config.n_step}"
         )
+
+
+def _model_config(config: AlgorithmConfig) -> Any:
+    """Of the config, or of its single spec."""
+    spec = config._rl_module_spec
+    told = spec.model_config if isinstance(spec, RLModuleSpec) else None
+    found = told if told is not None else config.model_config or {}
+    return dataclasses.asdict(found) if dataclasses.is_dataclass(found) else found  # type: ignore[arg-type]
 
 
 def observation_misfit(space: gym.Space[Any]) -> str:
