@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import gymnasium as gym
 import msgspec
@@ -187,3 +187,22 @@ def training(server: Server, *, version: int | None = 0, body: bytes = BODY, **o
         yield fake
     finally:
         fake.stop()
+
+
+class Told(Protocol):
+    """A client, of one agent or of several."""
+
+    flow: Any
+
+    @property
+    def ready(self) -> bool: ...
+
+
+def told(client: Told, version: int) -> None:
+    """Until the client knows that these weights are evaluated."""
+
+    def heard() -> bool:
+        client.flow.look()
+        return bool(client.ready and client.flow.session.evaluation == version)
+
+    until(heard, f"it is told of an evaluation of version {version}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -63,7 +62,6 @@ def test_an_episode_with_a_memory_goes_on(change: str) -> None:
         def read_again() -> bool:
             episode.log_returns({"a": 1.0})
             episode.get_action(seen())
-            time.sleep(0.005)
             return mine.flow.reader.crew is not before and episode.builder.crew is mine.flow.reader.crew
 
         until(read_again, "the crew is read again, and the episode goes on with it")

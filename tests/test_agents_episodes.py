@@ -126,7 +126,20 @@ def trajectory(seed: int, steps: int, style: str) -> tuple[Turn, list[Step]]:
     return first, made
 
 
-def rllibs(first: Turn, steps: Sequence[Step], calls: Sequence[int]) -> list[MultiAgentEpisode]:
+def outputs_of(step: Step) -> dict[AgentId, dict[str, Any]]:
+    """What modules gave for the actions of a step."""
+    return {
+        a: {Columns.ACTION_LOGP: np.float32(logp), Columns.ACTION_DIST_INPUTS: logits, WEIGHTS_SEQ_NO: 4}
+        for a, (_, logp, logits) in step.actions.items()
+    }
+
+
+def rllibs(
+    first: Turn,
+    steps: Sequence[Step],
+    calls: Sequence[int],
+    outputs: Callable[[Step], dict[AgentId, dict[str, Any]]] = outputs_of,
+) -> list[MultiAgentEpisode]:
     """The chunks that RLlib's own runner would return, cut after these env steps."""
     episode = MultiAgentEpisode(
         id_="e", observation_space=SPACES[0], action_space=SPACES[1], agent_to_module_mapping_fn=mapping
@@ -143,10 +156,7 @@ def rllibs(first: Turn, steps: Sequence[Step], calls: Sequence[int]) -> list[Mul
             rewards=dict(step.rewards),
             terminateds=dict(step.turn.terminateds),
             truncateds=dict(step.turn.truncateds),
-            extra_model_outputs={
-                a: {Columns.ACTION_LOGP: np.float32(logp), Columns.ACTION_DIST_INPUTS: logits, WEIGHTS_SEQ_NO: 4}
-                for a, (_, logp, logits) in step.actions.items()
-            },
+            extra_model_outputs=outputs(step),
         )
         if t in calls or episode.is_done:
             following = None if episode.is_done else episode.cut()

@@ -14,7 +14,6 @@ from ray.rllib.connectors.learner import AddOneTsToEpisodesAndTruncate
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
-from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from test_agents_episodes import (
     ACTION,
     MODULE_OF,
@@ -27,9 +26,11 @@ from test_agents_episodes import (
     config,
     lease,
     mapping,
+    outputs_of,
     trajectory,
     with_columns,
 )
+from test_agents_episodes import rllibs as whole_episode
 
 from rllink_zmq.client_policy import layout_of_policy
 from rllink_zmq.errors import EpisodeError
@@ -139,33 +140,17 @@ def rllibs(
     """The episode as RLlib's own runner would have it, whose modules remembered the same."""
     memories = {module: Memory(side.module[module]) for module in ("p", "q")}
     taken: dict[AgentId, Iterator[Remembered]] = {agent: iter(each) for agent, each in remembered.items()}
-    episode = MultiAgentEpisode(
-        id_="e", observation_space=SPACES[0], action_space=SPACES[1], agent_to_module_mapping_fn=mapping
-    )
-    episode.add_env_reset(observations=dict(first.observations))
-    for step in steps:
-        for agent in step.turn.observations:
-            if agent in step.actions:
-                step.rewards.setdefault(agent, 0.0)
-        outputs = {}
-        for agent, (_, logp, _) in step.actions.items():
+
+    def outputs(step: Step) -> dict[AgentId, dict[str, Any]]:
+        told = outputs_of(step)
+        for agent, mine in told.items():
             one = next(taken[agent])
-            outputs[agent] = {
-                Columns.ACTION_LOGP: np.float32(logp), Columns.ACTION_DIST_INPUTS: one.logits, WEIGHTS_SEQ_NO: 4,
-                Columns.STATE_OUT: memories[MODULE_OF[agent]].nested(one.state),
-            }  # fmt: skip
-        episode.add_env_step(
-            observations=dict(step.turn.observations),
-            actions={a: action for a, (action, _, _) in step.actions.items()},
-            rewards=dict(step.rewards),
-            terminateds=dict(step.turn.terminateds),
-            truncateds=dict(step.turn.truncateds),
-            extra_model_outputs=outputs,
-        )
-    for agent, single in list(episode.agent_episodes.items()):
-        if not single:
-            del episode.agent_episodes[agent]
-    return episode.to_numpy()
+            mine[Columns.ACTION_DIST_INPUTS] = one.logits
+            mine[Columns.STATE_OUT] = memories[MODULE_OF[agent]].nested(one.state)
+        return told
+
+    (episode,) = whole_episode(first, steps, (), outputs)
+    return episode
 
 
 def ours(side: Side, leases: Sequence[Lease], calls: Sequence[int] = ()) -> list[MultiAgentEpisode]:

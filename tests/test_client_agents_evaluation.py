@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 from fake_service import service
-from fake_training import Training, broker, until
+from fake_training import Training, broker, told, until
 from test_client_agents import BODY, MODULES, client, seen, spaces, trained
 from test_client_evaluation import Evaluator
 from test_drive_agents import Relay
@@ -31,16 +31,6 @@ def world() -> Iterator[World]:
         evaluator = Evaluator(server.backend, learner.run)
         yield server, learner, evaluator
         evaluator.stop()
-
-
-def told(mine: AgentsClient, version: int = 2) -> None:
-    """Until the client knows that these weights are evaluated."""
-
-    def heard() -> bool:
-        mine.flow.look()
-        return mine.ready and mine.flow.session.evaluation == version
-
-    until(heard, f"it is told of an evaluation of version {version}")
 
 
 def share(learner: Training, part: float, **more: Any) -> None:
@@ -75,7 +65,7 @@ def test_an_episode_for_evaluation_arrives_whole_and_is_not_trained_on(world: Wo
     steps = 2 * EVALUATION_STEPS
     with client(server) as mine:
         evaluator.evaluate(1, version=2)
-        told(mine)
+        told(mine, 2)
         assert not play(mine, steps, training_enabled=False)
         until(lambda: evaluator.returned is not None, "the evaluation has its episode")
         assert mine.close() == 0
@@ -97,7 +87,7 @@ def test_steps_are_pieces_of_episodes(world: World) -> None:
     server, learner, evaluator = world
     with client(server) as mine:
         evaluator.ask(Wanted(None, 50, 2, True, 60.0))
-        told(mine)
+        told(mine, 2)
         for _ in range(4):
             play(mine, 20, training_enabled=False)
         until(lambda: evaluator.returned is not None, "the evaluation has its steps")
@@ -141,7 +131,7 @@ def test_an_episode_is_what_the_trainer_wants_it_for(world: World) -> None:
     server, learner, evaluator = world
     with client(server) as mine:
         evaluator.evaluate(1, version=2)
-        told(mine)
+        told(mine, 2)
         assert not mine.evaluates and play(mine, 5)
         share(learner, 0.5)
         until(lambda: mine.flow.look() or mine.evaluates, "it is asked to serve")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from counting_env import Counting
 from fake_service import service
-from fake_training import ACTIONS, OBSERVATIONS, RUNS, Training, broker, training, until
+from fake_training import ACTIONS, OBSERVATIONS, RUNS, Training, broker, told, training, until
 from numpy.typing import NDArray
 from test_policy import discrete_blob
 
@@ -100,16 +100,6 @@ def obs(i: float = 0) -> NDArray[Any]:
     return np.array([i, 0.5, -1], np.float32)
 
 
-def told(client: Client, version: int = 0) -> None:
-    """Until the client knows that these weights are evaluated."""
-
-    def heard() -> bool:
-        client.flow.look()
-        return client.ready and client.flow.session.evaluation == version
-
-    until(heard, f"it is told of an evaluation of version {version}")
-
-
 def play(client: Client, steps: int, **how: Any) -> bool:
     """One episode with a reward of 0.5 a step. Whether it was trained on."""
     with client.start_episode(**how) as episode:
@@ -124,7 +114,7 @@ def test_an_episode_for_evaluation_arrives_whole_and_is_not_trained_on(world: Wo
     server, learner, evaluator = world
     with connect(server.frontend, **SPACES) as client:
         evaluator.evaluate(1)
-        told(client)
+        told(client, 0)
         assert not play(client, 2 * EVALUATION_STEPS, training_enabled=False)
         until(lambda: evaluator.returned is not None, "the evaluation has its episode")
         assert client.close() == 0
@@ -144,7 +134,7 @@ def test_nothing_is_sent_that_nobody_asked_for(world: World) -> None:
         with client.start_episode(training_enabled=False) as episode:
             episode.get_action(obs())
             evaluator.evaluate(1)
-            told(client)
+            told(client, 0)
             for i in range(50):
                 episode.get_action(obs(i % 7))
             episode.end_episode(obs())
@@ -159,7 +149,7 @@ def test_what_is_not_wanted_any_longer_is_not_sent_on(world: World) -> None:
     server, _, evaluator = world
     with connect(server.frontend, **SPACES) as first, connect(server.frontend, **SPACES) as second:
         evaluator.evaluate(1)
-        told(first), told(second)
+        told(first, 0), told(second, 0)
         with (
             first.start_episode(training_enabled=False) as one,
             second.start_episode(training_enabled=False) as other,
@@ -222,7 +212,7 @@ def test_it_needs_no_room_for_training(world: World) -> None:
     with connect(server.frontend, episodes=2, **SPACES) as client:
         until(lambda: client.flow.look() or client.flow.session.steps_limit > 0, "the steps are limited")
         evaluator.evaluate(1)
-        told(client)
+        told(client, 0)
         with client.start_episode(training_enabled=True) as trained:
             while trained.can_act(obs()):
                 trained.get_action(obs())
@@ -245,7 +235,7 @@ def test_an_episode_is_what_the_trainer_wants_it_for(world: World) -> None:
     server, learner, evaluator = world
     with connect(server.frontend, **SPACES) as client:
         evaluator.evaluate(2)
-        told(client)
+        told(client, 0)
         assert not client.evaluates and play(client, 5)
         share(learner, 0.5)
         until(lambda: client.flow.look() or client.evaluates, "it is asked to serve")
@@ -327,7 +317,7 @@ def test_a_loop_that_is_to_train_or_to_evaluate_does_just_that(world: World) -> 
     share(learner, 1.0)
     with connect(server.frontend) as one, connect(server.frontend) as other:
         evaluator.evaluate(3)
-        told(one), told(other)
+        told(one, 0), told(other, 0)
         drive(one, Counting(), episodes=4, training_enabled=True)
         assert evaluator.returned is None
         drive_many(
@@ -342,7 +332,7 @@ def test_one_that_drops_gives_an_evaluation_up_rather_than_wait(world: World) ->
     server, _, evaluator = world
     with connect(server.frontend, on_backpressure="drop", **SPACES) as client:
         evaluator.evaluate(2)
-        told(client)
+        told(client, 0)
         size = client.flow.session.window + client.flow.session.fragment_bytes
         with client.start_episode(training_enabled=False) as episode:
             for i in range(3):
@@ -361,7 +351,7 @@ def test_several_episodes_are_evaluated_in_a_window_that_they_fill_together(numb
     with evaluating(fragment_bytes=4000) as (server, _, evaluator):
         with connect(server.frontend, episodes=number, **SPACES) as client:
             evaluator.evaluate(number)
-            told(client)
+            told(client, 0)
             episodes = [client.start_episode(training_enabled=False) for _ in range(number)]
             for i in range(200):
                 client.get_actions(episodes, [obs(i % 7)] * number)
@@ -410,7 +400,7 @@ def test_an_episode_that_is_cut_off_does_not_count(world: World) -> None:
     server, _, evaluator = world
     with connect(server.frontend, episodes=2, **SPACES) as client:
         evaluator.evaluate(2)
-        told(client)
+        told(client, 0)
         drive(client, Endless(), steps=20, training_enabled=False)
         envs = gym.vector.SyncVectorEnv([Endless, Endless])
         drive_vector(client, envs, steps=20, training_enabled=False)

@@ -84,7 +84,7 @@ class Rewrites(Protocol):
 
     def rewrite(self, message: FRAGMENT, observations: Any, back: int) -> tuple[Any, gym.Space[Any]]: ...
 
-    def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> NDArray[Any]: ...
+    def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> NDArray[Any] | None: ...
 
 
 class Piece(NamedTuple):
@@ -352,7 +352,7 @@ class EpisodeBuilder:
             if space is not self._blank.observation_space:
                 self._blank = _Blank(space, self.action_space)
         if self._outputs and Columns.ACTION_DIST_INPUTS not in outputs:
-            outputs[Columns.ACTION_DIST_INPUTS] = self._dist_inputs(message, came, back)
+            outputs[Columns.ACTION_DIST_INPUTS] = self._dist_inputs(message, came, back, seen)
         return seen, back
 
     def _chunk(self, pieces: Sequence[Piece]) -> Built:
@@ -508,9 +508,10 @@ class EpisodeBuilder:
             return observations, back
         return self._packing.unpack(observations.view(np.uint8)), back
 
-    def _dist_inputs(self, message: FRAGMENT, observations: Any, back: int) -> NDArray[np.float32]:
+    def _dist_inputs(self, message: FRAGMENT, came: Any, back: int, seen: Any) -> NDArray[np.float32]:
         """What the policy would have drawn from, for a simulator that chose its actions itself: the learner wants the
-        column (PPO's KL term), and it must be there in all fragments or in none."""
+        column (PPO's KL term), and it must be there in all fragments or in none. Observations as they `came`, and as
+        the policy has `seen` them."""
         if self.module is None:
             raise ProtocolError("this runner has no RLModule to fill in 'action_dist_inputs'")
         if self.memory:
@@ -518,11 +519,13 @@ class EpisodeBuilder:
                 "the policy is recurrent, and 'action_dist_inputs' can't be filled in: they depend on its memory"
             )
         if self._connectors is not None:
-            return self._connectors.dist_inputs(self.module, message, observations, back)
+            made = self._connectors.dist_inputs(self.module, message, came, back)
+            if made is not None:
+                return made
         with torch.no_grad():
             batch = tree.map_structure(
                 lambda a: torch.from_numpy(a[:-1].astype(np.float32) if a.dtype == np.float64 else a[:-1].copy()),
-                observations,
+                seen,
             )
             out = self.module.forward_exploration({Columns.OBS: batch})
         return np.asarray(out[Columns.ACTION_DIST_INPUTS].detach().cpu().numpy(), np.float32)

@@ -15,7 +15,6 @@ import torch
 import tree  # dm_tree, which RLlib needs
 from numpy.typing import NDArray
 from ray.rllib.connectors.common.flatten_observations import FlattenObservations
-from ray.rllib.core.columns import Columns
 from ray.rllib.utils.numpy import flatten_inputs_to_1d_tensor
 
 from rllink_zmq.messages import FRAGMENT, AgentId
@@ -93,12 +92,8 @@ class FlattenedFragments:
         """Observations as the policy saw them, (n, k) float32, and their space."""
         return self._flattening.of_rows(observations), self.observation_space
 
-    def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> NDArray[Any]:
-        """(steps, k): what `module` would have drawn the fragment's actions from."""
-        rows = torch.from_numpy(self._flattening.of_rows(observations)[:-1])
-        with torch.no_grad():
-            out = module.forward_exploration({Columns.OBS: rows})
-        return np.asarray(out[Columns.ACTION_DIST_INPUTS].detach().cpu().numpy(), np.float32)
+    def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> None:
+        """None: what `module` itself makes of the rewritten observations."""
 
 
 def _flat(space: gym.Space[Any], array: torch.Tensor) -> torch.Tensor:

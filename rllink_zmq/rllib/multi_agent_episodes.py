@@ -157,7 +157,9 @@ class MultiAgentEpisodeBuilder:
                 )
         agents: dict[AgentId, _Rows] = {}
         at: dict[str, tuple[int, int]] = {}
-        named = names(message.session, message.number, sum(rows.steps for rows in message.agents))
+        named = None
+        if self.audit is not None:
+            named = names(message.session, message.number, sum(rows.steps for rows in message.agents))
         for rows in message.agents:
             if rows.agent not in self.observation_spaces:
                 raise ProtocolError(
@@ -170,7 +172,7 @@ class MultiAgentEpisodeBuilder:
                 raise ProtocolError(f"agent {rows.agent!r} has no steps in a fragment that lists it")
             self._check_module(rows)
             piece, times = self._check_agent(message, rows, arrays, first, before)
-            if self.audit is not None:
+            if named is not None:
                 piece.outputs[COLUMN], named = named[: rows.steps], named[rows.steps :]
             agents[rows.agent] = rows, piece, times
         return AgentsPiece(message, agents)
