@@ -63,6 +63,17 @@ def acts_for(module: int, agents: Sequence[AgentId], draws: Sequence[Sequence[in
     return [agent for i, agent in enumerate(agents) if any(draw[i] == module for draw in draws)]
 
 
+def stand_in(config: AlgorithmConfig, module: RLModule, flattenings: Mapping[AgentId, Flattening]) -> list[AgentId]:
+    """An agent that sees and does what `module` takes, for one that acts for nobody any more: what is still asked of it
+    is asked as before. None where there is no such agent."""
+    observation_spaces, action_spaces = agents_of(config)
+    for agent, space in observation_spaces.items():
+        seen = flattenings[agent].observation_space if agent in flattenings else space
+        if (seen, action_spaces[agent]) == (module.observation_space, module.action_space):
+            return [agent]
+    return []
+
+
 def crew_of(config: AlgorithmConfig, module: MultiRLModule, exported: dict[bytes, bytes] | None = None) -> bytes:
     """The blob of all modules of `module` behind the connectors of `config`, and of the mapping. Where one can't be
     exported a warning says why, and that simulators have to ask. `exported`: what is known of earlier calls with this
@@ -81,6 +92,7 @@ def crew_of(config: AlgorithmConfig, module: MultiRLModule, exported: dict[bytes
     modules = []
     for name in ids:
         mine = acts_for(ids.index(name), agents, [draw.modules for draw in draws])
+        mine = mine or stand_in(config, module[name], flattenings)
         sees = _spaces_of(name, mine, observation_spaces, action_spaces, flattenings)
         blob = _export(config, module, name, sees, exported)
         modules.append(CrewModule(name, places.setdefault(blob, len(places)), is_trained(config, name)))

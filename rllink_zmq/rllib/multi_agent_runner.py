@@ -31,7 +31,7 @@ from rllink_zmq.rllib.export_connectors import check_agents_connectors
 from rllink_zmq.rllib.flattening import Flattening
 from rllink_zmq.rllib.link import RunnerLink
 from rllink_zmq.rllib.multi_agent_episodes import AgentsFinished, MultiAgentEpisodeBuilder
-from rllink_zmq.rllib.multi_agent_policies import CrewManifest, agents_of, is_trained
+from rllink_zmq.rllib.multi_agent_policies import CrewManifest, agents_of, is_trained, stand_in
 from rllink_zmq.rllib.runner import Held, ZmqEnvRunner
 from rllink_zmq.rllib.service import MAX_ROWS, ModuleActor
 from rllink_zmq.rllib.service_agents import AgentsActService
@@ -67,8 +67,9 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
             needs_logp=trainer_terms(config).needs_logp,
         )  # fmt: skip
 
-    def _flattening_for(self, agents: Sequence[AgentId]) -> Flattening | None:
-        """What is done to the observations of agents that one module acts for: the same for all of them."""
+    def _flattening_for(self, module: Any, agents: Sequence[AgentId]) -> Flattening | None:
+        """What is done to the observations of agents that `module` acts for: the same for all of them."""
+        agents = agents or stand_in(self.config, module, self._flattenings)
         return self._flattenings.get(agents[0]) if agents else None
 
     # ---- weights
@@ -118,7 +119,7 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
             actors = {
                 name: ModuleActor(
                     multi[name], about, multi[name].action_space, normalize, clip, self._device, sampled,
-                    self._flattening_for(manifest.agents[name]),
+                    self._flattening_for(multi[name], manifest.agents[name]),
                 )
                 for name, about in manifest.modules.items()
             }  # fmt: skip
