@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import (
     ACK,
     ACT,
@@ -34,8 +33,9 @@ from rllink_zmq.messages import (
     TAKEN,
     UNWANTED,
     Claim,
+    Relayed,
 )
-from rllink_zmq.wire import columns_bytes
+from rllink_zmq.wire import check_columns
 
 from . import peers
 from .acting import Acting
@@ -64,6 +64,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         self._next_sweep = now + settings.probe_interval
         self._on: dict[type, Callable[[Any, Any, Received, float], None]] = {
             FRAGMENT: self._fragment,
+            Relayed: self._fragment,
             TAKE: self._take,
             RETURNED: self._returned,
             EVALUATE: self._on_evaluate,
@@ -129,14 +130,15 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
 
     def _malformed(self, event: Malformed, now: float) -> None:
         self.malformed += 1
-        sim, message = self.routes[event.side].get(event.route), event.message
-        if type(sim) is Simulator and type(message) is FRAGMENT and message.session == sim.session:
+        sim, message, text = self.routes[event.side].get(event.route), event.message, str(event.error)
+        if type(sim) is Simulator and isinstance(message, FRAGMENT) and message.session == sim.session:
+            text = f"fragment {message.number} of {sim.name or 'a simulator'}: {text}"
             self._poison(sim, message, now)
         if event.route not in self.routes[event.side]:
             if now - self._told.get("stranger", -1e9) < 1.0:
                 return
             self._told["stranger"] = now
-        self._refuse(event.side, event.route, event.error.code, str(event.error), now)
+        self._refuse(event.side, event.route, event.error.code, text, now)
 
     def _poison(self, sim: Simulator, message: FRAGMENT, now: float) -> None:
         """A header that can be read, over a body that isn't what it says: settled at once, or it would be kept and
@@ -191,28 +193,16 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         if report is not None:
             return self._reported(fragment, report, now)
         # What is compressed has to be unpacked by somebody: it may not hold more than the others.
-        if event.size > most or (message.compression and columns_bytes(message) > most):
+        if event.size > most or (message.compression and check_columns(message) > most):
             return self._drop(fragment, "too_large", now)
         if sim.open_bytes > sim.window + most:
             return self._drop(fragment, "over_window", now)
-        try:
-            self._check(message, event)
-        except ProtocolError as e:
-            self._refuse(event.side, event.route, e.code, f"fragment {number} of {sim.name or 'a simulator'}: {e}", now)
-            return self._drop(fragment, "malformed", now)
         if message.evaluation:
             return self._route_evaluation(fragment, now)
         if sim.evaluating and sim.episodes == 1:
             self._give_up_all(sim, now)  # it has gone on to another episode
         self.waiting.append(fragment)
         return None
-
-    def _check(self, message: FRAGMENT, event: Received) -> None:
-        """What the frames can't show by themselves. The wire has checked columns against bytes."""
-        if message.modules:
-            return
-        if message.columns[0].name != "obs":
-            raise ProtocolError(f"the first column must be 'obs', it is '{message.columns[0].name}'")
 
     def _reported(self, fragment: Fragment, report: str | tuple[bytes, int], now: float) -> None:
         """A fragment resent to this new broker that a runner has handed over already."""

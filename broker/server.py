@@ -230,7 +230,7 @@ class Server:
             event: Event
             message = None
             try:
-                message = parse_header(frames[0])
+                message = parse_header(frames[0], relay=True)
                 event = Received(side, route, message, frames, check_body(message, frames[1:]))
             except ProtocolError as e:
                 event = Malformed(side, route, e, message)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from rllink_zmq.arrays import Array, Buffer, from_body
 from rllink_zmq.errors import ProtocolError, SettingsError
 from rllink_zmq.messages import FRAGMENT
-from rllink_zmq.wire import columns_bytes
+from rllink_zmq.wire import check_columns
 
 if TYPE_CHECKING:
     from backports import zstd
@@ -79,7 +79,7 @@ def arrays_of(message: FRAGMENT, body: Sequence[Buffer]) -> dict[str, Array]:
         return from_body(message.columns, body)
     if message.compression != "zstd":
         raise ProtocolError(f"its body is compressed with '{message.compression}', known is 'zstd'")
-    return from_body(message.columns, [decompress(body, columns_bytes(message))])
+    return from_body(message.columns, [decompress(body, check_columns(message))])
 
 
 @cache

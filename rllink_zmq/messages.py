@@ -7,10 +7,10 @@ a default may be left out. Unknown fields are ignored, so that a newer peer may 
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, Union
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
 PROTOCOL_VERSION = 1
 
@@ -163,6 +163,9 @@ class Column(_Part, array_like=True, frozen=True):
     name: Annotated[str, Meta(min_length=1, max_length=MAX_COLUMN_NAME)]
     dtype: Annotated[str, Meta(max_length=8)]
     shape: Annotated[tuple[Count, ...], Meta(max_length=MAX_DIMENSIONS + 1)]
+
+
+Columns: TypeAlias = Annotated[tuple[Column, ...], Meta(max_length=MAX_COLUMNS)]
 
 
 class Segment(_Part, array_like=True, frozen=True):
@@ -377,7 +380,7 @@ class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     run: RunId
     version: Count
     return_so_far: Finite
-    columns: Annotated[tuple[Column, ...], Meta(max_length=MAX_COLUMNS)]
+    columns: Columns
     seconds: Annotated[float, Meta(ge=0, le=sys.float_info.max)] = 0.0
     timings: Annotated[dict[Reason, Annotated[float, Meta(ge=0, le=sys.float_info.max)]], Meta(max_length=8)] = {}
     modules: Versions = {}
@@ -386,6 +389,12 @@ class FRAGMENT(_Message, tag="FRAGMENT", frozen=True):
     evaluation: bool = False
     compression: Annotated[str, Meta(max_length=16)] = ""
     segments: Annotated[tuple[Segment, ...], Meta(max_length=MAX_SEGMENTS)] = ()
+
+
+class Relayed(FRAGMENT, tag="FRAGMENT", frozen=True):
+    """A FRAGMENT as a broker reads it, which passes its frames on: `columns` are the bytes that came."""
+
+    columns: Raw  # type: ignore[assignment]
 
 
 class TAKE(_Message, tag="TAKE", frozen=True):
@@ -554,7 +563,7 @@ class ACTION(_Message, tag="ACTION", frozen=True):
     request: Count
     run: RunId = ""
     version: Version = -1
-    columns: Annotated[tuple[Column, ...], Meta(max_length=MAX_COLUMNS)] = ()
+    columns: Columns = ()
     code: Annotated[str, Meta(max_length=64)] = ""
     text: Text = ""
 
@@ -595,6 +604,10 @@ MESSAGES: tuple[type[Struct], ...] = Message.__args__
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+_relay_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
+    Union[tuple(Relayed if kind is FRAGMENT else kind for kind in MESSAGES)]  # noqa: UP007 - made while it runs
+)
+_columns_decoder = msgspec.msgpack.Decoder(Columns)
 
 
 def encode(message: Message) -> bytes:
@@ -605,3 +618,13 @@ def encode(message: Message) -> bytes:
 def decode(header: bytes | bytearray | memoryview) -> Message:
     """The message of a header frame. Raises `msgspec.DecodeError` (or `UnicodeDecodeError`) alone."""
     return _decoder.decode(header)
+
+
+def decode_relayed(header: bytes | bytearray | memoryview) -> Message:
+    """As `decode`, but a FRAGMENT is a `Relayed`."""
+    return _relay_decoder.decode(header)
+
+
+def decode_columns(columns: bytes | Raw) -> tuple[Column, ...]:
+    """The columns of a `Relayed`. Raises as `decode`."""
+    return _columns_decoder.decode(columns)

@@ -6,6 +6,7 @@ Any frames give a `Message` with its body or raise `ProtocolError`, nothing else
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import msgspec
 
@@ -25,10 +26,21 @@ from rllink_zmq.messages import (
     OBS_BEFORE,
     STATE,
     STATE_IN,
+    Column,
     Message,
+    Relayed,
     decode,
+    decode_columns,
+    decode_relayed,
     encode,
 )
+
+REMEMBERED_BYTES = 4096
+"""Descriptions of columns up to this length are remembered, once they have been checked."""
+
+
+DECODING = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError)
+"""What decoding a header may raise."""
 
 
 def pack(message: Message, body: Iterable[Buffer] = ()) -> list[Buffer]:
@@ -54,13 +66,16 @@ def pack(message: Message, body: Iterable[Buffer] = ()) -> list[Buffer]:
     return frames
 
 
-def parse_header(header: Buffer) -> Message:
-    """The message in a header frame. Raises `ProtocolError`."""
+def parse_header(header: Buffer, *, relay: bool = False) -> Message:
+    """The message in a header frame; to `relay` it, a FRAGMENT is a `Relayed`, whose columns `check_body` reads.
+
+    Raises `ProtocolError`.
+    """
     if len(header) > MAX_HEADER_BYTES:
         raise ProtocolError(f"a header of {len(header)} bytes; at most {MAX_HEADER_BYTES} are allowed", "too_large")
     try:
-        return decode(header)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as e:
+        return decode_relayed(header) if relay else decode(header)
+    except DECODING as e:
         raise ProtocolError(f"expected a msgpack header of this protocol: {e}") from None
 
 
@@ -73,11 +88,10 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
         size += len(frame)
     if size > MAX_BODY_BYTES:
         raise ProtocolError(f"a body of {size} bytes; at most {MAX_BODY_BYTES} are allowed", "too_large")
-    if type(message) is FRAGMENT:
+    if isinstance(message, FRAGMENT):
         if message.base > message.number:
             raise ProtocolError(f"fragment {message.number} says that all numbers below {message.base} are settled")
-        claimed = columns_bytes(message)
-        check_columns(message)
+        claimed = check_columns(message)
         if claimed != size and not message.compression:
             raise ProtocolError(f"the header's columns claim {claimed} bytes, the body has {size}")
         if claimed > MAX_BODY_BYTES:
@@ -93,20 +107,52 @@ def check_body(message: Message, body: Sequence[Buffer]) -> int:
     return size
 
 
-def check_columns(message: FRAGMENT) -> None:
-    """Raises `ProtocolError` unless each of a fragment's columns has the rows that it must have."""
+def check_columns(message: FRAGMENT) -> int:
+    """Bytes of all columns of a fragment: its body's, unless that is compressed.
+
+    Raises `ProtocolError` unless each of them has the rows that it must have.
+    """
     steps, segments = message.steps, message.segments
-    if message.modules or not message.columns:
-        _check_agents(message)
-        return
-    pieces = 1
     if segments:
-        pieces, told = len(segments), sum([segment.steps for segment in segments])
+        told = sum([segment.steps for segment in segments])
         if told != steps:
-            raise ProtocolError(f"the {pieces} segments of a fragment of {steps} steps have {told} steps")
+            raise ProtocolError(f"the {len(segments)} segments of a fragment of {steps} steps have {told} steps")
         if message.evaluation:
             raise ProtocolError("a fragment of an evaluation is of one episode, and has no segments")
-    for column in message.columns:
+    if type(message) is not Relayed:
+        columns = message.columns
+    else:
+        described = bytes(message.columns)
+        if not message.modules and len(described) <= REMEMBERED_BYTES:
+            return _check_described(described, steps, len(segments))
+        columns = _read_columns(described)
+    if message.modules:
+        return _check_agents(message, columns)
+    return _check_rows_of(columns, steps, len(segments))
+
+
+@lru_cache(maxsize=1024)
+def _check_described(described: bytes, steps: int, segments: int) -> int:
+    """Fragments of one length describe their columns alike, thousands of times."""
+    return _check_rows_of(_read_columns(described), steps, segments)
+
+
+def _read_columns(described: bytes) -> tuple[Column, ...]:
+    try:
+        return decode_columns(described)
+    except DECODING as e:
+        raise ProtocolError(f"expected the columns of a fragment: {e}") from None
+
+
+def _check_rows_of(columns: tuple[Column, ...], steps: int, segments: int) -> int:
+    if not columns:
+        raise ProtocolError(f"a fragment of {steps} steps has no columns")
+    if columns[0].name != "obs":
+        raise ProtocolError(f"the first column must be 'obs', it is '{columns[0].name}'")
+    pieces = segments or 1
+    claimed = 0
+    for column in columns:
+        claimed += column_bytes(column)
         if column.name == OBS_BEFORE and column.shape and not segments:
             continue  # as many as there are
         rows = steps + pieces if column.name == "obs" or column.name.startswith(STATE_IN) else steps
@@ -115,21 +161,12 @@ def check_columns(message: FRAGMENT) -> None:
             raise ProtocolError(
                 f"column '{column.name}' of a fragment of {of} must have {rows} rows, its shape is {list(column.shape)}"
             )
-
-
-def columns_bytes(message: FRAGMENT) -> int:
-    """Bytes of all columns of a fragment: its body's, unless that is compressed. Raises `ProtocolError`."""
-    claimed = 0
-    for column in message.columns:
-        claimed += column_bytes(column)
     return claimed
 
 
-def _check_agents(message: FRAGMENT) -> None:
+def _check_agents(message: FRAGMENT, columns: tuple[Column, ...]) -> int:
     """Of several agents: as many rows of each module as its agents have steps, and one more for each of them in `obs`,
     `t` and the memory of a recurrent policy."""
-    if not message.modules:
-        raise ProtocolError(f"fragment {message.number} has no columns")
     if message.segments:
         raise ProtocolError("a fragment of several agents is of one episode, and has no segments")
     if message.steps > MAX_AGENTS_STEPS:
@@ -145,7 +182,9 @@ def _check_agents(message: FRAGMENT) -> None:
         agents[rows.module] = agents.get(rows.module, 0) + 1
     if len({rows.agent for rows in message.agents}) < len(message.agents):
         raise ProtocolError("an agent of a fragment is there twice")
-    for column in message.columns:
+    claimed = 0
+    for column in columns:
+        claimed += column_bytes(column)
         module, _, name = column.name.partition("/")
         if module not in agents:
             raise ProtocolError(f"column '{column.name}' is of none of the fragment's agents' modules: {list(agents)}")
@@ -155,6 +194,7 @@ def _check_agents(message: FRAGMENT) -> None:
                 f"column '{column.name}' of {_named(message, module)} with {steps[module]} steps must have {expected} "
                 f"rows, its shape is {list(column.shape)}"
             )
+    return claimed
 
 
 def _named(message: FRAGMENT, module: str) -> str:

@@ -102,8 +102,10 @@ class Bench:
     def unreachable(self, name: str) -> Said:
         return self.handle(Unreachable(self.side(name), name.encode()))
 
-    def malformed(self, name: str, text: str = "no header", code: str = "malformed") -> Said:
-        return self.handle(Malformed(self.side(name), name.encode(), ProtocolError(text, code)))
+    def malformed(
+        self, name: str, text: str = "no header", code: str = "malformed", message: Message | None = None
+    ) -> Said:
+        return self.handle(Malformed(self.side(name), name.encode(), ProtocolError(text, code), message))
 
     def tick(self, seconds: float = 0.0) -> Said:
         """Time passes at once: everything that had arrived has been handled."""

@@ -53,7 +53,6 @@ from rllink_zmq.messages import (
     WELCOME,
     Assigned,
     BoxSpace,
-    Column,
     DiscreteSpace,
     Handed,
     ObserverHello,
@@ -348,9 +347,9 @@ def test_a_fragment_below_its_own_base_is_refused(trained: Bench) -> None:
     assert trained.ledger()["received"] == 0
 
 
-def test_a_fragment_without_observations_first_is_dropped_and_told(trained: Bench) -> None:
-    said = trained.send("s1", fragment("s1", 1, columns=(Column("rewards", "|u1", (11,)),)))
-    assert messages(said, REFUSED)[0].text == ("fragment 1 of s1: the first column must be 'obs', it is 'rewards'")
+def test_a_fragment_whose_body_is_wrong_is_settled_and_named(trained: Bench) -> None:
+    said = trained.malformed("s1", "its columns lie", message=fragment("s1", 1))
+    assert messages(said, REFUSED)[0].text == "fragment 1 of s1: its columns lie"
     assert trained.acks() == {"s1": [(1, "malformed")]}
 
 

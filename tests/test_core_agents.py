@@ -155,7 +155,7 @@ def test_rows_are_those_of_all_agents_of_a_module() -> None:
         ((A,), {"m/obs": 3, "n/obs": 3}, {"m": 0, "n": 0}, "column 'n/obs' is of none of the fragment's agents'"),
         ((A,), {"m/obs": 3}, {"n": 0}, "agent 'a' of a fragment is module 'm', which is not in it"),
         ((A, A), {"m/obs": 6}, {"m": 0}, "an agent of a fragment is there twice"),
-        ((), {}, {}, "fragment 1 has no columns"),
+        ((), {}, {}, "a fragment of 3 steps has no columns"),
     ],
 )
 def test_what_does_not_add_up_names_the_column_or_the_agent(

@@ -33,7 +33,10 @@ from rllink_zmq.messages import (
     TAKE,
     Claim,
     Column,
+    Message,
+    Relayed,
     Segment,
+    decode_columns,
     encode,
 )
 
@@ -55,9 +58,21 @@ def changed(name: str, **changes: Any) -> tuple[Column, ...]:
     return tuple(msgspec.structs.replace(c, **changes) if c.name == name else c for c in COLUMNS)
 
 
+def relayed(frames: list[Any]) -> Message:
+    """As a broker reads them, which leaves the columns of a fragment as they came."""
+    message = wire.parse_header(frames[0], relay=True)
+    wire.check_body(message, frames[1:])
+    return message
+
+
 def refused(frames: list[Any]) -> ProtocolError:
     with pytest.raises(ProtocolError) as e:
         wire.unpack(frames)
+    if frames:
+        for _ in range(2):  # what was refused once isn't remembered as good
+            with pytest.raises(ProtocolError) as by_broker:
+                relayed(frames)
+            assert by_broker.value.code == e.value.code
     return e.value
 
 
@@ -155,6 +170,25 @@ def test_a_fragment_however_its_body_is_cut() -> None:
             np.testing.assert_array_equal(array, ARRAYS[name])
 
 
+def test_what_is_relayed_is_the_fragment_but_for_columns_that_nobody_has_read() -> None:
+    for steps in (2, 2, 3):
+        rows = {name: np.resize(array, (steps + (name == "obs"), *array.shape[1:])) for name, array in ARRAYS.items()}
+        columns, buffers = to_buffers(rows)
+        message = relayed([encode(fragment(columns, steps)), *buffers])
+        assert isinstance(message, Relayed)
+        whole = msgspec.structs.asdict(message) | {"columns": decode_columns(message.columns)}
+        assert FRAGMENT(**whole) == fragment(columns, steps)
+
+
+def test_descriptions_of_columns_that_are_too_long_to_be_remembered_are_checked_as_well() -> None:
+    rows = ARRAYS | {f"column {i} {'x' * 60}": np.zeros(2, "<f4") for i in range(100)}
+    columns, buffers = to_buffers(rows)
+    many = [encode(fragment(columns)), b"".join(buffers)]
+    assert len(many[0]) > wire.REMEMBERED_BYTES
+    relayed(many)
+    refused([encode(fragment((*columns[:-1], Column("last", "<f4", (3,))))), many[1] + b"...."])
+
+
 @pytest.mark.parametrize("body", [[], [b""], [BODY[:-1]], [BODY, b"\0"], [BODY, BODY]], ids=len)
 def test_fewer_or_more_bytes_than_claimed(body: list[bytes]) -> None:
     assert "the header's columns claim" in str(refused([encode(fragment()), *body]))
@@ -175,6 +209,7 @@ def test_fewer_or_more_bytes_than_claimed(body: list[bytes]) -> None:
         pytest.param(changed("actions", dtype=""), id="no dtype"),
         pytest.param(changed("obs", shape=(3, 1 << 40)), id="a huge row"),
         pytest.param(changed("obs", shape=(3, (1 << 53) - 1, (1 << 53) - 1, 0)), id="a huge row of no bytes"),
+        pytest.param((*COLUMNS[1:], COLUMNS[0]), id="observations last"),
         pytest.param(COLUMNS[:-1], id="a column less"),
         pytest.param((*COLUMNS, Column("more", "|u1", (2,))), id="a column more"),
     ],
@@ -254,7 +289,11 @@ def survives(frames: list[bytes]) -> bool:
     except ProtocolError as e:
         assert re.fullmatch("[a-z_]{1,64}", e.code)
         assert str(e)
+        if frames:
+            with pytest.raises(ProtocolError):
+                relayed(frames)
         return False
+    assert type(message) is type(relayed(frames)) or isinstance(relayed(frames), Relayed)
     assert type(message) in MESSAGES
     if isinstance(message, FRAGMENT):
         try:
