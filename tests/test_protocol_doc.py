@@ -340,7 +340,7 @@ def outcomes() -> set[str]:
         for on, name, call in calls(tree):
             if name in ("_drop", "drop", "_settle"):
                 found |= set(word_in(argument(call, 1), tree))
-            elif name == "resolve":
+            elif name in ("resolve", "_ack"):
                 found |= set(word_in(argument(call, 2), tree))
             elif name in ("get", "setdefault") and on.endswith(("outcomes", "_dropped", "why")):
                 found |= set(word_in(argument(call, 1), tree))

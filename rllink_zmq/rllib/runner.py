@@ -7,6 +7,7 @@ import math
 import socket
 import time
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -80,10 +81,10 @@ TIMERS: dict[str, tuple[str, ...]] = {
 
 
 LAST_LAGS = 100
-"""Fragments whose lag is told, the newest."""
+"""Calls of `sample()` whose largest lag is told."""
 
-TIMED = 16
-"""Values that one call of `sample()` logs for a timer, at most."""
+TOLD = 16
+"""Values that one call of `sample()` logs of a kind, at most."""
 
 
 FILTERS_KEPT = 10_000
@@ -440,11 +441,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         return samples
 
     def _log_times(self, timer: str | tuple[str, ...], seconds: Sequence[float]) -> None:
-        """Many of one `sample()` as a few means of neighbours: each value costs as much as a step's worth of data."""
-        groups = min(len(seconds), TIMED)
-        for i in range(groups):
-            some = seconds[i * len(seconds) // groups : (i + 1) * len(seconds) // groups]
-            self.metrics.log_value(timer, sum(some) / len(some), reduce="ema")
+        for value in _means(seconds):
+            self.metrics.log_value(timer, value, reduce="ema")
 
     def _log(self, steps: int, episodes: int, lags: Sequence[int]) -> None:
         # Also when nothing came: RLlib reads these keys after every call.
@@ -453,8 +451,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         if steps:
             self._log_env_steps(self._metrics_num_env_steps_sampled, steps)
         self.metrics.log_value((RLLINK, "fragments"), len(lags), reduce="lifetime_sum")
-        for lag in lags[-LAST_LAGS:]:
-            self.metrics.log_value((RLLINK, "lag_mean"), max(0, lag), window=LAST_LAGS)
+        for lag in _means([max(0, lag) for lag in lags]):
+            self.metrics.log_value((RLLINK, "lag_mean"), lag, window=TOLD)
         if lags:
             self.metrics.log_value((RLLINK, "lag_max"), max(0, *lags), reduce="max", window=LAST_LAGS)
 
@@ -568,6 +566,13 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
 
 def _reason(error: ProtocolError) -> str:
     return "stale" if isinstance(error, UnknownFilter) else "malformed"
+
+
+def _means(values: Sequence[float]) -> list[float]:
+    """Many of one `sample()` as a few means of neighbours: each value costs as much as a step's worth of data."""
+    groups = min(len(values), TOLD)
+    cuts = [i * len(values) // groups for i in range(groups + 1)] if groups else [0]
+    return [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -77,7 +78,9 @@ class Trainer:
         self.session = TrainerSession(
             secrets.token_bytes(16), self._hello(), blob, name=self._algorithm, package=__version__
         )
-        self._thread = ConnectionThread(Connection(self.session, self.settings.broker), _no_step, "rllink-trainer")
+        self._pongs = 0
+        self._answered = threading.Event()
+        self._thread = ConnectionThread(Connection(self.session, self.settings.broker), self._step, "rllink-trainer")
         self._thread.start()
         self._await_welcome()
         recurrent = self._send_what_acts()
@@ -342,11 +345,11 @@ class Trainer:
     def status(self, timeout: float = 2.0) -> dict[str, Any]:
         """`ledger`, `simulators`, `version`, `run_id` as the broker knows them now, or did when it was last heard."""
         session = self.session
-        before = session.pongs
+        self._answered.clear()
         self._thread.call(session.ask)
         deadline = time.monotonic() + timeout
-        while session.pongs == before and time.monotonic() < deadline and self._thread.is_alive():
-            self._thread.join(0.0005)  # each training iteration waits for this
+        while time.monotonic() < deadline and self._thread.is_alive() and not self._answered.wait(0.1):
+            pass
         named = dict(session.ledger)
 
         def pair(name: str) -> dict[str, int]:
@@ -357,6 +360,13 @@ class Trainer:
         ledger["dropped"] = {reason: pair(reason) for reason in sorted(named)}
         pool = session.pool
         return {"ledger": ledger, "simulators": pool.simulators, "version": pool.version, "run_id": self.run}
+
+    def _step(self, now: float) -> float:
+        """The connection's thread has looked at the socket."""
+        if self.session.pongs != self._pongs:
+            self._pongs = self.session.pongs
+            self._answered.set()
+        return float("inf")
 
     def stop(self) -> None:
         """Release the runners from what they wait for, and say BYE."""
@@ -394,10 +404,6 @@ def followed(change: Callable[..., Any], then: Callable[[], None]) -> Callable[.
         return result
 
     return changed
-
-
-def _no_step(now: float) -> float:
-    return float("inf")
 
 
 class TrainerCallback(RLlibCallback):
