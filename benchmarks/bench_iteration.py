@@ -5,7 +5,7 @@ actor. The floor: the same config with a runner that returns ready-made episodes
 learners: one whose update takes a second or more, and one with a small update. The learning rate is next to nothing, so
 that the data of all iterations are alike.
 
-All parts share this machine. The learner has one thread on both sides, and the simulators a lower priority.
+All parts share this machine. The learner has one thread on both sides, and all others a lower priority.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from processes import broker
 
 SIMULATORS = 100
 RATE = 60
+RUNNERS_NICENESS = 15
+"""Ray's workers'. The broker stands for a host of its own as they do, and must not take the learner's CPU."""
 STINT = 6
 """Iterations of one side in a row; the first, which follows a pause, doesn't count."""
 
@@ -93,7 +95,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     rounds, first = (1, 2) if options.quick else (6, 5)
     with ExitStack() as stack:
-        addresses = stack.enter_context(broker())
+        addresses = stack.enter_context(broker(preexec_fn=lambda: os.nice(RUNNERS_NICENESS)))
         script = Path(__file__).parent / "paced_simulators.py"
         arguments = [sys.executable, str(script), addresses["frontend"], str(SIMULATORS), str(RATE)]
         simulators = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)

@@ -43,12 +43,12 @@ def command(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def broker(*arguments: str) -> Iterator[dict[str, Any]]:
-    """A broker on free ports: its addresses, and its `pid`."""
+def broker(*arguments: str, **options: Any) -> Iterator[dict[str, Any]]:
+    """A broker on free ports: its addresses, and its `pid`. `options`: of `subprocess.Popen`."""
     free = "tcp://127.0.0.1:*"
     with command(
         "broker", "--frontend", free, "--backend", free, "--weights", free, "--admin", "127.0.0.1:0",
-        "--log-level", "warning", *arguments,
+        "--log-level", "warning", *arguments, **options,
     ) as running:  # fmt: skip
         assert running.stdout is not None
         line = running.stdout.readline()
