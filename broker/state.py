@@ -18,8 +18,9 @@ from .peers import Peer, Reader, Request, Runner, Service, Simulator, Trainer
 from .settings import Settings
 
 WHOLE_STEPS = 64
-"""In rounds an episode's share of what may be ahead is one fragment up to this length, and two above it: a fragment
-costs every process on its way as much as some tens of steps."""
+"""In rounds a simulator's share of what may be ahead is one fragment up to this length, and two above it: a fragment
+costs every process on its way as much as some tens of steps. One with many episodes at once may have all their steps in
+a single fragment: it gets two, of which one is built while the other is on its way."""
 
 
 class BrokerState:
@@ -159,7 +160,7 @@ class BrokerState:
             # What the round still wants. Before its weights are to be had, its steps would be by those from before.
             ahead = max(ahead, trainer.hello.quota - self.round_steps)
         if not trainer.hello.lease_steps:
-            whole = min(ahead // n, WHOLE_STEPS) if self.rounds else 0
+            whole = min(ahead // n, WHOLE_STEPS) if self.rounds and sim.episodes == 1 else 0
             length = max(1, min(longest, max(ahead // (2 * n), whole)))
             return sim.taken_steps + max(length, ahead // n) * sim.episodes, length
         # Each runner waits for its own share, and all for the last: one of the largest fragments for each.
