@@ -80,7 +80,7 @@ def measured(size: Size, backend: str, rounds: int, first: int) -> dict[str, lis
                             "seconds": took,
                             "update": timers["learner_update_timer"],
                             "sample": timers["env_runner_sampling_timer"],
-                            "steps": runners["num_env_steps_sampled"],
+                            "steps": int(runners["num_env_steps_sampled"]),
                         }
                     )
     finally:
