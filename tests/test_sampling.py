@@ -231,27 +231,6 @@ def test_steps_of_another_version_do_not_fill_this_round() -> None:
     assert desk.takes()
 
 
-def test_steps_are_counted_as_the_rules_weigh_them() -> None:
-    desk = Desk(ROUND._replace(weigh=lambda message: 2 * message.steps))
-    desk.lease(20, 20, 20)
-    call = desk.begin()
-    assert call.step(desk.now) is Next.WAIT
-    assert [c.numbers for c in desk.takes()[0].claims] == [[1, 2]], "40 env steps count 80, the share is 50"
-
-
-def test_what_the_pool_has_taken_counts_as_this_runners_last_steps_did() -> None:
-    desk = Desk(ROUND._replace(weigh=lambda message: 2 * message.steps))
-    desk.lease(30)
-    call = desk.begin()
-    call.step(desk.now)
-    desk.grant(round_steps=40)
-    assert call.step(desk.now) is Next.RETURN and call.steps == 60
-    desk.lease(20, 20)
-    call = desk.begin()
-    call.step(desk.now)
-    assert [c.numbers for c in desk.takes()[0].claims] == [[2]], "of 100 the pool has 80"
-
-
 def test_nothing_is_returned_while_others_make_progress() -> None:
     desk = Desk()
     call = desk.begin()

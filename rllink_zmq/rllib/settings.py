@@ -9,7 +9,6 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import gymnasium as gym
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.dqn.dqn import DQNConfig
 from ray.rllib.algorithms.impala.impala import IMPALAConfig
@@ -17,9 +16,7 @@ from ray.rllib.algorithms.ppo.ppo import PPOConfig
 from ray.rllib.algorithms.sac.sac import SACConfig
 
 from rllink_zmq.errors import SettingsError
-from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.sampling import SamplingRules, Style
-from rllink_zmq.session_runner import env_steps
 
 KEY = "rllink_zmq"
 
@@ -156,9 +153,9 @@ def trainer_terms(config: AlgorithmConfig) -> Terms:
         quota = exact_share(config) * max(1, int(config.num_env_runners))
         ahead, length = max(EXACT_AHEAD, 4 * quota), EXACT_FRAGMENT
     else:
-        quota = _in_env_steps(config, int(config.total_train_batch_size))
+        quota = int(config.total_train_batch_size)
         ahead = quota * max(1, lag - 1) if style == "round" else quota * 2
-        length = 200 if style == "round" else _in_env_steps(config, _stream_share(config))
+        length = 200 if style == "round" else _stream_share(config)
     length = settings.fragment_steps or length
     most = exact_share(config) + length if style == "exact" else 0
     return Terms(
@@ -174,11 +171,10 @@ def sampling_rules(config: AlgorithmConfig, runners: int, index: int = 0) -> Sam
         return SamplingRules(
             style, exact_share(config, index), terms.quota, timeout, linger=0.0, ahead=terms.fragment_steps
         )
-    weigh = agent_steps if counts_agent_steps(config) else env_steps
-    quota = int(config.total_train_batch_size)
     if style == "round":
-        return SamplingRules(style, math.ceil(quota / max(1, runners)), quota, timeout, ROUND_LINGER, weigh=weigh)
-    return SamplingRules(style, _stream_share(config), quota, timeout, STREAM_LINGER, weigh=weigh)
+        share = math.ceil(terms.quota / max(1, runners))
+        return SamplingRules(style, share, terms.quota, timeout, ROUND_LINGER)
+    return SamplingRules(style, _stream_share(config), terms.quota, timeout, STREAM_LINGER)
 
 
 def longest_chunk(config: AlgorithmConfig) -> float:
@@ -190,24 +186,6 @@ def exact_share(config: AlgorithmConfig, index: int = 0) -> int:
     """Env steps that RLlib's own runner number `index` would return from each call."""
     length = int(config.get_rollout_fragment_length(worker_index=index))
     return length * max(1, int(config.num_envs_per_env_runner))
-
-
-def counts_agent_steps(config: AlgorithmConfig) -> bool:
-    """Whether RLlib's batches are of so many steps of agents, and not of their environment."""
-    return bool(config.is_multi_agent and config.count_steps_by == "agent_steps")
-
-
-def agent_steps(message: FRAGMENT) -> int:
-    """The steps of agents that a fragment completes."""
-    return sum(rows.steps for rows in message.agents)
-
-
-def _in_env_steps(config: AlgorithmConfig, steps: int) -> int:
-    """What the broker is told, which counts env steps: as if all agents acted in each. (Settings are checked before
-    there are spaces.)"""
-    spaces = config.observation_space
-    several = counts_agent_steps(config) and isinstance(spaces, gym.spaces.Dict)
-    return math.ceil(steps / len(spaces.spaces)) if several else steps
 
 
 def _stream_share(config: AlgorithmConfig) -> int:
