@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -125,13 +126,29 @@ def _lists(chunks: Answer) -> None:
     chunks[1].rewards = InfiniteLookbackBuffer(data=[1.0], lookback=0)
 
 
+def _an_array_of_infos(chunks: Answer) -> None:
+    chunks[1].infos.data = [np.zeros(2), {}]
+
+
+def _no_info(chunks: Answer) -> None:
+    chunks[1].infos.data = [None, None]
+
+
+def _a_mark_on_a_buffer(chunks: Answer) -> None:
+    chunks[1].rewards.mine = 1
+
+
 def _none(chunks: Answer) -> None:
     del chunks[:]
 
 
 @pytest.mark.parametrize(
-    "change", [_longer_info, _custom_data, _another_column, _another_space, _another_structure, _lists, _none]
-)
+    "change",
+    [
+        _longer_info, _custom_data, _another_column, _another_space, _another_structure, _lists, _an_array_of_infos,
+        _no_info, _a_mark_on_a_buffer, _none,
+    ],
+)  # fmt: skip
 def test_what_is_not_alike_travels_as_ever(change: Callable[[Answer], None]) -> None:
     chunks = fragments()
     change(chunks)
@@ -148,4 +165,21 @@ def test_a_callback_may_edit_arrays_and_rows_of_other_lengths_stay_apart() -> No
     chunks[0].observations.data = tree.map_structure(lambda a: a.astype(np.float64), chunks[0].observations.data)
     packed = answers._pack(chunks)
     assert packed is not None and isinstance(packed.buffers[0].columns[0].arrays, list)
+    assert contents(travelled(chunks)[0]) == contents(list(chunks))
+
+
+def test_its_copies_are_those_of_a_list() -> None:
+    chunks = fragments()
+    same, other = copy.copy(chunks), copy.deepcopy(chunks)
+    assert type(same) is type(other) is Answer
+    assert all(a is b for a, b in zip(same, chunks, strict=True))
+    assert contents(list(other)) == contents(list(chunks)) and not any(
+        np.shares_memory(a.rewards.data, b.rewards.data) for a, b in zip(other, chunks, strict=True)
+    )
+
+
+def test_bytes_keep_their_order() -> None:
+    chunks = fragments()
+    for chunk in chunks:
+        chunk.rewards.data = chunk.rewards.data.astype(">f4")
     assert contents(travelled(chunks)[0]) == contents(list(chunks))

@@ -180,6 +180,17 @@ def test_what_is_relayed_is_the_fragment_but_for_columns_that_nobody_has_read() 
         assert FRAGMENT(**whole) == fragment(columns, steps)
 
 
+def test_columns_that_are_there_twice_are_decoded_by_the_broker_as_by_everybody() -> None:
+    """Of a key that is there twice the last value counts. The first one may be what a runner can't decode."""
+    fields = msgpack.unpackb(encode(fragment()))
+    packed = [msgpack.packb(key) + msgpack.packb(value) for key, value in fields.items()]
+    for key in (msgpack.packb("columns"), b"\xd9\x07columns"):
+        header = bytes([0x80 | (len(packed) + 1)]) + key + b"\x07" + b"".join(packed)
+        assert "columns" in str(refused([header, BODY]))
+    named = msgspec.structs.replace(fragment(), episode="my columns")
+    assert relayed([encode(named), BODY]) == named, "no Relayed, and as good"
+
+
 def test_descriptions_of_columns_that_are_too_long_to_be_remembered_are_checked_as_well() -> None:
     rows = ARRAYS | {f"column {i} {'x' * 60}": np.zeros(2, "<f4") for i in range(100)}
     columns, buffers = to_buffers(rows)

@@ -7,6 +7,7 @@ one array for each of their columns, and come out as what they were: a list of R
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -27,11 +28,17 @@ _SHARED = tuple(name for name in SingleAgentEpisode.__slots__ if name not in _AP
 
 
 class Answer(list[SingleAgentEpisode]):
-    """Chunks. Pickled it becomes a plain list of them."""
+    """Chunks. Pickled it becomes a plain list of them; its copies are those of a list."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         packed = _pack(self)
         return (list, (list(self),)) if packed is None else (unpack, (packed,))
+
+    def __copy__(self) -> Answer:
+        return Answer(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Answer:
+        return Answer(copy.deepcopy(chunk, memo) for chunk in self)
 
 
 class Columns(NamedTuple):
@@ -111,13 +118,15 @@ def _pack(chunks: Sequence[SingleAgentEpisode]) -> Packed | None:
     names = first.extra_model_outputs.keys()
     infos = _attributes(first.infos) | {"lookback": first.infos.lookback}
     for chunk in chunks:
-        if chunk._custom_data or chunk.extra_model_outputs.keys() != names:
+        if chunk._custom_data != {} or chunk.extra_model_outputs.keys() != names:
             return None
         for name, value in shared.items():
             if getattr(chunk, name) is not value:
                 return None
         about = chunk.infos
-        if type(about.data) is not list or any(about.data) or not _same(infos, vars(about)):
+        if type(about.data) is not list or not all(type(info) is dict and not info for info in about.data):
+            return None
+        if not _same(infos, _attributes(about) | {"lookback": about.lookback}):
             return None
     buffers = [_buffers([getattr(chunk, name) for chunk in chunks]) for name in _BUFFERS]
     outputs = [(name, _buffers([chunk.extra_model_outputs[name] for chunk in chunks])) for name in names]
@@ -134,8 +143,8 @@ def _attributes(buffer: InfiniteLookbackBuffer) -> dict[str, Any]:
 
 
 def _same(mine: dict[str, Any], others: dict[str, Any]) -> bool:
-    """Whether `others`, which may have more, have the very same values."""
-    return all(name in others and others[name] is value for name, value in mine.items())
+    """Whether these are the very same values under the same names."""
+    return mine.keys() == others.keys() and all(others[name] is value for name, value in mine.items())
 
 
 def _buffers(all_: Sequence[Any]) -> Buffers | None:
@@ -143,7 +152,7 @@ def _buffers(all_: Sequence[Any]) -> Buffers | None:
     if any(type(buffer) is not InfiniteLookbackBuffer for buffer in all_):
         return None
     attributes = _attributes(first)
-    if not all(_same(attributes, vars(buffer)) for buffer in all_):
+    if not all(_same(attributes, _attributes(buffer)) for buffer in all_):
         return None
     if isinstance(first.data, np.ndarray):
         like, parts = None, [[buffer.data for buffer in all_]]
@@ -167,7 +176,12 @@ def _columns(arrays: Sequence[Any]) -> Columns | None:
     for array in arrays:
         if type(array) is not np.ndarray or not array.ndim or array.dtype.hasobject:
             return None
-    alike = all(array.dtype == first.dtype and array.shape[1:] == first.shape[1:] for array in arrays)
+    alike = (
+        first.dtype.isnative
+        and all(  # NumPy would join others to native ones
+            array.dtype == first.dtype and array.shape[1:] == first.shape[1:] for array in arrays
+        )
+    )
     if not alike or sum(array.nbytes for array in arrays) > JOINED_BYTES * len(arrays):
         return Columns(arrays, ())
     cuts = [0]
