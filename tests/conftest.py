@@ -64,13 +64,21 @@ def ray_environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cluster(ray_environment: None) -> Iterator[None]:
-    """A Ray for the tests of one process: to start one takes as long as some of them."""
+def ray_at_the_end(ray_environment: None) -> Iterator[None]:
     import ray
 
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def cluster(ray_at_the_end: None) -> None:
+    """A Ray for the tests of one process: to start one takes as long as some of them. Those with nodes of their own end
+    it, and what RLlib would start for the next ones has no more CPUs than this machine."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
 
 @pytest.fixture
