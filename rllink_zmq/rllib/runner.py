@@ -45,7 +45,6 @@ from ray.rllib.utils.typing import ResultDict, StateDict
 from rllink_zmq.errors import ProtocolError, RllinkError
 from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.policy import PolicyManifest
-from rllink_zmq.rllib.answer import Answer
 from rllink_zmq.rllib.audit import runner_log
 from rllink_zmq.rllib.episodes import Built, EpisodeBuilder, Finished, Piece, cut
 from rllink_zmq.rllib.evaluation import EvaluationLink
@@ -61,6 +60,7 @@ from rllink_zmq.rllib.pipelines import (
     has_own_connectors,
     state_bytes,
 )
+from rllink_zmq.rllib.samples import Samples
 from rllink_zmq.rllib.service import MAX_ROWS, ActService, ModuleActor, PipelineActor
 from rllink_zmq.rllib.settings import LinkSettings, explores, longest_chunk, sampling_rules, style_of, trainer_terms
 from rllink_zmq.sampling_evaluation import PAST, Wanted
@@ -425,7 +425,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self, link: RunnerLink, chunks: Sequence[Built], fragments: Sequence[FRAGMENT], steps: int
     ) -> list[SingleAgentEpisode]:
         """RLlib's episodes, of these many steps; their metrics, and those of the fragments that they begin with."""
-        samples = Answer(chunk.episode for chunk in chunks if chunk.episode is not None)
+        samples = Samples(chunk.episode for chunk in chunks if chunk.episode is not None)
         self._finished += [chunk.finished for chunk in chunks if chunk.finished is not None]
         self._log_times(ENV_STEP_TIMER, [c.step_seconds for c in chunks if c.step_seconds is not None])
         told = [timings for chunk in chunks for timings in chunk.timings]

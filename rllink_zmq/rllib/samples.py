@@ -27,18 +27,18 @@ _APART = {*_EACH, *_BUFFERS, "extra_model_outputs", "infos", "_custom_data"}
 _SHARED = tuple(name for name in SingleAgentEpisode.__slots__ if name not in _APART)
 
 
-class Answer(list[SingleAgentEpisode]):
+class Samples(list[SingleAgentEpisode]):
     """Chunks. Pickled it becomes a plain list of them; its copies are those of a list."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         packed = _pack(self)
         return (list, (list(self),)) if packed is None else (unpack, (packed,))
 
-    def __copy__(self) -> Answer:
-        return Answer(self)
+    def __copy__(self) -> Samples:
+        return Samples(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Answer:
-        return Answer(copy.deepcopy(chunk, memo) for chunk in self)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Samples:
+        return Samples(copy.deepcopy(chunk, memo) for chunk in self)
 
 
 class Columns(NamedTuple):
