@@ -14,6 +14,7 @@ from rllink_zmq.messages import CONFIG, GET_CONFIG, GET_STATE, MAX_MODULES, OFFE
 from rllink_zmq.transfer import Download, chunk
 
 from . import peers
+from .counting import Counting
 from .events import Publish, Received, Send
 from .modules import Module, Published
 from .peers import Peer, Runner, Trainer
@@ -38,6 +39,7 @@ class Artifacts(BrokerState):
             self._weights_run = hello.run
             self.version = self.published_version = -1
             self.round_steps = 0
+            self.counting = Counting(hello.agents, hello.quota)
             self.modules, self.module_versions = {}, {}
             self.sampled_before = hello.sampled - self.taken_steps
             self.needs_logp, self.rounds = hello.needs_logp, hello.rounds

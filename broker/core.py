@@ -318,7 +318,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
                 if runner.evaluates:
                     continue
                 fragment.round = self.version
-                self.round_steps += fragment.header.steps
+                self.round_steps += self.counting.took(fragment.header)
                 self.taken_steps += fragment.header.steps
                 self._credit(fragment, now)
             if no:

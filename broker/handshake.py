@@ -248,7 +248,7 @@ class Handshake(Duties):
     def _missed(self, fragment: Fragment, now: float) -> None:
         """RLlib won't have what its runner took: the round wants as many steps in its place."""
         if fragment.round is not None and fragment.round == self.version:
-            self.round_steps -= fragment.header.steps
+            self.round_steps -= self.counting.of(fragment.header)
             if self.fresh:
                 self._mark_all(now)
         fragment.round = None

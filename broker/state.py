@@ -11,6 +11,7 @@ from rllink_zmq.messages import FRAGMENT, MAX_RUNNERS, PONG, REFUSED, Duty, Mess
 from rllink_zmq.wire import Buffer
 
 from . import peers
+from .counting import Counting
 from .events import Action, Log, Send, Side
 from .fragments import Fragment, Ledger, Verb
 from .modules import Module
@@ -56,7 +57,8 @@ class BrokerState:
         # the run, and the newest weights version that any runner has offered
         self.run = ""
         self.version = -1
-        self.round_steps = 0
+        self.round_steps = 0  # as the trainer counts; all others are env steps
+        self.counting = Counting()
         self.taken_steps = 0
         self.sampled_before = 0
         self.needs_logp = True
@@ -152,14 +154,15 @@ class BrokerState:
         trainer = self.trainer
         if trainer is None:
             return max(1, sim.taken_steps), 1  # nobody learns: nothing is sampled ahead (0 would mean no limit)
-        longest, ahead = trainer.hello.fragment_steps, trainer.hello.steps_ahead
+        hello, env_steps = trainer.hello, self.counting.env_steps
+        longest, ahead = max(1, env_steps(hello.fragment_steps)), env_steps(hello.steps_ahead)
         n = max(1, self.episodes - self.episodes_apart)
         if not ahead:
             return 0, longest
         if self.rounds and self.round_open:
             # What the round still wants. Before its weights are to be had, its steps would be by those from before.
-            ahead = max(ahead, trainer.hello.quota - self.round_steps)
-        if not trainer.hello.lease_steps:
+            ahead = max(ahead, env_steps(hello.quota - self.round_steps))
+        if not hello.lease_steps:
             whole = min(ahead // n, WHOLE_STEPS) if self.rounds and sim.episodes == 1 else 0
             length = max(1, min(longest, max(ahead // (2 * n), whole)))
             return sim.taken_steps + max(length, ahead // n) * sim.episodes, length

@@ -267,7 +267,8 @@ class TrainerHello(_Part, tag="trainer", tag_field="role", frozen=True):
     offers. `duties`: as in POOL. `evaluation_share`: of the simulators, 0 to 1, that serve evaluations.
     `lease_steps`: env steps leased to one runner and not taken (0 = no limit). `sampled`: env steps that the training
     has sampled before this run, or by now. `needs_logp`: its steps need the log-probabilities of their actions.
-    `rounds`: it takes `quota` env steps for each version of the weights, and then learns."""
+    `rounds`: it takes `quota` env steps for each version of the weights, and then learns. `agents`: not 0 = `quota`,
+    `steps_ahead` and `fragment_steps` are not of env steps but of agents', of whom there are so many."""
 
     run: RunId
     quota: Count
@@ -284,6 +285,7 @@ class TrainerHello(_Part, tag="trainer", tag_field="role", frozen=True):
     sampled: Count = 0
     needs_logp: bool = True
     rounds: bool = False
+    agents: Annotated[int, Meta(ge=0, le=MAX_AGENTS)] = 0
 
 
 class ObserverHello(_Part, tag="observer", tag_field="role", frozen=True):

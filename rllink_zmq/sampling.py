@@ -20,10 +20,12 @@ round soon, since others go on with it; one that is parked (nobody goes on) is s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import Enum
 from typing import Literal, NamedTuple, TypeAlias
 
-from rllink_zmq.session_runner import AWAKE, Lease, RunnerSession
+from rllink_zmq.messages import FRAGMENT
+from rllink_zmq.session_runner import AWAKE, Lease, RunnerSession, env_steps
 
 PROGRESS_WAIT = 0.3
 """Seconds that a runner of a round waits for its first data before it looks whether others make progress."""
@@ -40,7 +42,8 @@ TOO_LATE = 0.9
 class SamplingRules(NamedTuple):
     """`share`: env steps wanted of one call; in a round it is a part of the quota, for as many runners as the broker
     counts. `quota`: env steps that all runners together give for one weights version. Times in seconds. `ahead`: of
-    the exact style, the env steps that are taken beyond what is missing."""
+    the exact style, the env steps that are taken beyond what is missing. `weigh`: how many steps a fragment counts,
+    where `share` and `quota` are not of env steps."""
 
     style: Style
     share: int
@@ -48,6 +51,7 @@ class SamplingRules(NamedTuple):
     timeout: float
     linger: float
     ahead: int = 0
+    weigh: Callable[[FRAGMENT], int] = env_steps
 
 
 class Next(Enum):
@@ -95,8 +99,8 @@ class SampleCall:
                     session.drop(lease.message, "late")
                     continue
                 self.leases.append(lease)
-                self.steps += lease.message.steps
-            self._mine = self.steps
+                self.steps += self.rules.weigh(lease.message)
+                self._mine += lease.message.steps
             if session.taken and self._first is None:
                 self._first = now
             session.taken = None
@@ -112,7 +116,7 @@ class SampleCall:
     def _off_duty(self, now: float) -> Next:
         """The trainer wants nothing more of this runner, or nothing for now."""
         rules, duty = self.rules, self.session.duty
-        if self.steps or duty == "end":
+        if self.leases or duty == "end":
             return Next.RETURN
         if rules.style == "stream":  # RLlib drops the call with the runner; an empty list would count as data
             self.wake = now + rules.timeout
@@ -127,7 +131,7 @@ class SampleCall:
         rules = self.rules
         if self.steps >= rules.share or (self._first is not None and now >= self._first + rules.linger):
             return Next.RETURN
-        self.session.take(rules.share - self.steps, now)
+        self.session.take(rules.share - self.steps, now, rules.weigh)
         self.wake = now + rules.timeout if self._first is None else self._first + rules.linger
         return Next.WAIT
 
@@ -143,7 +147,7 @@ class SampleCall:
         if self._started >= half:
             return Next.RETURN  # RLlib may have given this call up; if not, the next one starts afresh
         if now < half:
-            self.session.take(want - self.steps, now)
+            self.session.take(want - self.steps, now, rules.weigh)
             if self.session.claiming:
                 self.wake = now + rules.timeout
                 return Next.WAIT
@@ -166,8 +170,8 @@ class SampleCall:
         return math.ceil(self.rules.quota / runners) if runners else self.rules.share
 
     def _open(self) -> int:
-        """Env steps that this round still wants of the pool, beyond what this call has taken. The broker counts what
-        was taken since the newest version; RLlib asking again in spite of a full round (`repeated`) knows better."""
+        """Steps that this round still wants of the pool, with what this call has taken. The broker counts what was
+        taken since the newest version; RLlib asking again in spite of a full round (`repeated`) knows better."""
         pool = self.session.pool
         taken = pool.round_steps if pool.version == self.session.offered_version else 0
         return self.rules.quota - taken + self.steps

@@ -106,6 +106,11 @@ class Offered(NamedTuple):
     load: Callable[[], bytes]
 
 
+def env_steps(message: FRAGMENT) -> int:
+    """How most trainings count a fragment."""
+    return message.steps
+
+
 class RunnerSession(Endpoint):
     """A runner's end, for one run. `duty`: what the trainer wants of it. `deadline`: an answer that reaches RLlib later
     is thrown away unseen. `last_call`: of the last call of `sample()`, a time no later than when RLlib sent it, and
@@ -157,11 +162,11 @@ class RunnerSession(Endpoint):
         """A TAKE is on its way."""
         return self._pending is not None
 
-    def take(self, steps: int, now: float) -> int:
-        """Claim leased fragments, oldest first, until they have `steps` env steps. Returns the steps claimed (0 = there
-        is nothing to claim now). The answer appears in `taken`."""
+    def take(self, steps: int, now: float, weigh: Callable[[FRAGMENT], int] = env_steps) -> None:
+        """Claim leased fragments, if there are any, oldest first, until they have `steps` steps, as `weigh` counts
+        them. The answer appears in `taken`."""
         if self.state is not State.LIVE or self._pending is not None or not self.leased or self.duty != "serve":
-            return 0
+            return
         keys: list[Key] = []
         claims: dict[bytes, list[int]] = {}
         claimed = 0
@@ -170,12 +175,11 @@ class RunnerSession(Endpoint):
                 break
             keys.append(key)
             claims.setdefault(key[0], []).append(key[1])
-            claimed += lease.message.steps
+            claimed += weigh(lease.message)
         self.k += 1
         self._pending = (self.k, keys)
         self.taken = None
         self._say(TAKE(self.k, [Claim(s, n) for s, n in claims.items()], self.returned), now)
-        return claimed
 
     def drop(self, message: FRAGMENT, reason: str) -> None:
         """RLlib did not get this taken fragment. Told with the next `give_back`."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import small_dqn
 from fake_training import broker
 from processes import REAL_RAY, ROOT
 
@@ -133,17 +134,22 @@ def test_a_policy_learns_against_a_frozen_one(cluster: None, server: Server, bui
 
 
 def test_each_agent_has_its_policy(cluster: None, server: Server, built: list[Algorithm], tmp_path: Path) -> None:
-    """MultiAgentCartPole, whose agents end one by one. A checkpoint brings the policies back."""
+    """MultiAgentCartPole, whose agents end one by one. Batches are of agents' steps. A checkpoint brings the policies
+    back."""
     import multi_agent_cartpole as example
 
-    config = example.config().env_runners(num_env_runners=0).training(train_batch_size_per_learner=500, num_epochs=4)
+    config = example.config().env_runners(num_env_runners=0).training(train_batch_size_per_learner=800, num_epochs=4)
+    config.multi_agent(count_steps_by="agent_steps")
     with simulators(server, example.make, example.make):
         algorithm = build(config, server)
         built.append(algorithm)
         best = 0.0
         for _ in range(16):
             result = algorithm.train()
-            best = max(best, result["env_runners"]["episode_return_mean"])
+            sampled = result["env_runners"]
+            steps = sum(sampled["num_agent_steps_sampled"].values())
+            assert 800 <= steps <= 800 + 2 * 100 and sampled["num_env_steps_sampled"] < steps, "a fragment more at most"
+            best = max(best, sampled["episode_return_mean"])
             if best > 60.0:
                 break
         assert best > 60.0, "two random policies come to 45"
@@ -157,7 +163,7 @@ def test_each_agent_has_its_policy(cluster: None, server: Server, built: list[Al
         assert all((before[name] == after[name]).all() for name in before)
         result = algorithm.train()
         assert result["rllink"]["run_id"] == run
-        assert result["env_runners"]["num_env_steps_sampled"] >= 500
+        assert sum(result["env_runners"]["num_agent_steps_sampled"].values()) >= 800
 
 
 @pytest.mark.long
@@ -176,6 +182,8 @@ def test_streams_train_several_agents(cluster: None, server: Server, built: list
         .rl_module(model_config={"fcnet_hiddens": [16]})
         .reporting(min_time_s_per_iteration=1)
     )
+    if algo == "IMPALA":
+        config.multi_agent(count_steps_by="agent_steps")
     with simulators(server, example.make, example.make):
         algorithm = build(config, server)
         built.append(algorithm)
@@ -286,9 +294,8 @@ def test_dqn_trains_several_agents(cluster: None, server: Server, built: list[Al
     exactly as many steps as it asks for, and its replay buffer takes them."""
     import multi_agent_cartpole as example
     from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
-    from small_dqn import several
 
-    config = several().multi_agent(policies_to_train=["pole_0"])
+    config = small_dqn.several().multi_agent(policies_to_train=["pole_0"])
     with simulators(server, example.make, example.make, inference=("local", "remote")):
         algorithm = build(config, server)
         built.append(algorithm)
@@ -315,10 +322,10 @@ def test_dqn_trains_several_agents(cluster: None, server: Server, built: list[Al
 @pytest.mark.long
 def test_sac_trains_several_agents(cluster: None, server: Server, built: list[Algorithm]) -> None:
     import multi_agent_cartpole as example
-    from small_dqn import sac, several
+    from small_dqn import sac
 
     with simulators(server, example.make, example.make):
-        algorithm = build(several(sac()), server)
+        algorithm = build(small_dqn.several(sac()), server)
         built.append(algorithm)
         results = [algorithm.train() for _ in range(2)]
     assert results[-1]["env_runners"]["num_env_steps_sampled_lifetime"] == 400
@@ -374,7 +381,7 @@ def test_evaluation_of_several_agents(cluster: None, server: Server, built: list
         ),
         (lambda c: c.env_runners(env_to_module_connector=lambda *_: []), "which is all that goes with several agents"),
         (lambda c: c.multi_agent(policies={41 * "a"}), "1 to 40 characters"),
-        (lambda c: c.multi_agent(count_steps_by="agent_steps"), "count_steps_by"),
+        (lambda _: small_dqn.several().multi_agent(count_steps_by="agent_steps"), "count_steps_by"),
     ],
 )
 def test_what_can_not_be_trained_is_refused_in_words(change: Callable[[Any], Any], why: str) -> None:

@@ -231,6 +231,14 @@ def test_steps_of_another_version_do_not_fill_this_round() -> None:
     assert desk.takes()
 
 
+def test_steps_are_counted_as_the_rules_weigh_them() -> None:
+    desk = Desk(ROUND._replace(weigh=lambda message: 2 * message.steps))
+    desk.lease(20, 20, 20)
+    call = desk.begin()
+    assert call.step(desk.now) is Next.WAIT
+    assert [c.numbers for c in desk.takes()[0].claims] == [[1, 2]], "40 env steps count 80, the share is 50"
+
+
 def test_nothing_is_returned_while_others_make_progress() -> None:
     desk = Desk()
     call = desk.begin()

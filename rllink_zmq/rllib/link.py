@@ -248,7 +248,7 @@ class RunnerLink:
         """Told to leave, and RLlib has everything."""
         session = self.session
         call = self._call
-        waits = call is not None and (call.steps or call.rules.style != "stream")
+        waits = call is not None and (call.leases or call.rules.style != "stream")
         busy = session.claiming or session.returned < session.committed or waits
         return session.duty in ("leave", "end") and session.state is State.LIVE and not busy
 

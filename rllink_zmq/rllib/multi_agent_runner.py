@@ -35,7 +35,7 @@ from rllink_zmq.rllib.multi_agent_policies import CrewManifest, agents_of, is_tr
 from rllink_zmq.rllib.runner import Held, ZmqEnvRunner
 from rllink_zmq.rllib.service import MAX_ROWS, ModuleActor
 from rllink_zmq.rllib.service_agents import AgentsActService
-from rllink_zmq.rllib.settings import explores, longest_chunk, trainer_terms
+from rllink_zmq.rllib.settings import counts_agent_steps, explores, longest_chunk, trainer_terms
 
 logger = logging.getLogger("rllink_zmq")
 
@@ -182,6 +182,9 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
         log(NUM_ENV_STEPS_SAMPLED_LIFETIME, steps, reduce="lifetime_sum", with_throughput=True)
         log(NUM_EPISODES, episodes, reduce="sum")
         log(NUM_EPISODES_LIFETIME, episodes, reduce="lifetime_sum")
+        if counts_agent_steps(self.config):
+            for agent in self.config.observation_space.spaces:  # RLlib adds up what they sampled, also where none did
+                log((NUM_AGENT_STEPS_SAMPLED, str(agent)), 0, reduce="sum")
 
     def get_metrics(self) -> ResultDict:
         """What `MultiAgentEnvRunner` reports, and `rllink` as `ZmqEnvRunner` does."""

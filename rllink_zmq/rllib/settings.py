@@ -9,6 +9,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import gymnasium as gym
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.dqn.dqn import DQNConfig
 from ray.rllib.algorithms.impala.impala import IMPALAConfig
@@ -16,7 +17,9 @@ from ray.rllib.algorithms.ppo.ppo import PPOConfig
 from ray.rllib.algorithms.sac.sac import SACConfig
 
 from rllink_zmq.errors import SettingsError
+from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.sampling import SamplingRules, Style
+from rllink_zmq.session_runner import env_steps
 
 KEY = "rllink_zmq"
 
@@ -121,10 +124,11 @@ def style_of(config: AlgorithmConfig) -> Style:
 
 @dataclass(frozen=True)
 class Terms:
-    """What the broker is told of the training. All in env steps, or learner updates. `lease_steps`: where RLlib waits
-    for every runner in each step of the training none may sit on what another one lacks; 0 = any number. `needs_logp`:
-    the losses of PPO, APPO and IMPALA correct for how probable each action was. `rounds`: `quota` steps are sampled for
-    each version of the weights."""
+    """What the broker is told of the training. In learner updates and env steps; `quota`, `steps_ahead` and
+    `fragment_steps` in those of `agents` if that isn't 0. `lease_steps`: where RLlib waits for every runner in each
+    step of the training none may sit on what another one lacks; 0 = any number. `needs_logp`: the losses of PPO, APPO
+    and IMPALA correct for how probable each action was. `rounds`: `quota` steps are sampled for each version of the
+    weights."""
 
     quota: int
     lag_limit: int
@@ -133,6 +137,7 @@ class Terms:
     lease_steps: int = 0
     needs_logp: bool = True
     rounds: bool = False
+    agents: int = 0
 
 
 def trainer_terms(config: AlgorithmConfig) -> Terms:
@@ -159,8 +164,9 @@ def trainer_terms(config: AlgorithmConfig) -> Terms:
     length = settings.fragment_steps or length
     most = exact_share(config) + length if style == "exact" else 0
     return Terms(
-        quota, lag, settings.steps_ahead or ahead, length, most, needs_logp=style != "exact", rounds=style == "round"
-    )
+        quota, lag, settings.steps_ahead or ahead, length, most, needs_logp=style != "exact", rounds=style == "round",
+        agents=_agents(config),
+    )  # fmt: skip
 
 
 def sampling_rules(config: AlgorithmConfig, runners: int, index: int = 0) -> SamplingRules:
@@ -171,10 +177,11 @@ def sampling_rules(config: AlgorithmConfig, runners: int, index: int = 0) -> Sam
         return SamplingRules(
             style, exact_share(config, index), terms.quota, timeout, linger=0.0, ahead=terms.fragment_steps
         )
+    weigh = agent_steps if counts_agent_steps(config) else env_steps
     if style == "round":
         share = math.ceil(terms.quota / max(1, runners))
-        return SamplingRules(style, share, terms.quota, timeout, ROUND_LINGER)
-    return SamplingRules(style, _stream_share(config), terms.quota, timeout, STREAM_LINGER)
+        return SamplingRules(style, share, terms.quota, timeout, ROUND_LINGER, weigh=weigh)
+    return SamplingRules(style, _stream_share(config), terms.quota, timeout, STREAM_LINGER, weigh=weigh)
 
 
 def longest_chunk(config: AlgorithmConfig) -> float:
@@ -186,6 +193,22 @@ def exact_share(config: AlgorithmConfig, index: int = 0) -> int:
     """Env steps that RLlib's own runner number `index` would return from each call."""
     length = int(config.get_rollout_fragment_length(worker_index=index))
     return length * max(1, int(config.num_envs_per_env_runner))
+
+
+def counts_agent_steps(config: AlgorithmConfig) -> bool:
+    """Whether RLlib's batches are of so many steps of agents, and not of their environment."""
+    return bool(config.is_multi_agent and config.count_steps_by == "agent_steps")
+
+
+def agent_steps(message: FRAGMENT) -> int:
+    """The steps of agents that a fragment completes."""
+    return sum(rows.steps for rows in message.agents)
+
+
+def _agents(config: AlgorithmConfig) -> int:
+    """How many there are, where their steps count. Settings are checked before there are spaces."""
+    spaces = config.observation_space
+    return len(spaces.spaces) if counts_agent_steps(config) and isinstance(spaces, gym.spaces.Dict) else 0
 
 
 def _stream_share(config: AlgorithmConfig) -> int:

@@ -112,6 +112,7 @@ class Trainer:
             sampled=self._sampled_steps(),
             needs_logp=terms.needs_logp,
             rounds=terms.rounds,
+            agents=terms.agents,
         )
 
     def _sampled_steps(self) -> int:
