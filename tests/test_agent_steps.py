@@ -28,10 +28,10 @@ class Pool:
     """A trainer, its runners, and simulators of which each has so many agents acting in an env step, `per_step` at
     random. A round: every runner is asked as RLlib asks, again and again, until there are `quota` steps."""
 
-    def __init__(self, runners: int, per_step: list[list[int]], quota: int = 400, **more: Any) -> None:
+    def __init__(self, runners: int, per_step: list[list[int]], quota: int = 400, ahead: int = 0) -> None:
         self.bench = Bench()
         self.bench.hello(
-            "t", terms(quota=quota, lag_limit=2, steps_ahead=quota, runners=runners, rounds=True, agents=8, **more)
+            "t", terms(quota=quota, lag_limit=2, steps_ahead=ahead or quota, runners=runners, rounds=True, agents=8)
         )
         self.quota = quota
         self.rules = SamplingRules("round", -(-quota // runners), quota, 60.0, 0.2, weigh=agent_steps)
@@ -52,8 +52,11 @@ class Pool:
         self.offer()
 
     def offer(self) -> None:
+        """Every runner has the next weights; one is asked for them, and they are published."""
+        self.bench.tick(0.05)
         for name in self.names:
             self.sessions[name].offer(self.version, 1, lambda: b"w", self.bench.now)
+            self.talk(name)
             self.talk(name)
 
     def talk(self, name: str) -> None:
@@ -130,6 +133,17 @@ def test_a_round_has_what_rllib_wants_and_little_more(runners: int, per_step: li
     longest = 8 * max(1, pool.bench.broker.counting.env_steps(50))
     assert all(400 <= steps <= 400 + runners * longest for steps in rounds), (rounds, longest)
     pool.bench.broker.check_invariants()
+
+
+def test_in_lockstep_a_round_is_sampled_in_fragments_of_some_length() -> None:
+    """Room is for what the round still wants: a step for each simulator, at the end of it alone."""
+    pool = Pool(1, [[1]] * 4, ahead=1)
+    for _ in range(4):
+        pool.round()
+    before = sum(pool.numbers.values())
+    assert 400 <= pool.round() <= 400 + 4 * 50
+    assert pool.bench.broker.fresh and pool.bench.broker.round_open
+    assert sum(pool.numbers.values()) - before <= 40
 
 
 def test_room_is_for_what_counts() -> None:
