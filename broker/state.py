@@ -155,7 +155,8 @@ class BrokerState:
         if trainer is None:
             return max(1, sim.taken_steps), 1  # nobody learns: nothing is sampled ahead (0 would mean no limit)
         hello, env_steps = trainer.hello, self.counting.env_steps
-        longest, ahead = max(1, env_steps(hello.fragment_steps)), env_steps(hello.steps_ahead)
+        longest = max(1, min(hello.fragment_steps, env_steps(hello.fragment_steps)))
+        ahead = env_steps(hello.steps_ahead)
         n = max(1, self.episodes - self.episodes_apart)
         if not ahead:
             return 0, longest

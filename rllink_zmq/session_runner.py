@@ -162,11 +162,12 @@ class RunnerSession(Endpoint):
         """A TAKE is on its way."""
         return self._pending is not None
 
-    def take(self, steps: int, now: float, weigh: Callable[[FRAGMENT], int] = env_steps) -> None:
-        """Claim leased fragments, if there are any, oldest first, until they have `steps` steps, as `weigh` counts
-        them. The answer appears in `taken`."""
+    def take(self, steps: int, now: float, weigh: Callable[[FRAGMENT], int] = env_steps) -> int:
+        """Claim leased fragments, oldest first, until they have `steps` steps, as `weigh` counts them. Returns the
+        steps claimed (0 = there is nothing to claim now, or what is claimed counts nothing). The answer appears in
+        `taken`."""
         if self.state is not State.LIVE or self._pending is not None or not self.leased or self.duty != "serve":
-            return
+            return 0
         keys: list[Key] = []
         claims: dict[bytes, list[int]] = {}
         claimed = 0
@@ -180,6 +181,7 @@ class RunnerSession(Endpoint):
         self._pending = (self.k, keys)
         self.taken = None
         self._say(TAKE(self.k, [Claim(s, n) for s, n in claims.items()], self.returned), now)
+        return claimed
 
     def drop(self, message: FRAGMENT, reason: str) -> None:
         """RLlib did not get this taken fragment. Told with the next `give_back`."""
