@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,8 @@ from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 from test_episodes import ACT, OBS, lease
 
 from rllink_zmq.rllib import samples
-from rllink_zmq.rllib.episodes import EpisodeBuilder, _Blank
+from rllink_zmq.rllib.blank import Blank
+from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.samples import Samples
 
 
@@ -32,7 +32,7 @@ def fragments() -> Samples:
 def nested() -> Samples:
     """Of several parts, with rows that came before, and a recurrent policy's memory."""
     space = gym.spaces.Dict(a=gym.spaces.Box(-1, 1, (2,)), b=gym.spaces.Tuple([gym.spaces.Discrete(3)] * 2))
-    blank, made = _Blank(space, ACT), Samples()
+    blank, made = Blank(space, ACT), Samples()
     for i, (steps, back) in enumerate([(2, 0), (4, 3), (1, 3)]):
         rows = np.arange(back + steps + 1, dtype=np.float32) + i
         chunk = blank.copy(
@@ -48,7 +48,7 @@ def nested() -> Samples:
 
 
 def large() -> Samples:
-    blank = _Blank(gym.spaces.Box(0, 255, (84, 84), np.uint8), ACT)
+    blank = Blank(gym.spaces.Box(0, 255, (84, 84), np.uint8), ACT)
     return Samples(
         blank.copy(
             f"e{i}", 0, 9, "no", observations=np.full((10, 84, 84), i, np.uint8), back=0, actions=np.arange(9),
@@ -77,7 +77,7 @@ def travelled(chunks: Any) -> tuple[Any, int]:
     """The other end's, and how many buffers went beside the pickle, as Ray sends them."""
     buffers: list[Any] = []
     sent = cloudpickle.dumps(chunks, protocol=5, buffer_callback=buffers.append)
-    return pickle.loads(sent, buffers=[bytes(b.raw()) for b in buffers]), len(buffers)
+    return cloudpickle.loads(sent, buffers=[bytes(b.raw()) for b in buffers]), len(buffers)
 
 
 @pytest.mark.parametrize("make", [fragments, nested, large])

@@ -37,6 +37,7 @@ from rllink_zmq.messages import FRAGMENT, OBS_BEFORE, STATE_IN
 from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.packing_actions import action_packing
 from rllink_zmq.rllib.audit import COLUMN, names
+from rllink_zmq.rllib.blank import Blank
 from rllink_zmq.rllib.collector import collector_paused
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.session_runner import Lease
@@ -196,7 +197,7 @@ class EpisodeBuilder:
         self.memory = Memory(module)
         self.longest = longest
         self.audit = audit
-        self._blank = _Blank(observation_space, action_space)
+        self._blank = Blank(observation_space, action_space)
         self._next: OrderedDict[tuple[bytes, str], tuple[int, str, float, Any]] = OrderedDict()
 
     def build(self, leases: Iterable[Lease]) -> tuple[list[Built], list[Refusal]]:
@@ -350,7 +351,7 @@ class EpisodeBuilder:
         if self._connectors is not None:
             seen, space = self._connectors.rewrite(message, seen, back)
             if space is not self._blank.observation_space:
-                self._blank = _Blank(space, self.action_space)
+                self._blank = Blank(space, self.action_space)
         if self._outputs and Columns.ACTION_DIST_INPUTS not in outputs:
             outputs[Columns.ACTION_DIST_INPUTS] = self._dist_inputs(message, came, back, seen)
         return seen, back
@@ -548,12 +549,6 @@ def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _buffer(values: Any, lookback: int = 0, space: gym.Space[Any] | None = None) -> InfiniteLookbackBuffer:
-    buffer = InfiniteLookbackBuffer(data=values, space=space)
-    buffer.lookback = lookback  # its constructor takes the number of a dict's keys for its length
-    return buffer
-
-
 def chunks_of(pieces: Iterable[P], continues: Callable[[Sequence[P], P], bool]) -> list[list[P]]:
     """Pieces that follow each other in one episode together, in the order of their first ones. `continues`: whether a
     piece may go on with the newest chunk of its episode."""
@@ -583,65 +578,3 @@ def _observations(pieces: Sequence[Piece]) -> Any:
         for piece, rows in zip(pieces, cuts, strict=True)
     ]
     return tree.map_structure(lambda *a: np.concatenate(a), *each)
-
-
-class _Blank:
-    """An episode of these spaces that RLlib's constructor made, and its copies with other data: a third of the
-    constructor's time. Their columns must have the rows that it would ask for."""
-
-    def __init__(self, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
-        self.observation_space = observation_space
-        empty = np.zeros(0, np.float32)
-        blank = SingleAgentEpisode(
-            id_="blank",
-            observation_space=observation_space,
-            action_space=action_space,
-            observations=_buffer(empty, 0, observation_space),
-            actions=_buffer(empty),
-            rewards=_buffer(empty),
-            infos=InfiniteLookbackBuffer(data=[], lookback=0),
-            len_lookback_buffer=0,
-        )
-        mine = {"observations", "actions", "rewards", "infos", "extra_model_outputs", "_custom_data"}
-        self._others = [(name, getattr(blank, name)) for name in SingleAgentEpisode.__slots__ if name not in mine]
-        self._observations = vars(blank.observations)
-        self._actions = vars(blank.actions)
-        self._column = vars(blank.rewards)
-        self._infos = vars(blank.infos)
-
-    def copy(
-        self,
-        id_: str,
-        t_started: int,
-        steps: int,
-        end: str,
-        *,
-        observations: Any,
-        back: int,
-        actions: Any,
-        rewards: NDArray[np.float32],
-        outputs: Mapping[str, NDArray[Any]],
-    ) -> SingleAgentEpisode:
-        """An episode of `steps` steps. `observations`: `back` rows that came before, and steps + 1; `outputs`: its
-        extra model outputs, like the others one row a step."""
-        episode = SingleAgentEpisode.__new__(SingleAgentEpisode)
-        for name, value in self._others:
-            setattr(episode, name, value)
-        episode.id_ = id_
-        episode.t_started, episode.t = t_started, t_started + steps
-        episode.is_terminated, episode.is_truncated = end == "terminated", end == "truncated"
-        episode.observations = _like(self._observations, observations, back)
-        episode.actions = _like(self._actions, actions)
-        episode.rewards = _like(self._column, rewards)
-        episode.infos = _like(self._infos, [{}] * (steps + 1))
-        column = self._column
-        episode.extra_model_outputs = {name: _like(column, values) for name, values in outputs.items()}
-        episode._custom_data = {}
-        return episode
-
-
-def _like(attributes: Mapping[str, Any], data: Any, lookback: int = 0) -> InfiniteLookbackBuffer:
-    """A buffer with these attributes, but for its data."""
-    buffer = InfiniteLookbackBuffer.__new__(InfiniteLookbackBuffer)
-    buffer.__dict__ = {**attributes, "data": data, "lookback": lookback}
-    return buffer

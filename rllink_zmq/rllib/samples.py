@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
 
+from rllink_zmq.rllib.blank import buffer_like
+
 JOINED_BYTES = 16 * 1024
 """Arrays up to this size, by their mean, are joined: below it what an array costs is more than what a copy does."""
 
@@ -67,12 +69,9 @@ class Buffers(NamedTuple):
         rows = (
             parts[0] if self.like is None else [tree.unflatten_as(self.like, one) for one in zip(*parts, strict=True)]
         )
-        made = []
-        for data, lookback in zip(rows, self.lookbacks, strict=True):
-            buffer = InfiniteLookbackBuffer.__new__(InfiniteLookbackBuffer)
-            buffer.__dict__ = {**self.attributes, "data": data, "lookback": lookback}
-            made.append(buffer)
-        return made
+        return [
+            buffer_like(self.attributes, data, lookback) for data, lookback in zip(rows, self.lookbacks, strict=True)
+        ]
 
 
 class Packed(NamedTuple):
@@ -102,8 +101,7 @@ def unpack(packed: Packed) -> list[SingleAgentEpisode]:
         for name, value in zip(_BUFFERS, mine, strict=True):
             setattr(chunk, name, value)
         chunk.extra_model_outputs = dict(zip(names, extra, strict=True))
-        chunk.infos = infos = InfiniteLookbackBuffer.__new__(InfiniteLookbackBuffer)
-        infos.__dict__ = {**packed.infos, "data": [{} for _ in range(number)]}
+        chunk.infos = buffer_like(packed.infos, [{} for _ in range(number)], packed.infos["lookback"])
         chunk._custom_data = {}
         chunks.append(chunk)
     return chunks
