@@ -25,7 +25,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     if "rllink_zmq.rllib.export" in sys.modules:
-        from quick_exports import quicken
+        from quick_rllib import quicken
 
         quicken()
 
