@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rllink_zmq.client_remote import AGAIN, AGAIN_MOST, OVER_CREDIT, Answer, RemotePolicy, packed_for_env
+from rllink_zmq.client_remote import AGAIN, AGAIN_MOST, OVER_CREDIT, Answer, RemotePolicy, before_of, packed_for_env
 from rllink_zmq.errors import EpisodeError, PolicyError, RemovedError
 from rllink_zmq.fragments import Layout, Origin
 from rllink_zmq.fragments_agents import AgentsBuilder, AgentsOrigin, Turn
@@ -58,9 +58,13 @@ class Asked:
     def __init__(self, module: str, agents: list[AgentId], builder: AgentsBuilder) -> None:
         self.module = module
         self.agents = agents
-        names = [STATE_IN + state.name for state in builder.agents[agents[0]].rows.remembers]
-        self.columns = {"obs": np.stack(builder.rows_of(agents))}
+        rows = builder.agents[agents[0]].rows
+        names = [STATE_IN + state.name for state in rows.remembers]
+        observations = np.stack(builder.rows_of(agents))
+        self.columns = {"obs": observations}
         self.columns |= zip(names, builder.memories(agents), strict=True)
+        if rows.layout is not None and rows.layout.lookback:
+            self.columns |= before_of(builder.before_each(agents), rows.layout.lookback, observations)
         self.request = 0
         self.again_at = 0.0
         self.answer: Answer | None = None
@@ -174,7 +178,11 @@ class PendingAgents:
         for one in self._asked:
             if one.answer is None and not one.request and now >= one.again_at and self._remote.room:
                 one.request = self._remote.ask(
-                    one.columns, explore=builder.explore, evaluation=not builder.sent, module=one.module
+                    one.columns,
+                    explore=builder.explore,
+                    evaluation=not builder.sent,
+                    module=one.module,
+                    agents=one.agents,
                 )
 
     def _complete(self) -> bool:

@@ -49,6 +49,7 @@ def layout_of_policy(manifest: PolicyManifest) -> Layout:
         None if manifest.packed is None else packing_of(from_wire(manifest.packed)),
         tuple(StateRow(state.name, Row(state.shape, np.dtype(state.dtype))) for state in manifest.state),
         tuple(state.start for state in manifest.state),
+        manifest.lookback,
         actions=None if packed is None else action_packing(packed),
         env_actions=None if packed is None else env_packing(packed),
     )

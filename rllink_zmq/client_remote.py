@@ -17,11 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rllink_zmq import __version__
-from rllink_zmq.arrays import from_body, to_buffers
+from rllink_zmq.arrays import Array, from_body, to_buffers
 from rllink_zmq.errors import EpisodeError, PolicyError, ProtocolError
 from rllink_zmq.fragments import FragmentBuilder, Layout, Origin, Row, StateRow
 from rllink_zmq.fragments_block import BlockBuilder
-from rllink_zmq.messages import ACTION, LOOKBACK, OBS_BEFORE, STARTS, STATE_IN, STATE_OUT, STEPS_BEFORE, Message
+from rllink_zmq.messages import (
+    ACTION,
+    LOOKBACK,
+    OBS_BEFORE,
+    STARTS,
+    STATE_IN,
+    STATE_OUT,
+    STEPS_BEFORE,
+    AgentId,
+    Message,
+)
 from rllink_zmq.packing import Packing
 from rllink_zmq.session import ReaderSession, State
 from rllink_zmq.transport import Connection
@@ -104,14 +114,22 @@ class RemotePolicy:
         session = self.session
         return session.state is State.LIVE and len(session.open_acts) < max(1, session.requests)
 
-    def ask(self, arrays: dict[str, NDArray[Any]], *, explore: bool | None, evaluation: bool, module: str = "") -> int:
-        """Request actions for `obs`, (B, *shape), with what else the request has, of `module` if there are several;
-        the number of the request."""
+    def ask(
+        self,
+        arrays: dict[str, NDArray[Any]],
+        *,
+        explore: bool | None,
+        evaluation: bool,
+        module: str = "",
+        agents: Sequence[AgentId] = (),
+    ) -> int:
+        """Request actions for `obs`, (B, *shape), with what else the request has, of `module` for these `agents` if
+        there are several; the number of the request."""
         columns, body = to_buffers(arrays)
         copied = [bytes(buffer) for buffer in body]  # kept until the answer is there: the rows are the builder's
         request = self.session.act(
             columns, len(arrays["obs"]), copied, self.connection.clock(), explore=explore, evaluation=evaluation,
-            module=module,
+            module=module, agents=agents,
         )  # fmt: skip
         self.connection.flush()
         return request
@@ -314,12 +332,16 @@ def _before(builders: Sequence[FragmentBuilder], layout: Layout | None, rows: ND
     none, or all episodes begin."""
     if layout is None or not layout.lookback or not any(builder.t0 + builder.steps for builder in builders):
         return {}
-    earlier = np.zeros((len(rows), layout.lookback, *rows.shape[1:]), rows.dtype)
+    return before_of([builder.before() for builder in builders], layout.lookback, rows)
+
+
+def before_of(known: Sequence[Array], lookback: int, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """The columns of earlier observations, of which `known` are those before each of `rows`, `lookback` at most."""
+    earlier = np.zeros((len(rows), lookback, *rows.shape[1:]), rows.dtype)
     counts = np.zeros(len(rows), np.int32)
-    for i, builder in enumerate(builders):
-        known = builder.before()
-        counts[i] = len(known)
-        earlier[i, layout.lookback - len(known) :] = known
+    for i, some in enumerate(known):
+        counts[i] = len(some)
+        earlier[i, lookback - len(some) :] = some
     return {OBS_BEFORE: earlier, STEPS_BEFORE: counts}
 
 

@@ -59,10 +59,16 @@ def whole(layouts: Iterable[Layout]) -> Layout:
     """The layout of env steps in which all of these agents take part: for sizes alone."""
     layouts = list(layouts)
     memory = sum(state.row.nbytes for layout in layouts for state in layout.state)
+    lookback = max((layout.lookback for layout in layouts), default=0)
     obs = sum(layout.obs.nbytes + 4 for layout in layouts) + memory  # with its env step
     rest = sum(layout.action.nbytes + 8 for layout in layouts) - 8
     byte = np.dtype(np.uint8)
-    return Layout(Row((obs,), byte), Row((rest,), byte), dist_inputs=sum(layout.dist_inputs for layout in layouts))
+    return Layout(
+        Row((obs,), byte),
+        Row((rest,), byte),
+        dist_inputs=sum(layout.dist_inputs for layout in layouts),
+        lookback=lookback,
+    )
 
 
 class _Agent:
@@ -279,6 +285,10 @@ class AgentsBuilder(FragmentBuilder):
         states = [self.agents[name].rows.state for name in agents]
         return [np.stack(each) for each in zip(*states, strict=True)]
 
+    def before_each(self, agents: Iterable[AgentId]) -> list[Array]:
+        """The observations before the newest one of each, as far as its policy looks back."""
+        return [self.agents[name].rows.before() for name in agents]
+
     def took(
         self, name: AgentId, action: Any, logp: float, dist_inputs: Any, state: Sequence[NDArray[Any]] = ()
     ) -> None:
@@ -295,6 +305,11 @@ class AgentsBuilder(FragmentBuilder):
             raise EpisodeError(
                 f"{self._where}: agent {name!r} acts by the recurrent policy '{agent.module}', which would not "
                 f"remember an action of the simulator's: let it act (get_action)"
+            )
+        if agent.rows.layout is not None and agent.rows.layout.lookback:
+            raise EpisodeError(
+                f"{self._where}: agent {name!r} acts by the policy '{agent.module}', which looks at earlier "
+                f"observations: let it act (get_action)"
             )
         agent.rows.fitting(action, logp)
 
@@ -372,8 +387,9 @@ class AgentsBuilder(FragmentBuilder):
         versions = {module: all_versions.get(module, 0) for module in sorted(used)} or dict(all_versions)
         arrays: dict[str, Array] = {}
         for module, some in parts.items():
-            for column in some[0][0]:
-                arrays[f"{module}/{column}"] = np.concatenate([one[column] for one, _ in some])
+            for column in {column: None for one, _ in some for column in one}:
+                # Of agents that have just come there are no earlier observations.
+                arrays[f"{module}/{column}"] = np.concatenate([one[column] for one, _ in some if column in one])
             times = [time - self.t0 for _, each in some for time in each]
             arrays[f"{module}/t"] = np.array(times, np.int32)
         origin = AgentsOrigin.of(self.origin.run, self.counts_as, all_versions)

@@ -546,7 +546,7 @@ class CONFIG(_Message, tag="CONFIG", frozen=True):
 class ACT(_Message, tag="ACT", frozen=True):
     """reader -> broker -> service, header and frames unchanged: an action for each of `rows` observations. `request`
     rises in a session. `explore`: draw it, else the most likely one; None = as training does, or `evaluation`.
-    `module`: which of several is to act."""
+    `module`: which of several is to act; `agents`: then, the agent of each row, one for each or none."""
 
     session: Session
     request: Annotated[int, Meta(ge=1, lt=1 << 53)]
@@ -555,6 +555,7 @@ class ACT(_Message, tag="ACT", frozen=True):
     explore: bool | None = None
     evaluation: bool = False
     module: ModuleId = ""
+    agents: Annotated[tuple[AgentId, ...], Meta(max_length=MAX_AGENTS)] = ()
 
 
 class ACTION(_Message, tag="ACTION", frozen=True):

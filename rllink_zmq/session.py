@@ -32,6 +32,7 @@ from rllink_zmq.messages import (
     PROTOCOL_VERSION,
     REFUSED,
     WELCOME,
+    AgentId,
     AgentRows,
     Column,
     Hello,
@@ -438,10 +439,11 @@ class ReaderSession(Endpoint):
         explore: bool | None = None,
         evaluation: bool = False,
         module: str = "",
+        agents: Sequence[AgentId] = (),
     ) -> int:
         """Ask for actions for `rows` observations, and return the request's number."""
         self._request += 1
-        message = ACT(self.session, self._request, rows, columns, explore, evaluation, module)
+        message = ACT(self.session, self._request, rows, columns, explore, evaluation, module, tuple(agents))
         self.open_acts[self._request] = Outgoing(message, body)
         if self.state is State.LIVE:
             self._say(message, now, body)

@@ -190,6 +190,8 @@ def _check_agents(message: FRAGMENT, columns: tuple[Column, ...]) -> int:
         module, _, name = column.name.partition("/")
         if module not in agents:
             raise ProtocolError(f"column '{column.name}' is of none of the fragment's agents' modules: {list(agents)}")
+        if name == OBS_BEFORE and column.shape:
+            continue  # as many as there are
         expected = steps[module] + (agents[module] if name in ("obs", "t") or name.startswith(STATE_IN) else 0)
         if not column.shape or column.shape[0] != expected:
             raise ProtocolError(
@@ -216,6 +218,8 @@ def _check_rows(message: ACT | ACTION, size: int) -> None:
                 f"column '{column.name}' of request {message.request} must have {rows} rows, its shape is "
                 f"{list(column.shape)}"
             )
+    if type(message) is ACT and message.agents and len(message.agents) != rows:
+        raise ProtocolError(f"request {message.request} of {rows} rows names {len(message.agents)} agents")
     if len(columns) > 1 and len({column.name for column in columns}) < len(columns):
         raise ProtocolError(f"two columns of request {message.request} have one name")
     if claimed != size:

@@ -18,8 +18,9 @@ from rllink_zmq import connect_agents
 from rllink_zmq.errors import SettingsError
 from rllink_zmq.rllib import attach, multi_agent_runner
 from rllink_zmq.rllib.export import weights_body
-from rllink_zmq.rllib.multi_agent_policies import CrewManifest, agents_of, crew_of
+from rllink_zmq.rllib.multi_agent_policies import CrewManifest, crew_of
 from rllink_zmq.rllib.multi_agent_runner import ZmqMultiAgentEnvRunner
+from rllink_zmq.rllib.pipelines_agents import agents_of
 from rllink_zmq.spaces import agents_to_wire
 
 EPSILONS = {"pole_0": [(0, 1.0), (40, 0.0)], "pole_1": [(0, 0.25)]}

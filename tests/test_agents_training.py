@@ -216,6 +216,46 @@ def test_runners_act_for_several_agents(cluster: None, server: Server, built: li
         assert not dropped.keys() - {"stale"}, dropped
 
 
+def test_policies_learn_behind_a_filter(cluster: None, server: Server, built: list[Algorithm]) -> None:
+    """Runners act behind RLlib's own pipelines; the frozen policy's weights are published again where its filter has
+    moved. The statistics are of each step, once."""
+    import multi_agent_cartpole as example
+    from ray.rllib.connectors.env_to_module import MeanStdFilter
+
+    config = (
+        example.config()
+        .multi_agent(policies_to_train=["pole_0"])
+        .env_runners(env_to_module_connector=lambda env, spaces, device: MeanStdFilter(multi_agent=True))
+        .training(train_batch_size_per_learner=500, minibatch_size=125)
+    )
+    with simulators(server, *[example.make] * 4, inference="auto"):
+        algorithm = build(config, server)
+        built.append(algorithm)
+        returns = []
+        while len(returns) < 20:
+            result = algorithm.train()
+            returns.append(result["env_runners"]["agent_episode_returns_mean"])
+            if returns[-1]["0"] > 60.0:
+                break
+        acts = server.core.acts  # type: ignore[union-attr]
+    assert returns[-1]["0"] > 60.0 > returns[-1]["1"], returns
+    assert acts["answered"] > 500 and acts["refused"] == 0
+    versions = server.core.module_versions  # type: ignore[union-attr]
+    assert versions["pole_0"] == versions["pole_1"] == len(returns)
+    assert not result["rllink"]["ledger"]["dropped"].keys() - {"stale"}
+    (stats,) = _statistics(algorithm, 0)
+    lifetime = algorithm.metrics.peek(("env_runners", "num_agent_steps_sampled_lifetime", "0"))
+    assert lifetime <= stats.num_pushes <= lifetime * 1.2, "and of each episode's end"
+
+
+def _statistics(algorithm: Algorithm, agent: int) -> list[Any]:
+    """What the filter has learned of an agent."""
+    import tree
+
+    piece = algorithm.env_runner._env_to_module.connectors[0]
+    return tree.flatten(piece._filters[agent].running_stats)
+
+
 def test_agents_that_remember_and_see_several_parts(
     cluster: None, server: Server, built: list[Algorithm], tmp_path: Path
 ) -> None:
@@ -379,7 +419,6 @@ def test_evaluation_of_several_agents(cluster: None, server: Server, built: list
             lambda c: c.evaluation(evaluation_config={"policy_mapping_fn": lambda *_, **__: "pole_0"}),
             "agents are mapped to policies as in training",
         ),
-        (lambda c: c.env_runners(env_to_module_connector=lambda *_: []), "which is all that goes with several agents"),
         (lambda c: c.multi_agent(policies={41 * "a"}), "1 to 40 characters"),
         (lambda _: small_dqn.several().multi_agent(count_steps_by="agent_steps"), "count_steps_by"),
     ],

@@ -416,6 +416,13 @@ EXAMPLES = (
         (np.array([[0.1, 0.2, 0.3, 0.4]], "<f4").tobytes(),),
     ),
     Example(
+        "ACT of several agents",
+        "reader -> broker -> service",
+        "Actions of the module `walker` for two of its agents.",
+        ACT(READER, 9, 2, (Column("obs", "<f4", (2, 1)),), module="walker", agents=("left", 4)),
+        (np.array([[0.5], [-0.5]], "<f4").tobytes(),),
+    ),
+    Example(
         "ACTION",
         "service -> broker -> reader",
         "The action 1, with what a learner must know of it, by version 3 of the weights.",

@@ -481,7 +481,8 @@ def test_a_state_that_has_outgrown_its_room_is_not_offered(caplog: pytest.LogCap
     runner = ZmqEnvRunner.__new__(ZmqEnvRunner)
     offered: list[int] = []
     runner._link = SimpleNamespace(offer=lambda version, size, load: offered.append(version))
-    runner._manifest, runner._pipelines = manifest, None
+    runner._manifest, runner._own_connectors = manifest, True
+    runner.config = SimpleNamespace(in_evaluation=False)
     runner._offer(Held(1, {}, b"x" * (manifest.connectors - 8)))
     runner._offer(Held(2, {}, b"x" * (manifest.connectors - 7)))
     assert offered == [1] and "version 2 can't travel" in caplog.text

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
-from ray.rllib.connectors.common.flatten_observations import FlattenObservations
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 
 from rllink_zmq.errors import PolicyError
@@ -14,8 +13,6 @@ from rllink_zmq.messages import AgentId
 from rllink_zmq.rllib.export_actions import REMOTE
 from rllink_zmq.rllib.flattening import Flattening, agents_flattening_of, flattening_of
 from rllink_zmq.rllib.pipelines import own_pieces
-
-AGENTS_HAVE = "or use FlattenObservations(multi_agent=True), which is all that goes with several agents yet"
 
 
 def check_connectors(config: AlgorithmConfig) -> Flattening | None:
@@ -35,7 +32,7 @@ def check_agents_connectors(config: AlgorithmConfig) -> dict[AgentId, Flattening
 
 
 def _check_settings(config: AlgorithmConfig, flattens: bool) -> None:
-    instead = AGENTS_HAVE if config.is_multi_agent else f"or {REMOTE}"
+    instead = f"or {REMOTE}"
     for setting, make, arguments, defaults in (
         (
             "env_to_module_connector",
@@ -80,17 +77,19 @@ def own_flattening(config: AlgorithmConfig) -> Flattening | None:
 
 def agents_flattening(config: AlgorithmConfig) -> dict[AgentId, Flattening] | None:
     """RLlib's FlattenObservations(multi_agent=True), if it is all that the config puts before the modules: what it does
-    for each agent whose observations it changes. Raises PolicyError where RLlib can't build its pipeline."""
+    for each agent whose observations it changes. Raises PolicyError where RLlib can't build its pipeline without an
+    environment."""
     if config._env_to_module_connector is None:
         return None
     try:
         found = own_pieces(config)
+        for piece in found:
+            piece.get_state()  # which one that was made for a single agent can't tell
     except Exception as error:  # a user's function, or spaces that don't go together
-        if pieces(config._env_to_module_connector, _arguments(config)) != FlattenObservations.__name__:
-            return None
+        made = pieces(config._env_to_module_connector, _arguments(config))
         raise PolicyError(
-            f"config.env_runners(env_to_module_connector=...) can't be built for these agents: "
-            f"{type(error).__name__}: {error}"
+            f"config.env_runners(env_to_module_connector=...) adds {made}, which can't be built for these agents "
+            f"(RLlib's own pieces take multi_agent=True): {type(error).__name__}: {error}"
         ) from error
     return agents_flattening_of(found, dict(config.observation_space.spaces))
 

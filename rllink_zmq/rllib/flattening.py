@@ -92,8 +92,28 @@ class FlattenedFragments:
         """Observations as the policy saw them, (n, k) float32, and their space."""
         return self._flattening.of_rows(observations), self.observation_space
 
+    @property
+    def seen_space(self) -> gym.Space[Any]:
+        """Of what the module is given."""
+        return self.observation_space
+
     def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> None:
         """None: what `module` itself makes of the rewritten observations."""
+
+
+class FlattenedAgents:
+    """The same of several agents: `flattenings` of those whose observations are flattened."""
+
+    def __init__(self, flattenings: Mapping[AgentId, Flattening]) -> None:
+        self.lookbacks: Mapping[str, int] = {}
+        self._made = {agent: FlattenedFragments(each) for agent, each in flattenings.items()}
+
+    def of(self, agent: AgentId, module: str) -> FlattenedFragments | None:
+        """Those of `agent`, whatever it acts by; None where its observations stay as they are."""
+        return self._made.get(agent)
+
+    def check(self, version: int) -> None:
+        """Nothing: it is the same with any version."""
 
 
 def _flat(space: gym.Space[Any], array: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import gymnasium as gym
 import numpy as np
@@ -23,13 +23,12 @@ from rllink_zmq.arrays import Buffer, to_buffers
 from rllink_zmq.audit import Log
 from rllink_zmq.compression import arrays_of
 from rllink_zmq.errors import ProtocolError
-from rllink_zmq.messages import FRAGMENT, STATE_IN, AgentId, AgentRows
+from rllink_zmq.messages import FRAGMENT, OBS_BEFORE, STATE_IN, AgentId, AgentRows
 from rllink_zmq.packing import children
 from rllink_zmq.rllib.audit import COLUMN, names
 from rllink_zmq.rllib.collector import collector_paused
-from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal, chunks_of, mark_of
+from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal, Rewrites, chunks_of, mark_of
 from rllink_zmq.rllib.exploration import epsilon_schedule
-from rllink_zmq.rllib.flattening import FlattenedFragments, Flattening
 from rllink_zmq.rllib.multi_agent_replay import SKIP, AgentsPiece, ReplayedEpisode
 from rllink_zmq.session_runner import Lease
 
@@ -68,13 +67,40 @@ class _Place(NamedTuple):
     last: dict[AgentId, int | None]
 
 
+class _At(NamedTuple):
+    """How much of a module's columns is of the agents before one."""
+
+    steps: int = 0
+    agents: int = 0
+    earlier: int = 0
+
+
+class AgentRewrites(Rewrites, Protocol):
+    """What is done to the observations of one agent. `seen_space`: of what its module is given."""
+
+    @property
+    def seen_space(self) -> gym.Space[Any]: ...
+
+
+class AgentsRewrites(Protocol):
+    """Of all: `AgentsConnectors` or `FlattenedAgents`. `lookbacks`: how many earlier observations each module looks at.
+    `check` raises ProtocolError where fragments of a version can't be rewritten."""
+
+    @property
+    def lookbacks(self) -> Mapping[str, int]: ...
+
+    def of(self, agent: AgentId, module: str) -> AgentRewrites | None: ...
+
+    def check(self, version: int) -> None: ...
+
+
 _Rows: TypeAlias = tuple[AgentRows, Piece, NDArray[np.int64]]
 
 
 class MultiAgentEpisodeBuilder:
     """Builds chunks for one runner. The spaces are those of each agent; `modules`: all that there are, by id.
-    `longest`, `audit`, `needs_logp`: as of `EpisodeBuilder`. `flattenings`: what is done to observations, of agents
-    that it is done to. `dist_inputs`: of each module, how many numbers a row of that column has."""
+    `longest`, `audit`, `needs_logp`: as of `EpisodeBuilder`. `connectors`: what is done to observations. `dist_inputs`:
+    of each module, how many numbers a row of that column has."""
 
     def __init__(
         self,
@@ -83,7 +109,7 @@ class MultiAgentEpisodeBuilder:
         module: MultiRLModule,
         mapping: Callable[..., str],
         longest: float = float("inf"),
-        flattenings: Mapping[AgentId, Flattening] | None = None,
+        connectors: AgentsRewrites | None = None,
         audit: Log | None = None,
         *,
         needs_logp: bool = True,
@@ -96,7 +122,7 @@ class MultiAgentEpisodeBuilder:
         self.audit = audit
         self.dist_inputs: Mapping[str, int] = {}
         self._mapping = mapping
-        self._connectors = {agent: FlattenedFragments(each) for agent, each in (flattenings or {}).items()}
+        self._connectors = connectors
         self._builders: dict[tuple[AgentId, str], EpisodeBuilder] = {}
         self._places: OrderedDict[tuple[bytes, str], _Place] = OrderedDict()
 
@@ -139,6 +165,10 @@ class MultiAgentEpisodeBuilder:
         """RLlib may lack what it was given: no episode goes on under its id."""
         self._places.clear()
 
+    def recast(self) -> None:
+        """The modules, or how far they look back, may be others from now on."""
+        self._builders.clear()
+
     # ---- checking
 
     def _check(self, lease: Lease) -> AgentsPiece:
@@ -155,8 +185,12 @@ class MultiAgentEpisodeBuilder:
                     f"there is no policy '{module}'{' of agent ' * bool(whose)}{whose} in this training (any more?); "
                     f"there are {', '.join(self.module.keys())}"
                 )
+        connectors = self._connectors
+        if connectors is not None:
+            for version in message.modules.values():
+                connectors.check(version)
         agents: dict[AgentId, _Rows] = {}
-        at: dict[str, tuple[int, int]] = {}
+        at: dict[str, _At] = {}
         named = None
         if self.audit is not None:
             named = names(message.session, message.number, sum(rows.steps for rows in message.agents))
@@ -166,12 +200,13 @@ class MultiAgentEpisodeBuilder:
                     f"there is no agent {rows.agent!r} in this training; there are "
                     f"{', '.join(map(repr, list(self.observation_spaces)[:8]))}"
                 )
-            first, before = at.get(rows.module, (0, 0))
-            at[rows.module] = (first + rows.steps, before + 1)
+            place = at.get(rows.module, _At())
+            back = 0 if connectors is None else min(connectors.lookbacks.get(rows.module, 0), rows.t0)
+            at[rows.module] = _At(place.steps + rows.steps, place.agents + 1, place.earlier + back)
             if not rows.steps:
                 raise ProtocolError(f"agent {rows.agent!r} has no steps in a fragment that lists it")
             self._check_module(rows)
-            piece, times = self._check_agent(message, rows, arrays, first, before)
+            piece, times = self._check_agent(message, rows, arrays, place, back)
             if named is not None:
                 piece.outputs[COLUMN], named = named[: rows.steps], named[rows.steps :]
             agents[rows.agent] = rows, piece, times
@@ -179,8 +214,8 @@ class MultiAgentEpisodeBuilder:
 
     def _check_module(self, rows: AgentRows) -> None:
         """Raises `ProtocolError` for a module that can't be this agent's: whose spaces are of another kind."""
-        module, connectors = self.module[rows.module], self._connectors.get(rows.agent)
-        seen = self.observation_spaces[rows.agent] if connectors is None else connectors.observation_space
+        module, connectors = self.module[rows.module], self._rewrites(rows)
+        seen = self.observation_spaces[rows.agent] if connectors is None else connectors.seen_space
         for what, agents, its in (
             ("observations", seen, getattr(module, "observation_space", None)),
             ("actions", self.action_spaces[rows.agent], getattr(module, "action_space", None)),
@@ -189,16 +224,20 @@ class MultiAgentEpisodeBuilder:
                 raise ProtocolError(f"the policy '{rows.module}' takes other {what} than agent {rows.agent!r} has")
 
     def _check_agent(
-        self, message: FRAGMENT, rows: AgentRows, arrays: Mapping[str, NDArray[Any]], first: int, before: int
+        self, message: FRAGMENT, rows: AgentRows, arrays: Mapping[str, NDArray[Any]], at: _At, back: int
     ) -> tuple[Piece, NDArray[np.int64]]:
-        """Rows `first` on of its module's columns, after those of `before` agents."""
+        """The rows of its module's columns behind those of others (`at`), with `back` earlier observations."""
         prefix = rows.module + "/"
         mine: dict[str, NDArray[Any]] = {}
         for name, values in arrays.items():
             if name.startswith(prefix):
                 column = name[len(prefix) :]
-                longer = column in ("obs", "t") or column.startswith(STATE_IN)
-                start, count = (first + before, rows.steps + 1) if longer else (first, rows.steps)
+                if column == OBS_BEFORE:
+                    start, count = at.earlier, back
+                elif column in ("obs", "t") or column.startswith(STATE_IN):
+                    start, count = at.steps + at.agents, rows.steps + 1
+                else:
+                    start, count = at.steps, rows.steps
                 mine[column] = values[start : start + count]
         times = mine.pop("t", None)
         if times is None or times.dtype.kind != "i" or times.ndim != 1 or (times[1:] <= times[:-1]).any():
@@ -228,6 +267,9 @@ class MultiAgentEpisodeBuilder:
             piece.outputs[WEIGHTS_SEQ_NO][0] = rows.first
         return piece, times.astype(np.int64) + message.t0
 
+    def _rewrites(self, rows: AgentRows) -> AgentRewrites | None:
+        return None if self._connectors is None else self._connectors.of(rows.agent, rows.module)
+
     def _builder(self, rows: AgentRows) -> EpisodeBuilder:
         key = (rows.agent, rows.module)
         builder, module = self._builders.get(key), self.module.get(rows.module)
@@ -235,7 +277,7 @@ class MultiAgentEpisodeBuilder:
             agent = rows.agent
             builder = self._builders[key] = EpisodeBuilder(
                 self.observation_spaces[agent], self.action_spaces[agent], module,
-                connectors=self._connectors.get(agent), needs_logp=self._needs_logp,
+                connectors=self._rewrites(rows), needs_logp=self._needs_logp,
                 outputs=not epsilon_schedule(module),
             )  # fmt: skip
         builder.dist_inputs = self.dist_inputs.get(rows.module, 0)

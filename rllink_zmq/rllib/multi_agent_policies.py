@@ -29,6 +29,8 @@ from rllink_zmq.policy_agents import NOBODY, Crew, CrewModule, Draw, manifests, 
 from rllink_zmq.rllib.export import export_policy
 from rllink_zmq.rllib.export_connectors import check_agents_connectors
 from rllink_zmq.rllib.flattening import Flattening
+from rllink_zmq.rllib.pipelines import seen_spaces, state_room
+from rllink_zmq.rllib.pipelines_agents import AgentsPipelines, agents_of
 from rllink_zmq.rllib.policies import remote_manifest
 from rllink_zmq.rllib.service import ModuleActor
 from rllink_zmq.rllib.settings import explores, style_of
@@ -63,13 +65,20 @@ def acts_for(module: int, agents: Sequence[AgentId], draws: Sequence[Sequence[in
     return [agent for i, agent in enumerate(agents) if any(draw[i] == module for draw in draws)]
 
 
-def stand_in(config: AlgorithmConfig, module: RLModule, flattenings: Mapping[AgentId, Flattening]) -> list[AgentId]:
+def connectors_of(config: AlgorithmConfig) -> tuple[dict[AgentId, Flattening], str]:
+    """Whose observations the exported policies flatten; and why `config` has connectors that they can't hold, or ''."""
+    try:
+        return check_agents_connectors(config), ""
+    except PolicyError as error:
+        return {}, str(error)
+
+
+def stand_in(config: AlgorithmConfig, module: RLModule) -> list[AgentId]:
     """An agent that sees and does what `module` takes, for one that acts for nobody any more: what is still asked of it
     is asked as before. None where there is no such agent."""
-    observation_spaces, action_spaces = agents_of(config)
-    for agent, space in observation_spaces.items():
-        seen = flattenings[agent].observation_space if agent in flattenings else space
-        if (seen, action_spaces[agent]) == (module.observation_space, module.action_space):
+    action_spaces = agents_of(config)[1]
+    for agent, seen in seen_spaces(config).items():
+        if (seen, action_spaces.get(agent)) == (module.observation_space, module.action_space):
             return [agent]
     return []
 
@@ -81,7 +90,10 @@ def crew_of(config: AlgorithmConfig, module: MultiRLModule, exported: dict[bytes
     with the module's name, for one that runners can't act by either, and `SettingsError`, with the agent's, for a
     mapping that names no module."""
     exported = {} if exported is None else exported
-    flattenings = check_agents_connectors(config)
+    flattenings, why = connectors_of(config)
+    around = AgentsPipelines(config) if why else None
+    if why:
+        logger.warning("simulators have to ask for all actions: %s", why)
     observation_spaces, action_spaces = agents_of(config)
     agents = list(observation_spaces)
     ids = sorted(map(str, module.keys()))
@@ -92,9 +104,13 @@ def crew_of(config: AlgorithmConfig, module: MultiRLModule, exported: dict[bytes
     modules = []
     for name in ids:
         mine = acts_for(ids.index(name), agents, [draw.modules for draw in draws])
-        mine = mine or stand_in(config, module[name], flattenings)
+        mine = mine or stand_in(config, module[name])
         sees = _spaces_of(name, mine, observation_spaces, action_spaces, flattenings)
-        blob = _export(config, module, name, sees, exported)
+        if around is not None and mine:
+            cast = {agent: ids[i] for agent, i in zip(agents, draws[0].modules, strict=True) if i != NOBODY}
+            blob = _behind_connectors(config, module, name, around, mine, cast, why)
+        else:
+            blob = _export(config, module, name, sees, exported)
         modules.append(CrewModule(name, places.setdefault(blob, len(places)), is_trained(config, name)))
         if len(blobs) < len(places):
             blobs.append(blob)
@@ -134,11 +150,6 @@ def check_module_ids(ids: Sequence[str]) -> None:
     for name in ids:
         if not 1 <= len(name) <= MAX_MODULE_ID or "/" in name:
             raise SettingsError(f"the policy id {name!r}: 1 to {MAX_MODULE_ID} characters without a '/' travel")
-
-
-def agents_of(config: AlgorithmConfig) -> tuple[dict[AgentId, gym.Space[Any]], dict[AgentId, gym.Space[Any]]]:
-    """Observation and action spaces of all agents there may be, by their ids."""
-    return dict(config.observation_space.spaces), dict(config.action_space.spaces)
 
 
 def dict_of_agents(spaces: Mapping[AgentId, gym.Space[Any]]) -> gym.spaces.Dict:
@@ -252,8 +263,7 @@ def _export(
     exported: dict[bytes, bytes],
 ) -> bytes:
     single = module[name]
-    if style_of(config) == "exact" and single.is_stateful():
-        raise SettingsError(f"the policy '{name}' has a memory. {NO_MEMORY_OF_AGENTS}")
+    _check_memory(config, module, name)
     observation_space, action_space, flattening = sees or _Sees(single.observation_space, single.action_space)
     key = _architecture(single, observation_space, action_space, flattening)
     if key in exported:
@@ -277,6 +287,36 @@ def _export(
     if key:
         exported[key] = blob
     return blob
+
+
+def _behind_connectors(
+    config: AlgorithmConfig,
+    module: MultiRLModule,
+    name: str,
+    around: AgentsPipelines,
+    agents: Sequence[AgentId],
+    cast: Mapping[AgentId, str],
+    why: str,
+) -> bytes:
+    """The blob of a module that runners alone act by, behind connectors of the user's own. Raises `PolicyError`, with
+    the piece that no runner could act behind."""
+    _check_memory(config, module, name)
+    pipelines = around.of(name, agents)
+    try:
+        inputs = pipelines.check_agents(module, cast)
+        manifest = remote_manifest(
+            module[name].unwrapped(), pipelines.observation_space, pipelines.action_space, why,
+            action_dist_inputs=inputs, explores=explores(config)[0], evaluation_explores=explores(config)[1],
+            connectors=state_room(config, pipelines.state), lookback=pipelines.lookback,
+        )  # fmt: skip
+    except PolicyError as error:
+        raise PolicyError(f"the policy '{name}': {error}") from error
+    return pack_policy(manifest, b"")
+
+
+def _check_memory(config: AlgorithmConfig, module: MultiRLModule, name: str) -> None:
+    if style_of(config) == "exact" and module[name].is_stateful():
+        raise SettingsError(f"the policy '{name}' has a memory. {NO_MEMORY_OF_AGENTS}")
 
 
 def _architecture(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import gymnasium as gym
-from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
+from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule, MultiRLModuleSpec
 from ray.rllib.env.multi_agent_env_runner import MultiAgentEnvRunner
 from ray.rllib.utils.metrics import (
     NUM_AGENT_STEPS_SAMPLED,
@@ -25,15 +25,16 @@ from ray.rllib.utils.metrics import (
 from ray.rllib.utils.typing import ResultDict, StateDict
 
 from rllink_zmq.messages import FRAGMENT, AgentId
+from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib.audit import runner_log
 from rllink_zmq.rllib.export import weights_body
-from rllink_zmq.rllib.export_connectors import check_agents_connectors
-from rllink_zmq.rllib.flattening import Flattening
+from rllink_zmq.rllib.flattening import FlattenedAgents
 from rllink_zmq.rllib.link import RunnerLink
 from rllink_zmq.rllib.multi_agent_episodes import AgentsFinished, MultiAgentEpisodeBuilder
-from rllink_zmq.rllib.multi_agent_policies import CrewManifest, agents_of, is_trained, stand_in
+from rllink_zmq.rllib.multi_agent_policies import CrewManifest, connectors_of, is_trained, stand_in
+from rllink_zmq.rllib.pipelines_agents import AgentsConnectors, AgentsPipelines, agents_of
 from rllink_zmq.rllib.runner import Held, ZmqEnvRunner
-from rllink_zmq.rllib.service import MAX_ROWS, ModuleActor
+from rllink_zmq.rllib.service import MAX_ROWS, ModuleActor, PipelineActor
 from rllink_zmq.rllib.service_agents import AgentsActService
 from rllink_zmq.rllib.settings import counts_agent_steps, explores, longest_chunk, trainer_terms
 
@@ -54,23 +55,47 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
         observation, action = self._env_to_module.observation_space, self._env_to_module.action_space
         return {module: (observation[module], action[module]) for module in observation.spaces}
 
-    def _make_pipelines(self) -> None:
-        """None: whose observations are flattened is known without."""
+    @property
+    def _modules(self) -> MultiRLModule:
+        assert isinstance(self.module, MultiRLModule)
+        return self.module
 
-    def _make_builder(self, connectors: Any) -> MultiAgentEpisodeBuilder:
+    def _make_builder(self) -> MultiAgentEpisodeBuilder:
         config = self.config
-        self._flattenings = check_agents_connectors(config)
-        longest = float("inf") if config.in_evaluation else longest_chunk(config)
+        evaluates, modules = config.in_evaluation, self._modules
+        self._flattenings, own = connectors_of(config)
+        connectors: AgentsConnectors | None = None
+        if own:
+            learns = None if evaluates else self._env_to_module
+            connectors = AgentsConnectors(config, modules, learns, None if evaluates else self._filters)
+        self._behind = connectors
         return MultiAgentEpisodeBuilder(
-            *agents_of(config), self.module, config.policy_mapping_fn, longest, self._flattenings,
-            None if config.in_evaluation else runner_log(self.settings.audit),
+            *agents_of(config), modules, config.policy_mapping_fn,
+            float("inf") if evaluates else longest_chunk(config),
+            FlattenedAgents(self._flattenings) if connectors is None else connectors,
+            None if evaluates else runner_log(self.settings.audit),
             needs_logp=trainer_terms(config).needs_logp,
         )  # fmt: skip
 
-    def _flattening_for(self, module: Any, agents: Sequence[AgentId]) -> Flattening | None:
-        """What is done to the observations of agents that `module` acts for: the same for all of them."""
-        agents = agents or stand_in(self.config, module, self._flattenings)
-        return self._flattenings.get(agents[0]) if agents else None
+    def _actor(
+        self,
+        name: str,
+        manifest: PolicyManifest,
+        agents: Sequence[AgentId],
+        around: AgentsPipelines | None,
+        sampled: Callable[[], int],
+    ) -> ModuleActor:
+        """Acts by the module `name` for `agents`: for one that sees as they do, where there is none any more."""
+        config, modules = self.config, self._modules
+        module = modules[name]
+        agents = agents or stand_in(config, module)
+        if around is not None and agents:
+            pipelines = around.of(name, agents, manifest.lookback).apart()
+            return PipelineActor(module, manifest, pipelines, self._device, self._filters.published, sampled)
+        return ModuleActor(
+            module, manifest, module.action_space, bool(config.normalize_actions), bool(config.clip_actions),
+            self._device, sampled, self._flattenings.get(agents[0]) if agents else None,
+        )  # fmt: skip
 
     # ---- weights
 
@@ -84,6 +109,9 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
         assert isinstance(manifest, CrewManifest)
         self._manifest = manifest  # type: ignore[assignment]
         self._builder.dist_inputs = {name: each.action_dist_inputs for name, each in manifest.modules.items()}
+        if self._behind is not None:
+            self._behind.recast({name: each.lookback for name, each in manifest.modules.items()})
+            self._builder.recast()
 
     def have_modules(self, spec: MultiRLModuleSpec) -> None:
         """Those of the training as it is now; this runner was made with those that it began with."""
@@ -110,19 +138,16 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
         if multi is None:
             return
         config, settings = self.config, self.settings
-        normalize, clip = bool(config.normalize_actions), bool(config.clip_actions)
 
         def sampled() -> int:
             return link.pool.sampled
 
         try:
+            around = AgentsPipelines(config, self._device) if self._behind is not None else None
             actors = {
-                name: ModuleActor(
-                    multi[name], about, multi[name].action_space, normalize, clip, self._device, sampled,
-                    self._flattening_for(multi[name], manifest.agents[name]),
-                )
+                name: self._actor(name, about, manifest.agents[name], around, sampled)
                 for name, about in manifest.modules.items()
-            }  # fmt: skip
+            }
         except Exception as e:  # a module of the user's that can't be copied, say
             logger.warning("runner %s computes no single actions: %s: %s", self.worker_index, type(e).__name__, e)
             return
@@ -136,7 +161,9 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
         """RLlib hands out the weights of those modules alone that have learned."""
         before = self.held.weights if self.held is not None else {}
         self._given = frozenset(weights)
-        return Held(self._weights_seq_no, {**before, **weights})
+        if self._connectors:
+            self._given = frozenset({**before, **weights})  # what its connectors do is new with all of them
+        return Held(self._weights_seq_no, {**before, **weights}, self._connectors)
 
     def _offer(self, held: Held) -> None:
         manifest: Any = self._manifest
@@ -147,7 +174,9 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
             if name not in held.weights or (known is not None and (name not in self._given or held.version <= known)):
                 continue
             version = held.version
-            load = partial(weights_body, about, held.weights[name])
+            if not self._may_travel(held, about):
+                return
+            load = partial(weights_body, about, held.weights[name], connectors=held.connectors)
             if not is_trained(self.config, name):
                 # It is handed out as it was with the others, or with weights that somebody has set.
                 checksum = zlib.crc32(load())

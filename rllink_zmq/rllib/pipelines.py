@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -26,8 +26,8 @@ from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
-from rllink_zmq.errors import PolicyError, ProtocolError
-from rllink_zmq.messages import FRAGMENT
+from rllink_zmq.errors import PolicyError, ProtocolError, SettingsError
+from rllink_zmq.messages import FRAGMENT, AgentId
 from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.packing_actions import action_packing, env_packing
 from rllink_zmq.rllib.exploration import forward
@@ -60,7 +60,8 @@ class Pipelines:
 
     `module`: the RLModule that pieces are shown where fragments become episodes. `learns`: an env-to-module pipeline of
     the same config that shall learn instead, by `learn`. `lookback`: how many observations before the newest the pieces
-    look at.
+    look at. `whose`, of some methods: the agent that has these observations, where there are several
+    (`AgentsPipelines`).
     """
 
     def __init__(
@@ -74,22 +75,32 @@ class Pipelines:
     ) -> None:
         self.lookback = lookback
         self._module = module
-        self.observation_space: gym.Space[Any] = config.observation_space
-        self.action_space: gym.Space[Any] = config.action_space
-        self._packing: Packing | None = packing_of(self.observation_space)
-        self._actions, self._env_actions = action_packing(self.action_space), env_packing(self.action_space)
-        spaces = dict.fromkeys((INPUT_ENV_SPACES, INPUT_ENV_SINGLE_SPACES), (self.observation_space, self.action_space))
+        given = (config.observation_space, config.action_space)
+        spaces = dict.fromkeys((INPUT_ENV_SPACES, INPUT_ENV_SINGLE_SPACES), given)
         self.to_module = config.build_env_to_module_connector(env=None, spaces=spaces, device=device)
         self.to_env = config.build_module_to_env_connector(env=None, spaces=spaces)
         made = 0 if config._env_to_module_connector is None else _count_own(config, self.to_module)
         self._own: list[ConnectorV2] = self.to_module.connectors[:made]
-        self._flattening = flattening_of(self._own, self.observation_space)
         for piece in self._own:
             if getattr(piece, "_update_stats", None):
                 piece._update_stats = False  # RLlib's MeanStdFilter, which has no public name for it
         self._learning: list[ConnectorV2] = [] if learns is None else learns.connectors[:made]
         self.stateful = bool(state_bytes(self.to_module))
-        self._action = _seeded(self.action_space).sample()
+        self._be_of(*given)
+
+    def _be_of(self, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
+        """See and do what is in these spaces."""
+        self.observation_space, self.action_space = observation_space, action_space
+        self._packing: Packing | None = packing_of(observation_space)
+        self._actions, self._env_actions = action_packing(action_space), env_packing(action_space)
+        self._flattening = flattening_of(self._own, observation_space)
+        self._drawn = seeded(action_space)
+        self._action = self._drawn.sample()
+
+    @property
+    def agents(self) -> Collection[AgentId]:
+        """Whose observations these may be, where there are several."""
+        return ()
 
     # ---- state
 
@@ -113,10 +124,12 @@ class Pipelines:
         memory: Memory,
         before: Sequence[torch.Tensor],
         sampled: int = 0,
+        whose: Sequence[AgentId] | None = None,
     ) -> tuple[dict[str, NDArray[Any]], list[NDArray[Any]]]:
         """Columns of an answer for observations, each at the end of those before it: RLlib's pipelines around `module`;
-        and its memory after the step, which was `before`. `sampled`: env steps of the training so far."""
-        return self._act(module, self._episodes(histories, memory), explore, memory, before, sampled)
+        and its memory after the step, which was `before`. `sampled`: env steps of the training so far. `whose`: of each
+        observation."""
+        return self._act(module, self._episodes(histories, memory, whose), explore, memory, before, sampled)
 
     def each(self, rows: NDArray[Any]) -> list[Any]:
         """(n, *row) as they travel -> n observations."""
@@ -128,24 +141,27 @@ class Pipelines:
     def _act(
         self,
         module: Any,
-        episodes: list[SingleAgentEpisode],
+        episodes: list[Any],
         explore: bool,
         memory: Memory,
         before: Sequence[torch.Tensor],
         sampled: int,
     ) -> tuple[dict[str, NDArray[Any]], list[NDArray[Any]]]:
         shared: dict[str, Any] = {}
+        shown = self._shown(module)
         with torch.no_grad():
-            batch = self.to_module(
-                rl_module=module, batch={}, episodes=episodes, explore=explore, shared_data=shared
-            )  # fmt: skip
+            batch = self._batch_of(
+                self.to_module(rl_module=shown, batch={}, episodes=episodes, explore=explore, shared_data=shared)
+            )
             if memory:
                 batch[Columns.STATE_IN] = memory.nested(before)  # to RLlib these episodes begin
             out = forward(module, batch, explore, sampled)
             after = [array.numpy(force=True) for array in memory.flat(out[Columns.STATE_OUT])] if memory else []
-            answer = self.to_env(
-                rl_module=module, batch=dict(out), episodes=episodes, explore=explore, shared_data=shared
-            )  # fmt: skip
+            made = self._made_by(dict(out))
+            answer = self._rows_of(
+                self.to_env(rl_module=shown, batch=made, episodes=episodes, explore=explore, shared_data=shared),
+                episodes,
+            )
         if Columns.ACTIONS not in answer or Columns.ACTION_DIST_INPUTS not in answer:
             raise PolicyError(
                 f"{type(module).__name__} and the module-to-env pieces answer with {sorted(answer)}: a learner of PPO, "
@@ -164,7 +180,7 @@ class Pipelines:
 
     # ---- fragments
 
-    def rewritten(self, observations: Any, count: int) -> tuple[Any, gym.Space[Any]]:
+    def rewritten(self, observations: Any, count: int, whose: AgentId | None = None) -> tuple[Any, gym.Space[Any]]:
         """What an RLlib runner would have in its episodes for `count` observations that follow each other, a structure
         of (count, ...) arrays, and its space: the same, unless a piece rewrites them."""
         if not self._own:
@@ -173,92 +189,133 @@ class Pipelines:
             return self._flattening.of_rows(observations), self._flattening.observation_space
         each = _rows(observations, 0, count)
         if self.lookback:
-            found, space = self._stepped(each, count)
+            found, space = self._stepped(each, count, whose)
         else:
-            episodes = self._episodes([[one] for one in each])
-            found, space = self._seen(self._own, episodes), episodes[0].observation_space
+            episodes = self._firsts(each, whose)
+            found, space = self._seen(self._own, episodes), self._space_of(episodes[0])
         return tree.map_structure(lambda *leaves: np.stack(leaves), *found), space
 
-    def learn(self, observations: Any, first: int, count: int) -> None:
+    def learn(self, observations: Any, first: int, count: int, whose: AgentId | None = None) -> None:
         """Let the pipeline that learns see observations `first` .. `count - 1`, in their order."""
         if self.stateful and self._learning:
             if self.lookback:
-                self._stepped(_rows(observations, 0, count), first)
+                self._stepped(_rows(observations, 0, count), first, whose)
             else:
-                self._seen(self._learning, self._episodes([[one] for one in _rows(observations, first, count)]))
+                self._seen(self._learning, self._firsts(_rows(observations, first, count), whose))
 
-    def dist_inputs(self, module: Any, observations: Any, back: int, steps: int) -> NDArray[Any]:
+    def dist_inputs(
+        self, module: Any, observations: Any, back: int, steps: int, whose: AgentId | None = None
+    ) -> NDArray[Any]:
         """(steps, k): what the module would have drawn from at each of these steps, the first of which comes after
         `back` other observations."""
         each = _rows(observations, 0, back + steps)
         histories = [each[max(0, i - self.lookback) : i + 1] for i in range(back, back + steps)]
-        columns, _ = self.act(module, histories, True, Memory(None), ())
+        agents = None if whose is None else [whose] * steps
+        columns, _ = self.act(module, histories, True, Memory(None), (), whose=agents)
         return columns[Columns.ACTION_DIST_INPUTS].reshape(steps, -1)
 
-    def _stepped(self, each: Sequence[Any], learn_from: int) -> tuple[list[Any], gym.Space[Any]]:
+    def _stepped(self, each: Sequence[Any], learn_from: int, whose: AgentId | None) -> tuple[list[Any], gym.Space[Any]]:
         """One episode of these observations, step by step; from the given one on by the pieces that learn."""
-        episode = self._new()
+        episode = self._begun(each[0], whose)
         found = []
         for i, one in enumerate(each):
             if i:
-                episode.add_env_step(one, self._action, 0.0)
-            else:
-                episode.add_env_reset(one)
+                self._go_on(episode, one, self._action, {})
             found += self._seen(self._own if i < learn_from else self._learning, [episode])
-        return found, episode.observation_space
+        return found, self._space_of(episode)
 
-    def _seen(self, pieces: Sequence[ConnectorV2], episodes: list[SingleAgentEpisode]) -> list[Any]:
+    def _seen(self, pieces: Sequence[ConnectorV2], episodes: list[Any]) -> list[Any]:
         """The newest observations of episodes, after these pieces."""
         batch: dict[str, Any] = {}
         shared: dict[str, Any] = {}
+        shown = self._shown(self._module)
         for piece in pieces:
-            batch = piece(
-                rl_module=self._module, batch=batch, episodes=episodes, explore=True, shared_data=shared
-            )  # fmt: skip
-        return [episode.get_observations(-1) for episode in episodes]
+            batch = piece(rl_module=shown, batch=batch, episodes=episodes, explore=True, shared_data=shared)
+        return [self._single(episode).get_observations(-1) for episode in episodes]
 
-    def _new(self) -> SingleAgentEpisode:
-        return SingleAgentEpisode(observation_space=self.observation_space, action_space=self.action_space)
+    def _firsts(self, each: Sequence[Any], whose: AgentId | None) -> list[Any]:
+        """An episode that begins with each of these."""
+        return [self._begun(one, whose) for one in each]
 
-    def _episodes(self, histories: Sequence[Sequence[Any]], memory: Memory | None = None) -> list[SingleAgentEpisode]:
+    def _episodes(
+        self, histories: Sequence[Sequence[Any]], memory: Memory, whose: Sequence[AgentId] | None
+    ) -> list[Any]:
         """One of each history; the pieces have seen all but the newest observations."""
         outputs = {Columns.STATE_OUT: memory.nested(memory.start)} if memory else {}
-        episodes = [self._new() for _ in histories]
+        episodes: list[Any] = [None] * len(histories)
         for back in range(max(map(len, histories)) - 1, -1, -1):
-            there = [(e, h) for e, h in zip(episodes, histories, strict=True) if len(h) > back]
-            for episode, history in there:
-                one = history[len(history) - 1 - back]
-                if len(history) - 1 == back:
-                    episode.add_env_reset(one)
+            there = [i for i, history in enumerate(histories) if len(history) > back]
+            for i in there:
+                one = histories[i][len(histories[i]) - 1 - back]
+                if episodes[i] is None:
+                    episodes[i] = self._begun(one, None if whose is None else whose[i])
                 else:
-                    episode.add_env_step(one, self._action, 0.0, extra_model_outputs=outputs)
+                    self._go_on(episodes[i], one, self._action, outputs)
             if back:
-                self._seen(self._own, [episode for episode, _ in there])
+                self._seen(self._own, [episodes[i] for i in there])
         return episodes
+
+    # ---- what is another thing with several agents
+
+    def _begun(self, observation: Any, whose: AgentId | None) -> Any:
+        """An episode with its first observation."""
+        episode = SingleAgentEpisode(observation_space=self.observation_space, action_space=self.action_space)
+        episode.add_env_reset(observation)
+        return episode
+
+    def _go_on(self, episode: Any, observation: Any, action: Any, outputs: dict[str, Any]) -> None:
+        episode.add_env_step(observation, action, 0.0, extra_model_outputs=outputs)
+
+    def _single(self, episode: Any) -> SingleAgentEpisode:
+        """What pieces see of the one whose observations these are."""
+        single: SingleAgentEpisode = episode
+        return single
+
+    def _space_of(self, episode: Any) -> gym.Space[Any]:
+        """Of the observations that pieces have rewritten."""
+        space: gym.Space[Any] = episode.observation_space
+        return space
+
+    def _shown(self, module: Any) -> Any:
+        """What pieces are shown as the RLModule."""
+        return module
+
+    def _batch_of(self, batch: Any) -> Any:
+        """The RLModule's part of what the pieces made."""
+        return batch
+
+    def _made_by(self, out: dict[str, Any]) -> dict[str, Any]:
+        """What the RLModule made, as the pieces behind it are given it."""
+        return out
+
+    def _rows_of(self, answer: Any, episodes: Sequence[Any]) -> Any:
+        """Columns whose rows are those of `episodes`."""
+        return answer
 
     # ---- at start
 
-    def check(self, module: RLModule) -> int:
+    def check(self, module: RLModule, whose: AgentId | None = None) -> int:
         """Try them all, and find `lookback`; returns how many `action_dist_inputs` an action has. Raises `PolicyError`,
         with the name of a piece that fails, or that looks at what no request brings."""
         self._module = module
-        space = _seeded(self.observation_space)
-        samples = [tree.map_structure(_moderate, space.sample()) for _ in range(TRIED + MAX_LOOKBACK)]
+        space = seeded(self.observation_space)
+        samples = [tree.map_structure(moderate, space.sample()) for _ in range(TRIED + MAX_LOOKBACK)]
         memory = Memory(module)
         for self.lookback in range(MAX_LOOKBACK + 1):
-            name = self._differs(module, memory, samples)
+            name = self._differs(module, memory, samples, whose)
             if not name:
                 break
         else:
             raise PolicyError(
-                f"the env-to-module piece {name} looks at earlier actions or rewards, or further back than "
-                f"{MAX_LOOKBACK} observations, and a request to the action service brings none of that: have the "
-                f"environment give what it needs, and leave {name} out"
+                f"the env-to-module piece {name} looks at {self._NOT_BROUGHT}, or further back than {MAX_LOOKBACK} "
+                f"observations, and a request to the action service brings none of that: have the environment give "
+                f"what it needs, and leave {name} out"
             )
         try:
             before = [torch.from_numpy(array) for array in memory.starts(TRIED)]
             histories = [[sample] for sample in samples[:TRIED]]
-            answer, _ = self.act(module, histories, True, memory, before)
+            agents = None if whose is None else [whose] * TRIED
+            answer, _ = self.act(module, histories, True, memory, before, whose=agents)
         except PolicyError:
             raise
         except Exception as error:  # a user's module or piece
@@ -267,20 +324,22 @@ class Pipelines:
             ) from error
         return int(answer[Columns.ACTION_DIST_INPUTS].reshape(TRIED, -1).shape[1])
 
-    def _differs(self, module: RLModule, memory: Memory, samples: list[Any]) -> str:
+    _NOT_BROUGHT = "earlier actions or rewards"
+    """What a piece may look at, and no request brings."""
+
+    def _differs(self, module: RLModule, memory: Memory, samples: list[Any], whose: AgentId | None) -> str:
         """The first piece that answers differently when it sees `lookback` earlier observations, instead of all that
         has been in an episode; '' if none does."""
         outputs = {Columns.STATE_OUT: memory.nested(memory.start)} if memory else {}
-        actions = _seeded(self.action_space, 1)
-        past = self._new()
-        past.add_env_reset(samples[0])
+        past = self._past_begun(samples[0], whose)
         states = [copy.deepcopy(piece.get_state()) for piece in self.to_module.connectors]
 
-        def run(piece: ConnectorV2, i: int, episode: SingleAgentEpisode, batch: Any, shared: Any, where: str) -> Any:
+        def run(piece: ConnectorV2, i: int, episode: Any, batch: Any, shared: Any, where: str) -> Any:
             if states[i]:
                 piece.set_state(states[i])
             try:
-                made = piece(rl_module=module, batch=batch, episodes=[episode], explore=True, shared_data=shared)
+                shown = self._shown(module)
+                made = piece(rl_module=shown, batch=batch, episodes=[episode], explore=True, shared_data=shared)
                 if not _same(piece.get_state(), states[i]):
                     raise PolicyError(
                         f"the env-to-module piece {type(piece).__name__} changes its state with what it sees, and a "
@@ -300,26 +359,48 @@ class Pipelines:
             batch: Any = {}
             for i, piece in enumerate(self._own):
                 batch = run(piece, i, past, batch, {}, one if len(past) == 0 else several)
-            past.add_env_step(sample, actions.sample(), 1.0, extra_model_outputs=outputs)
-        (alone,) = self._episodes([samples[-1 - self.lookback :]], memory)
-        alone.id_ = past.id_  # by which batches name what is in them
+            self._past_goes_on(past, sample, outputs)
+        (alone,) = self._episodes([samples[-1 - self.lookback :]], memory, None if whose is None else [whose])
+        self._call_alike(alone, past)
         batches: list[dict[str, Any]] = [{}, {}]
         shared: list[dict[str, Any]] = [{}, {}]
-        for i, piece in enumerate(self.to_module.connectors):
+        for i, piece in enumerate(self._compared()):
             for j, (episode, where) in enumerate(((alone, one), (past, several))):
                 batches[j] = run(piece, i, episode, batches[j], shared[j], where)
-            if not _same(batches[0], batches[1]) or not _same(alone.get_observations(-1), past.get_observations(-1)):
+            newest = [self._single(episode).get_observations(-1) for episode in (alone, past)]
+            if not _same(*(self._items_of(batch, alone) for batch in batches)) or not _same(*newest):
                 return type(piece).__name__
         return ""
+
+    def _past_begun(self, observation: Any, whose: AgentId | None) -> Any:
+        """An episode with all that may be in one."""
+        return self._begun(observation, whose)
+
+    def _past_goes_on(self, past: Any, observation: Any, outputs: dict[str, Any]) -> None:
+        past.add_env_step(observation, self._drawn.sample(), 1.0, extra_model_outputs=outputs)
+
+    def _call_alike(self, alone: Any, past: Any) -> None:
+        """Batches name what is in them by the episode."""
+        alone.id_ = past.id_
+
+    def _compared(self) -> Sequence[ConnectorV2]:
+        """The env-to-module pieces that could differ."""
+        pieces: Sequence[ConnectorV2] = self.to_module.connectors
+        return pieces
+
+    def _items_of(self, batch: Any, episode: Any) -> Any:
+        """What is in a batch of `episode`."""
+        return batch
 
 
 class FragmentConnectors:
     """What a runner needs `pipelines` for where fragments become episodes. `filters`: their state at each version; None
-    where nothing is learned from the fragments, and any state will do."""
+    where nothing is learned from the fragments, and any state will do. `whose`: the agent, where there are several."""
 
-    def __init__(self, pipelines: Pipelines, filters: Filters | None) -> None:
+    def __init__(self, pipelines: Pipelines, filters: Filters | None, whose: AgentId | None = None) -> None:
         self._pipelines = pipelines
         self._filters = filters
+        self._whose = whose
 
     @property
     def lookback(self) -> int:
@@ -331,17 +412,14 @@ class FragmentConnectors:
         space of that. Raises `UnknownFilter`."""
         pipelines, count = self._pipelines, back + message.steps + 1
         if pipelines.stateful and self._filters is not None:
-            state = self._filters.at(message.version)
-            if state is None:
-                raise UnknownFilter(f"the filters of version {message.version} aren't known here")
-            pipelines.set_state(state)
-            pipelines.learn(observations, back + 1 if message.t0 else back, count)
-        return pipelines.rewritten(observations, count)
+            pipelines.set_state(self._filters.known(message.version))
+            pipelines.learn(observations, back + 1 if message.t0 else back, count, self._whose)
+        return pipelines.rewritten(observations, count, self._whose)
 
     def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> NDArray[Any]:
         """(steps, k) of the fragment that was rewritten last: what `module` would have drawn its actions from.
         `observations`: as they came."""
-        return self._pipelines.dist_inputs(module, observations, back, message.steps)
+        return self._pipelines.dist_inputs(module, observations, back, message.steps, self._whose)
 
 
 class UnknownFilter(ProtocolError):
@@ -378,6 +456,13 @@ class Filters:
         with self._lock:
             return self._published.get(version, self._own.get(version))
 
+    def known(self, version: int) -> bytes:
+        """The state at this version. Raises `UnknownFilter`."""
+        state = self.at(version)
+        if state is None:
+            raise UnknownFilter(f"the filters of version {version} aren't known here")
+        return state
+
     def restart(self) -> None:
         """A new run: its versions begin anew."""
         with self._lock:
@@ -398,6 +483,26 @@ def own_pieces(config: AlgorithmConfig) -> list[ConnectorV2]:
     return list(pipeline.connectors[: _count_own(config, pipeline)])
 
 
+def seen_spaces(config: AlgorithmConfig) -> dict[AgentId, gym.Space[Any]]:
+    """What modules are given of each agent's observations, behind the pieces that the config adds."""
+    pieces = own_pieces(config) if config._env_to_module_connector is not None else []
+    spaces: dict[AgentId, gym.Space[Any]] = dict(config.observation_space.spaces)
+    return spaces | dict(pieces[-1].observation_space.spaces) if pieces else spaces
+
+
+def state_room(config: AlgorithmConfig, state: bytes) -> int:
+    """Bytes at the end of the weights for connectors that have this state when training begins. Raises `SettingsError`
+    for settings that a filter can't do with."""
+    if not state:
+        return 0
+    if not (config.merge_env_runner_states and config.broadcast_env_runner_states):
+        raise SettingsError(
+            "the configured connectors keep a state, and each runner would have one of its own: leave "
+            "config.env_runners(merge_env_runner_states=..., broadcast_env_runner_states=...) as they are"
+        )
+    return 8 + 2 * len(state) + 4096
+
+
 def _count_own(config: AlgorithmConfig, pipeline: Any) -> int:
     """How many pieces at the beginning of the pipeline are the user's."""
     plain = config.copy(copy_frozen=False)
@@ -406,7 +511,7 @@ def _count_own(config: AlgorithmConfig, pipeline: Any) -> int:
     return len(pipeline.connectors) - len(plain.build_env_to_module_connector(env=None, spaces=spaces).connectors)
 
 
-def _seeded(space: gym.Space[Any], seed: int = 0) -> gym.Space[Any]:
+def seeded(space: gym.Space[Any], seed: int = 0) -> gym.Space[Any]:
     """A copy: sampling moves a space's random state, and this one is the user's."""
     space = copy.deepcopy(space)
     space.seed(seed)
@@ -418,7 +523,7 @@ def _rows(observations: Any, first: int, last: int) -> list[Any]:
     return [tree.map_structure(lambda a, i=i: a[i].copy(), observations) for i in range(first, last)]
 
 
-def _moderate(value: Any) -> Any:
+def moderate(value: Any) -> Any:
     array = np.asarray(value)
     return np.clip(array, -10.0, 10.0).astype(array.dtype) if array.dtype.kind == "f" else value
 

@@ -19,7 +19,7 @@ from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.policy import PolicyManifest, Tensor, Weight, pack_policy
 from rllink_zmq.rllib.export import OPSET, export_policy
 from rllink_zmq.rllib.export_connectors import check_connectors
-from rllink_zmq.rllib.pipelines import Pipelines
+from rllink_zmq.rllib.pipelines import Pipelines, state_room
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.rllib.settings import explores
 from rllink_zmq.rllib.trainable import NO_MEMORY_IN_SAC
@@ -59,17 +59,11 @@ def _remote_policy(config: AlgorithmConfig, module: RLModule, why: str) -> bytes
         raise PolicyError(f"{name} is not a single TorchRLModule: neither simulators nor runners can act by it")
     pipelines = Pipelines(config)
     dist_inputs = pipelines.check(module)
-    state = pipelines.state
-    if state and not (config.merge_env_runner_states and config.broadcast_env_runner_states):
-        raise SettingsError(
-            "the configured connectors keep a state, and each runner would have one of its own: leave "
-            "config.env_runners(merge_env_runner_states=..., broadcast_env_runner_states=...) as they are"
-        )
     return pack_policy(
         remote_manifest(
             module, config.observation_space, config.action_space, why,
             action_dist_inputs=dist_inputs, explores=explores(config)[0], evaluation_explores=explores(config)[1],
-            connectors=8 + 2 * len(state) + 4096 if state else 0, lookback=pipelines.lookback,
+            connectors=state_room(config, pipelines.state), lookback=pipelines.lookback,
         ),
         b"",
     )  # fmt: skip

@@ -146,16 +146,11 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self._service: ActService | None = None
         self._manifest: PolicyManifest | None = None
         self._run = ""
-        evaluates = self.config.in_evaluation  # nothing is cut into rows then, and the audit is of what is trained on
-        self._pipelines = self._make_pipelines()
         self._rules = sampling_rules(self.config, self.num_workers, self.worker_index or 0)
         self._filters = Filters(min(trainer_terms(self.config).lag_limit + 2, FILTERS_KEPT))
-        self._connectors = b""
-        connectors = None
-        if self._pipelines is not None:
-            self._connectors = state_bytes(self._env_to_module)
-            connectors = FragmentConnectors(self._pipelines, None if evaluates else self._filters)
-        self._builder = self._make_builder(connectors)
+        self._own_connectors = has_own_connectors(self.config)
+        self._connectors = state_bytes(self._env_to_module) if self._own_connectors else b""
+        self._builder = self._make_builder()
         self._finished: list[Finished] = []
         self._unusable_reasons: list[str] = []
         self._opened: dict[tuple[bytes, int], list[Piece]] = {}
@@ -169,15 +164,14 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         """Of each module: behind the env-to-module connectors."""
         return {DEFAULT_MODULE_ID: (self._env_to_module.observation_space, self.config.action_space)}
 
-    def _make_pipelines(self) -> Pipelines | None:
-        """The user's connectors, if there are any."""
-        if not has_own_connectors(self.config):
-            return None
-        learns = None if self.config.in_evaluation else self._env_to_module
-        return Pipelines(self.config, module=self.module, learns=learns)
-
-    def _make_builder(self, connectors: FragmentConnectors | None) -> Any:
+    def _make_builder(self) -> Any:
         config, evaluates = self.config, self.config.in_evaluation
+        # In evaluation nothing is cut into rows, nothing is learned, and the audit is of what is trained on.
+        self._pipelines: Pipelines | None = None
+        connectors = None
+        if self._own_connectors:
+            self._pipelines = Pipelines(config, module=self.module, learns=None if evaluates else self._env_to_module)
+            connectors = FragmentConnectors(self._pipelines, None if evaluates else self._filters)
         return EpisodeBuilder(
             config.observation_space, config.action_space, self.module,
             float("inf") if evaluates else longest_chunk(config),
@@ -282,16 +276,20 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         manifest = self._manifest
         if self._link is None or manifest is None:
             return
+        if not self._may_travel(held, manifest):
+            return
+        self._link.offer(held.version, manifest.weights_bytes, lambda: held.body(manifest))
+
+    def _may_travel(self, held: Held, manifest: PolicyManifest) -> bool:
         if manifest.connectors and len(held.connectors) + 8 > manifest.connectors:
             logger.warning(
                 "version %d can't travel, simulators keep the one before: the connectors' state has grown to %d bytes, "
                 "and when training began it had few enough for %d",
                 held.version, len(held.connectors), manifest.connectors - 8,
             )  # fmt: skip
-            return
-        if self._pipelines is not None and self.config.in_evaluation:
-            return  # its connectors' state may be another one than training's: simulators act by theirs
-        self._link.offer(held.version, manifest.weights_bytes, lambda: held.body(manifest))
+            return False
+        # In evaluation the connectors' state may be another one than training's: simulators act by theirs.
+        return not (self._own_connectors and self.config.in_evaluation)
 
     def connectors(self) -> StateDict:
         """The part of a state that is of the env-to-module connectors."""
@@ -516,7 +514,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             state = {**state, COMPONENT_RL_MODULE: weights}
         self.kin.set_state(self, state)
         alone = not self.worker_index and not self.num_workers and COMPONENT_RL_MODULE in state
-        if self._pipelines is not None and (alone or COMPONENT_ENV_TO_MODULE_CONNECTOR in state):
+        if self._own_connectors and (alone or COMPONENT_ENV_TO_MODULE_CONNECTOR in state):
             # As all runners have it now; until the next one it only learns here what is merged then. Alone it is told
             # nothing, and has learned all that there is.
             self._connectors = state_bytes(self._env_to_module)

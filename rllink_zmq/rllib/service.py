@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
 import gymnasium as gym
@@ -34,6 +34,7 @@ from rllink_zmq.messages import (
     STATE_IN,
     STATE_OUT,
     STEPS_BEFORE,
+    AgentId,
     Column,
 )
 from rllink_zmq.packing import packing_of
@@ -68,6 +69,16 @@ NEWS_INTERVAL = 0.05
 
 def _said(columns: dict[str, tuple[str, tuple[int, ...]]]) -> str:
     return ", ".join(f"{name} {np.dtype(dtype)}{list(shape)}" for name, (dtype, shape) in columns.items())
+
+
+def _misnamed(message: ACT, known: Collection[AgentId]) -> str:
+    """Why the agents that a request names don't do; '' when they do."""
+    if not message.agents:
+        return f"expected 'agents', whose each of the {message.rows} rows is: the policy sees agents differently"
+    strange = [agent for agent in message.agents if agent not in known]
+    if strange:
+        return f"module '{message.module}' doesn't act for agent {strange[0]!r}"
+    return ""
 
 
 Asked: TypeAlias = tuple[ACT, Sequence[Buffer]]
@@ -142,12 +153,13 @@ class ModuleActor:
         state: Sequence[NDArray[Any]] | None = None,
         starts: NDArray[np.bool_] | None = None,
         earlier: Sequence[NDArray[Any]] | None = None,
+        agents: Sequence[AgentId] | None = None,
     ) -> dict[str, NDArray[Any]]:
         """Columns of an answer for (B, *shape) observations of the policy's dtype.
 
         `state`: a recurrent module's memory before the step, (B, *shape) each, in the manifest's order; in rows that
         `starts` an episode it is the initial one, whatever is given. None = all rows start. `earlier`: (n, *shape) for
-        each row, the observations before it, for who looks at them.
+        each row, the observations before it, for who looks at them. `agents`: whose each row is, for who asks for that.
         """
         before = self.memory.starts(len(observations))
         if state is not None:
@@ -155,7 +167,7 @@ class ModuleActor:
             for array, given in zip(before, state, strict=True):
                 array[goes_on] = given[goes_on]
         given_on = [torch.from_numpy(array).to(self._device) for array in before]
-        columns = self._compute(observations, explore, given_on, earlier)
+        columns = self._compute(observations, explore, given_on, earlier, agents)
         if state is None or (starts is not None and starts.any()):
             # Who begins is told with what.
             columns |= {STATE_IN + name: array for name, array in zip(self.memory.names, before, strict=True)}
@@ -171,6 +183,11 @@ class ModuleActor:
         return bad
 
     @property
+    def agents(self) -> Collection[AgentId]:
+        """Whose rows it must be told of; nobody's, where one is like another."""
+        return ()
+
+    @property
     def lookback(self) -> int:
         """How many earlier observations it looks at."""
         return self.manifest.lookback
@@ -181,6 +198,7 @@ class ModuleActor:
         explore: bool,
         before: Sequence[torch.Tensor],
         earlier: Sequence[NDArray[Any]] | None,
+        agents: Sequence[AgentId] | None,
     ) -> dict[str, NDArray[Any]]:
         with torch.no_grad():
             batch = self.memory.batch(self._given(observations), before)
@@ -242,6 +260,10 @@ class PipelineActor(ModuleActor):
         self._pipelines = pipelines
         self._on_state = on_state
 
+    @property
+    def agents(self) -> Collection[AgentId]:
+        return self._pipelines.agents
+
     def apply(self, version: int, body: bytes) -> None:
         super().apply(version, body)
         self.version = -1
@@ -257,12 +279,15 @@ class PipelineActor(ModuleActor):
         explore: bool,
         before: Sequence[torch.Tensor],
         earlier: Sequence[NDArray[Any]] | None,
+        agents: Sequence[AgentId] | None,
     ) -> dict[str, NDArray[Any]]:
         pipelines = self._pipelines
         histories = [[one] for one in pipelines.each(observations)]
         for i, rows in enumerate(earlier or ()):
             histories[i][:0] = pipelines.each(rows)
-        columns, after = pipelines.act(self._module, histories, explore, self.memory, before, self._sampled())
+        columns, after = pipelines.act(
+            self._module, histories, explore, self.memory, before, self._sampled(), agents if self.agents else None
+        )
         return columns | {STATE_OUT + name: array for name, array in zip(self.memory.names, after, strict=True)}
 
 
@@ -365,7 +390,7 @@ class ActService:
             return
         rows = sum(message.rows for message in fit)
         try:
-            if actor.memory or actor.lookback:
+            if actor.memory or actor.lookback or actor.agents:
                 asked = [from_body(message.columns, body) for message, body in zip(fit, bodies, strict=True)]
                 observations = np.concatenate([one["obs"] for one in asked])
             else:
@@ -446,7 +471,8 @@ class ActService:
             counts = arrays[STEPS_BEFORE].tolist() if before is not None else [0] * message.rows
             for i, count in enumerate(counts):
                 earlier.append(arrays["obs"][:0] if before is None else before[i, actor.lookback - count :])
-        columns = actor.act(observations, explore, state, starts, earlier)
+        agents = [agent for message in fit for agent in message.agents] if actor.agents else None
+        columns = actor.act(observations, explore, state, starts, earlier, agents)
         if actor.lookback:
             columns[LOOKBACK] = np.full(len(observations), actor.lookback, np.int32)
         return columns
@@ -479,6 +505,8 @@ class ActService:
         actor, column = self.actor, message.columns[0]
         if message.module != self.module:
             return f"there is no module '{message.module}' here: leave it out"
+        if actor.agents and (why := _misnamed(message, actor.agents)):
+            return why
         rest = message.columns[1:]
         if column.name != "obs" or (rest and not actor.memory and not actor.lookback):
             names = ", ".join(c.name for c in message.columns)

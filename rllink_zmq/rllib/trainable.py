@@ -23,7 +23,7 @@ from ray.rllib.env import INPUT_ENV_SINGLE_SPACES
 
 from rllink_zmq.errors import PolicyError, SettingsError, SpaceError
 from rllink_zmq.packing import children
-from rllink_zmq.rllib.export_connectors import check_agents_connectors, pieces
+from rllink_zmq.rllib.export_connectors import agents_flattening, pieces
 
 logger = logging.getLogger("rllink_zmq")
 
@@ -50,12 +50,14 @@ def check_trainable(config: AlgorithmConfig) -> None:
     made = config._env_to_module_connector
     if config.is_multi_agent:
         try:
-            flattenings = check_agents_connectors(config)
+            flattenings = agents_flattening(config)
         except PolicyError as error:
             raise SettingsError(str(error)) from None
+        as_they_are = made is None or flattenings is not None
         for agent in observations.spaces if config._rl_module_spec is None else ():
             try:
-                _check(config, observations[agent], actions[agent], True, agent in flattenings)
+                flattens = agent in (flattenings or {})
+                _check(config, observations[agent], actions[agent], as_they_are, flattens)
             except SpaceError as error:
                 raise SpaceError(f"agent {agent!r}: {error}") from None
         return

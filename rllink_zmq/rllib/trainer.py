@@ -32,7 +32,8 @@ from rllink_zmq import __version__
 from rllink_zmq.errors import RllinkError
 from rllink_zmq.messages import Duty, Spaces, TrainerHello
 from rllink_zmq.policy import policy_hash, unpack_policy
-from rllink_zmq.rllib.multi_agent_policies import CrewManifest, agents_of, crew_of
+from rllink_zmq.rllib.multi_agent_policies import CrewManifest, crew_of
+from rllink_zmq.rllib.pipelines_agents import agents_of
 from rllink_zmq.rllib.policies import policy_of
 from rllink_zmq.rllib.pool import Member, Pool
 from rllink_zmq.rllib.recurrent import send_what_acts
