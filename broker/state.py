@@ -182,10 +182,10 @@ class BrokerState:
     def lease_steps(self) -> int:
         """Env steps that one runner may have been leased and not taken, 0 = any number: so few that the others' leases
         together never hold all that simulators may have on their way."""
-        hello = self.trainer.hello if self.trainer is not None else None
+        hello, env_steps = self.trainer.hello if self.trainer is not None else None, self.counting.env_steps
         if hello is None or not hello.lease_steps or not hello.steps_ahead:
-            return 0 if hello is None else hello.lease_steps
-        return max(1, min(hello.lease_steps, hello.steps_ahead // (self._runners_wanted() + 1)))
+            return 0 if hello is None else env_steps(hello.lease_steps)
+        return max(1, min(env_steps(hello.lease_steps), env_steps(hello.steps_ahead) // (self._runners_wanted() + 1)))
 
     def _runners_wanted(self) -> int:
         return max(1, self.trainer.hello.runners) if self.trainer is not None else 1

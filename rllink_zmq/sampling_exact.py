@@ -1,4 +1,4 @@
-"""What a `sample()` call does for algorithms with a replay buffer (DQN, SAC), sans-IO: exactly `share` env steps.
+"""What a `sample()` call does for algorithms with a replay buffer (DQN, SAC), sans-IO: exactly `share` steps.
 
 The ratio of learner updates to env steps is the user's, and RLlib counts on what its own runner would give: so a call
 returns `share` steps or none. Fragments are cut to fit. What is left of one, and what a TAKE brought beyond what was
@@ -15,12 +15,15 @@ missing (`ahead`), stays here for the next calls: most of them need no TAKE, and
   nothing at all returns an empty list then, if others have made progress lately.
 - A runner that is not to serve returns all that it has at once: it may not be asked again. One whose training has ended
   drops it as `late`.
+- Where steps of agents count, a call returns env steps until there are enough of these, as RLlib's own runner does.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from rllink_zmq.sampling import LATE, PROGRESS_WAIT, TOO_LATE, Next, SampleCall, SamplingRules
@@ -28,7 +31,7 @@ from rllink_zmq.session_runner import HANDOVER_CUT, Lease, RunnerSession
 
 
 class Portion(NamedTuple):
-    """Steps `first` to `first + steps - 1` of a fragment."""
+    """Env steps `first` to `first + steps - 1` of a fragment."""
 
     lease: Lease
     first: int
@@ -44,23 +47,50 @@ class Answer(NamedTuple):
 
 
 class _Item:
-    """A fragment that was taken with `k`. RLlib has been given its first `given` steps."""
+    """A fragment that was taken with `k`. RLlib has been given its first `given` env steps. `sums`: how many steps its
+    env steps count, up to each; None = as many as they are."""
 
-    __slots__ = ("given", "k", "lease")
+    __slots__ = ("given", "k", "lease", "sums")
 
-    def __init__(self, lease: Lease, k: int) -> None:
+    def __init__(self, lease: Lease, k: int, sums: Sequence[int] | None) -> None:
         self.lease = lease
         self.k = k
+        self.sums = sums
         self.given = 0
+
+    @property
+    def left(self) -> int:
+        """The steps that count and have not been given."""
+        return self.counted(self.given, self.lease.message.steps)
+
+    def counted(self, first: int, last: int) -> int:
+        """What env steps `first` to `last` - 1 count."""
+        if self.sums is None:
+            return last - first
+        return (self.sums[last - 1] if last else 0) - (self.sums[first - 1] if first else 0)
+
+    def until(self, steps: int) -> int:
+        """The first env step with which so many steps more have been given, counted from 1; all, if it has fewer."""
+        if self.sums is None:
+            return min(self.given + steps, self.lease.message.steps)
+        reached = self.counted(0, self.given) + steps
+        return min(bisect_left(self.sums, reached, self.given) + 1, self.lease.message.steps)
 
 
 class Stock:
-    """What a runner has taken and has not given to RLlib: `steps` env steps. `check`: why a fragment can't be used, ''
-    if it can. `starved`: nothing came during all of the last call. `moved`: how many env steps all runners had taken
-    when that last changed, and since when."""
+    """What a runner has taken and has not given to RLlib: `steps` of those that count. `check`: why a fragment can't be
+    used, '' if it can. `counts`: how many steps each env step of one counts, None = each one. `starved`: nothing came
+    during all of the last call. `moved`: how many env steps all runners had taken when that last changed, and since
+    when."""
 
-    def __init__(self, session: RunnerSession, check: Callable[[Lease], str] = lambda lease: "") -> None:
+    def __init__(
+        self,
+        session: RunnerSession,
+        check: Callable[[Lease], str] = lambda lease: "",
+        counts: Callable[[Lease], Sequence[int]] | None = None,
+    ) -> None:
         self.session = session
+        self._counts = counts
         self.steps = 0
         self.starved = False
         self.moved = (-1, float("-inf"))
@@ -77,19 +107,27 @@ class Stock:
         if reason:
             self.session.drop(lease.message, reason)
             return
-        self._items.append(_Item(lease, self.session.committed))
-        self.steps += lease.message.steps
+        sums = None if self._counts is None else list(accumulate(self._counts(lease)))
+        self._items.append(_Item(lease, self.session.committed, sums))
+        self.steps += self._items[-1].left
 
-    def answer(self, steps: int, deadline: float) -> Answer:
-        """Up to `steps` steps, the oldest first, for an answer that is thrown away unseen after `deadline`."""
+    @property
+    def empty(self) -> bool:
+        return not self._items
+
+    def answer(self, steps: int | None, deadline: float) -> Answer:
+        """As many env steps as it takes for `steps`, or all of them, the oldest first, for an answer that is thrown
+        away unseen after `deadline`."""
         portions: list[Portion] = []
-        while steps and self._items:
+        while self._items and (steps is None or steps > 0):
             item = self._items[0]
-            count = min(steps, item.lease.message.steps - item.given)
-            portions.append(Portion(item.lease, item.given, count))
-            item.given += count
-            steps -= count
-            self.steps -= count
+            first, last = item.given, item.lease.message.steps if steps is None else item.until(steps)
+            portions.append(Portion(item.lease, first, last - first))
+            counted = item.counted(first, last)
+            item.given = last
+            self.steps -= counted
+            if steps is not None:
+                steps -= counted
             if item.given == item.lease.message.steps:
                 self._items.popleft()
         self._answered = [portion.lease for portion in portions]
@@ -144,8 +182,8 @@ class ExactCall(SampleCall):
             return Next.RETURN  # RLlib may have given this call up; if not, the next one starts afresh
         in_time = now <= self._deadline
         if session.duty != "serve":
-            if in_time and stock.steps:
-                return self._give(stock.steps)
+            if in_time and not stock.empty:
+                return self._give(None)
             return self._off_duty(now)
         if stock.steps >= rules.share and in_time:
             return self._give(rules.share)
@@ -154,17 +192,17 @@ class ExactCall(SampleCall):
             stock.starved = self._hungry and session.pool.simulators > 0
             return Next.RETURN
         if stock.steps < rules.share:
-            session.take(rules.share - stock.steps + rules.ahead, now)
+            session.take(rules.share - stock.steps + rules.ahead, now, rules.weigh)
             if not session.claiming and stock.starved and in_time:
                 if now < patience:
                     late = patience
-                elif stock.steps or now < stock.moved[1] + rules.timeout:
+                elif not stock.empty or now < stock.moved[1] + rules.timeout:
                     self.short = True
-                    return self._give(stock.steps)
+                    return self._give(None)
         self.wake = late
         return Next.WAIT
 
-    def _give(self, steps: int) -> Next:
+    def _give(self, steps: int | None) -> Next:
         self.answer = self._stock.answer(steps, self._deadline)
         self.steps = sum(portion.steps for portion in self.answer.portions)
         return Next.RETURN
@@ -175,7 +213,7 @@ class ExactCall(SampleCall):
         if duty == "end":
             return Next.RETURN
         late = self._submitted + self.rules.timeout + LATE
-        until = min(self._started + PROGRESS_WAIT, late) if duty == "leave" and not self._stock.steps else late
+        until = min(self._started + PROGRESS_WAIT, late) if duty == "leave" and self._stock.empty else late
         if now >= until:
             return Next.RETURN
         self.wake = until

@@ -13,6 +13,7 @@ from broker.counting import Counting
 from rllink_zmq.messages import DUTY, FRAGMENT, TAKEN, AgentRows
 from rllink_zmq.rllib.settings import agent_steps
 from rllink_zmq.sampling import Next, SampleCall, SamplingRules
+from rllink_zmq.sampling_exact import ExactCall, Stock
 from rllink_zmq.session_runner import RunnerSession
 
 STREAM = SamplingRules("stream", share=50, quota=500, timeout=60.0, linger=0.5, weigh=agent_steps)
@@ -28,10 +29,11 @@ class Pool:
     """A trainer, its runners, and simulators of which each has so many agents acting in an env step, `per_step` at
     random. A round: every runner is asked as RLlib asks, again and again, until there are `quota` steps."""
 
-    def __init__(self, runners: int, per_step: list[list[int]], quota: int = 400, ahead: int = 0) -> None:
+    def __init__(self, runners: int, per_step: list[list[int]], quota: int = 400, ahead: int = 0, **more: Any) -> None:
         self.bench = Bench()
+        told = {"rounds": True, **more}
         self.bench.hello(
-            "t", terms(quota=quota, lag_limit=2, steps_ahead=ahead or quota, runners=runners, rounds=True, agents=8)
+            "t", terms(quota=quota, lag_limit=2, steps_ahead=ahead or quota, runners=runners, agents=8, **told)
         )
         self.quota = quota
         self.rules = SamplingRules("round", -(-quota // runners), quota, 60.0, 0.2, weigh=agent_steps)
@@ -82,9 +84,12 @@ class Pool:
                 if limit and sent + length > limit:
                     break
                 self.numbers[name] += 1
-                counted = sum(self.rng.choice(choices) for _ in range(length))
-                message = of_agents(name, self.numbers[name], length, counted, version=self.version)
+                message = self.made(name, self.numbers[name], [self.rng.choice(choices) for _ in range(length)])
                 self.deliver(self.bench.send(name, message, b""))
+
+    def made(self, name: str, number: int, counts: list[int]) -> FRAGMENT:
+        """The fragment of env steps that count this much."""
+        return of_agents(name, number, len(counts), sum(counts), version=self.version)
 
     def round(self) -> int:
         """The steps of agents that RLlib has in the end."""
@@ -186,3 +191,68 @@ def test_one_that_is_to_leave_returns_fragments_that_complete_nothing() -> None:
     assert call.step(pool.bench.now) is Next.WAIT and call.leases and not call.steps
     one.receive(DUTY("leave"), [], pool.bench.now)
     assert call.step(pool.bench.now) is Next.RETURN
+
+
+# ---- exactly as many
+
+
+class ExactPool(Pool):
+    """The same of DQN and SAC: each call gives env steps until `share` steps of agents are complete."""
+
+    def __init__(self, runners: int, per_step: list[list[int]], share: int) -> None:
+        most = {"lease_steps": share + 16, "fragment_steps": 16}
+        super().__init__(runners, per_step, share * runners, 64, rounds=False, **most)
+        self.rules = SamplingRules("exact", share, self.quota, 10.0, 0.0, ahead=16, weigh=agent_steps)
+        self.counts: dict[tuple[bytes, int], list[int]] = {}
+        self.stocks = {
+            name: Stock(one, counts=lambda lease: self.counts[lease.message.session, lease.message.number])
+            for name, one in self.sessions.items()
+        }
+
+    def made(self, name: str, number: int, counts: list[int]) -> FRAGMENT:
+        self.counts[session(name), number] = counts
+        return super().made(name, number, counts)
+
+    def answers(self) -> list[list[int]]:
+        """One call of each runner: what the env steps of its answer count."""
+        calls = {}
+        for name, stock in self.stocks.items():
+            stock.reached(self.bench.now)
+            self.talk(name)
+            calls[name] = ExactCall(stock, self.rules, self.bench.now)
+        pending, found = dict(calls), []
+        for _ in range(2000):
+            self.simulate()
+            for name, call in list(pending.items()):
+                if call.step(self.bench.now) is Next.RETURN:
+                    del pending[name]
+                    assert not call.short
+                    counts = [
+                        count
+                        for (message, *_), first, steps in call.answer.portions
+                        for count in self.counts[message.session, message.number][first : first + steps]
+                    ]
+                    found.append(counts)
+                self.talk(name)
+            if not pending:
+                return found
+        raise AssertionError("calls that never end")
+
+
+@pytest.mark.parametrize("runners", [1, 3])
+@pytest.mark.parametrize("share", [4, 40])
+@pytest.mark.parametrize(
+    "per_step",
+    [
+        pytest.param([[8]] * 4, id="all at once"),
+        pytest.param([[1]] * 4, id="in turn"),
+        pytest.param([[1, 8]] * 4, id="at random"),
+        pytest.param([[0, 0, 0, 1]] * 8, id="seldom"),
+    ],
+)
+def test_a_call_gives_the_env_steps_of_rllibs_own_runner(per_step: list[list[int]], share: int, runners: int) -> None:
+    pool = ExactPool(runners, per_step, share)
+    for _ in range(60):
+        for counts in pool.answers():
+            assert sum(counts) >= share > sum(counts[:-1]), "no env step more than it takes"
+    pool.bench.broker.check_invariants()

@@ -360,6 +360,34 @@ def test_dqn_trains_several_agents(cluster: None, server: Server, built: list[Al
 
 
 @pytest.mark.long
+def test_dqn_counts_steps_of_agents(cluster: None, server: Server, built: list[Algorithm]) -> None:
+    """Each call has as many env steps as complete five steps of agents: three, or more where a pole has fallen."""
+    import multi_agent_cartpole as example
+
+    sampled: list[list[int]] = []
+
+    def on_sample_end(*, samples: Any, **_: Any) -> None:
+        steps = sum(len(single) for episode in samples for single in episode.agent_episodes.values())
+        sampled.append([sum(map(len, samples)), steps])
+
+    config = (
+        small_dqn.several(runners=0)
+        .env_runners(rollout_fragment_length=5)
+        .multi_agent(count_steps_by="agent_steps")
+        .callbacks(on_sample_end=on_sample_end)
+    )
+    with simulators(server, example.make, example.make):
+        algorithm = build(config, server)
+        built.append(algorithm)
+        results = [algorithm.train() for _ in range(2)]
+    assert len(sampled) >= 50
+    assert {steps for _, steps in sampled} == {5, 6}
+    assert all(3 <= env_steps <= 5 for env_steps, _ in sampled)
+    assert np.isfinite(results[-1]["learners"]["pole_0"]["qf_loss"])
+    assert not results[-1]["rllink"]["ledger"]["dropped"]
+
+
+@pytest.mark.long
 def test_sac_trains_several_agents(cluster: None, server: Server, built: list[Algorithm]) -> None:
     import multi_agent_cartpole as example
     from small_dqn import sac
@@ -420,7 +448,6 @@ def test_evaluation_of_several_agents(cluster: None, server: Server, built: list
             "agents are mapped to policies as in training",
         ),
         (lambda c: c.multi_agent(policies={41 * "a"}), "1 to 40 characters"),
-        (lambda _: small_dqn.several().multi_agent(count_steps_by="agent_steps"), "count_steps_by"),
     ],
 )
 def test_what_can_not_be_trained_is_refused_in_words(change: Callable[[Any], Any], why: str) -> None:

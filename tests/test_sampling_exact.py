@@ -15,12 +15,14 @@ EXACT = SamplingRules("exact", share=4, quota=8, timeout=60.0, linger=0.0, ahead
 
 
 class ExactDesk(Desk):
-    """A stock, too. `spoiled`: numbers of fragments that can't be used."""
+    """A stock, too. `spoiled`: numbers of fragments that can't be used. `counts`: how many steps of agents each env
+    step of these fragments counts; else each is a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: dict[int, list[int]] | None = None) -> None:
         super().__init__(EXACT)
         self.spoiled: set[int] = set()
-        self.stock = Stock(self.session, self._check)
+        counted = None if counts is None else lambda lease: counts[lease.message.number]
+        self.stock = Stock(self.session, self._check, counted)
 
     def _check(self, lease: Lease) -> str:
         return "malformed" if lease.message.number in self.spoiled else ""
@@ -48,6 +50,19 @@ class ExactDesk(Desk):
 def parts(answer: Answer) -> list[tuple[int, int, int]]:
     """(number of the fragment, first step, steps) of each portion."""
     return [(lease.message.number, first, steps) for lease, first, steps in answer.portions]
+
+
+def test_env_steps_are_given_until_enough_steps_of_agents_are_complete() -> None:
+    """As RLlib's own runner does: an env step is not divided, and none goes on where there are enough."""
+    desk = ExactDesk({1: [0, 3, 2, 0], 2: [1, 1, 0, 1, 1, 8], 3: [0, 0]})
+    desk.lease(4, 6, 2)
+    assert parts(desk.taken()) == [(1, 0, 3)]
+    assert desk.stock.steps == 12
+    assert parts(desk.answered()) == [(1, 3, 1), (2, 0, 5)]
+    assert parts(desk.answered()) == [(2, 5, 1)]
+    assert desk.stock.steps == 0 and not desk.stock.empty
+    desk.receive(DUTY("leave"))
+    assert parts(desk.answered()) == [(3, 0, 2)], "none of what it has stays with it"
 
 
 def test_each_call_returns_its_share_and_fragments_are_cut_to_fit() -> None:

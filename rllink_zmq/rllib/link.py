@@ -40,7 +40,7 @@ SAY_EVERY = 10.0
 class RunnerLink:
     """One run's conversation of this runner with the broker at `address`. `check`: why a fragment can't be used, or '';
     the connection's thread calls it, during `draw` alone. `prepare`: what can be done of a fragment before it is taken;
-    the connection's thread does it while RLlib learns."""
+    the connection's thread does it while RLlib learns. `counts`: as of `Stock`, asked of what has been checked."""
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class RunnerLink:
         check: Callable[[Lease], str] = lambda lease: "",
         prepare: Callable[[FRAGMENT, Sequence[Buffer]], Any] | None = None,
         *,
+        counts: Callable[[Lease], Sequence[int]] | None = None,
         local: bool = False,
         session: RunnerSession | None = None,
     ) -> None:
@@ -58,7 +59,7 @@ class RunnerLink:
         self._local = local
         self.session = session or RunnerSession(secrets.token_bytes(16), run, name=name, package=__version__)
         self.session.prepare = prepare
-        self._stock = Stock(self.session, check)
+        self._stock = Stock(self.session, check, counts)
         self._thread = ConnectionThread(Connection(self.session, address), self._step, f"rllink-{name}")
         self._call: SampleCall | None = None
         self._result: Future[Any] | None = None

@@ -121,12 +121,6 @@ def check_multi_agent(config: AlgorithmConfig) -> None:
     """Raises `SettingsError` for what can't be trained with several agents."""
     if style_of(config) == "exact":
         _check_buffer(config)
-        if config.count_steps_by != "env_steps":
-            raise SettingsError(
-                f"count_steps_by={config.count_steps_by!r}: DQN and SAC make so many updates for each call of "
-                f"sample(), and a call has so many env steps; leave it at 'env_steps', and give "
-                f"rollout_fragment_length so many"
-            )
     check_module_ids(sorted(map(str, config.policies)))
 
 

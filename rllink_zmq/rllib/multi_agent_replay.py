@@ -23,6 +23,13 @@ class AgentsPiece(NamedTuple):
     message: FRAGMENT
     agents: dict[AgentId, tuple[AgentRows, Piece, NDArray[np.int64]]]
 
+    def counted(self) -> list[int]:
+        """How many agents' steps each env step completes."""
+        found = np.zeros(self.message.steps, np.int64)
+        for _, _, times in self.agents.values():
+            found[times[1:] - self.message.t0 - 1] += 1  # an agent completes one at a time
+        return found.tolist()
+
     def cut(self, first: int, steps: int) -> AgentsPiece:
         """Its env steps `first` to `first + steps - 1`, as `Piece.cut`."""
         message = self.message

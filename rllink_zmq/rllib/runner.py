@@ -62,7 +62,15 @@ from rllink_zmq.rllib.pipelines import (
 )
 from rllink_zmq.rllib.samples import Samples
 from rllink_zmq.rllib.service import MAX_ROWS, ActService, ModuleActor, PipelineActor
-from rllink_zmq.rllib.settings import LinkSettings, explores, longest_chunk, sampling_rules, style_of, trainer_terms
+from rllink_zmq.rllib.settings import (
+    LinkSettings,
+    counts_agent_steps,
+    explores,
+    longest_chunk,
+    sampling_rules,
+    style_of,
+    trainer_terms,
+)
 from rllink_zmq.sampling_evaluation import PAST, Wanted
 from rllink_zmq.session_runner import Lease
 
@@ -209,7 +217,10 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             self._link = EvaluationLink(address, run, f"evaluator-{index}@{host}", self._unusable, local=local)
         else:
             prepare = self._builder.prepare
-            self._link = RunnerLink(address, run, f"runner-{index}@{host}", self._unusable, prepare, local=local)
+            counts = self._counted if counts_agent_steps(self.config) else None
+            self._link = RunnerLink(
+                address, run, f"runner-{index}@{host}", self._unusable, prepare, counts=counts, local=local
+            )
         if self.held is not None:
             self._offer(self.held)
         if not evaluates:
@@ -406,6 +417,11 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         if self._rules.style == "exact" and not self.config.in_evaluation:
             self._opened[lease.message.session, lease.message.number] = good
         return ""
+
+    def _counted(self, lease: Lease) -> Sequence[int]:
+        """How many steps of agents each env step of a fragment completes that is to be cut."""
+        pieces: Sequence[Any] = self._opened[lease.message.session, lease.message.number]
+        return [count for piece in pieces for count in piece.counted()]
 
     def _hand_over(self, link: RunnerLink, leases: Sequence[Lease]) -> list[SingleAgentEpisode]:
         """RLlib's episodes of what was taken, and their metrics."""

@@ -173,11 +173,11 @@ def sampling_rules(config: AlgorithmConfig, runners: int, index: int = 0) -> Sam
     """How one of `runners` runners, RLlib's number `index`, answers `sample()`."""
     terms, style = trainer_terms(config), style_of(config)
     timeout = float(config.sample_timeout_s or 60.0)
+    weigh = agent_steps if counts_agent_steps(config) else env_steps
     if style == "exact":
         return SamplingRules(
-            style, exact_share(config, index), terms.quota, timeout, linger=0.0, ahead=terms.fragment_steps
+            style, exact_share(config, index), terms.quota, timeout, linger=0.0, ahead=terms.fragment_steps, weigh=weigh
         )
-    weigh = agent_steps if counts_agent_steps(config) else env_steps
     if style == "round":
         share = math.ceil(terms.quota / max(1, runners))
         return SamplingRules(style, share, terms.quota, timeout, ROUND_LINGER, weigh=weigh)
@@ -190,7 +190,7 @@ def longest_chunk(config: AlgorithmConfig) -> float:
 
 
 def exact_share(config: AlgorithmConfig, index: int = 0) -> int:
-    """Env steps that RLlib's own runner number `index` would return from each call."""
+    """Steps, as the config counts them, that RLlib's own runner number `index` would return from each call."""
     length = int(config.get_rollout_fragment_length(worker_index=index))
     return length * max(1, int(config.num_envs_per_env_runner))
 
