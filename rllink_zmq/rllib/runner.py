@@ -393,7 +393,7 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             steps = int(self.config.get_rollout_fragment_length(self.worker_index or 0))
         more = self.config.evaluation_duration == "auto"
         version = self._weights_seq_no
-        if self._pipelines is not None and style_of(self.config) == "stream":
+        if self._own_connectors and style_of(self.config) == "stream":
             # Training's runners have theirs later, while training goes on, and this one offers none.
             version = min(version, max(0, link.session.version))
         wanted = Wanted(episodes, math.ceil(steps or 0), version, fresh, timeout, more)
