@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from core_bench import RUN, SPACES, Bench, claim, fragment, session, terms
 
 from broker.counting import Counting
 from rllink_zmq.messages import DUTY, FRAGMENT, TAKEN, AgentRows
+from rllink_zmq.rllib.link import RunnerLink
 from rllink_zmq.rllib.settings import agent_steps
 from rllink_zmq.sampling import Next, SampleCall, SamplingRules
 from rllink_zmq.sampling_exact import ExactCall, Stock
@@ -256,3 +259,21 @@ def test_a_call_gives_the_env_steps_of_rllibs_own_runner(per_step: list[list[int
         for counts in pool.answers():
             assert sum(counts) >= share > sum(counts[:-1]), "no env step more than it takes"
     pool.bench.broker.check_invariants()
+
+
+def test_env_steps_that_count_nothing_are_given_up_with_the_training() -> None:
+    """Else the runner would never be done."""
+    pool = ExactPool(1, [[0]], 4)
+    pool.simulate()
+    (stock,) = pool.stocks.values()
+    call = ExactCall(stock, pool.rules, pool.bench.now)
+    assert call.step(pool.bench.now) is Next.WAIT
+    pool.talk("r0")
+    assert call.step(pool.bench.now) is Next.WAIT and not stock.empty and not stock.steps
+    link = RunnerLink.__new__(RunnerLink)
+    link.session, link._stock, link._held = pool.sessions["r0"], stock, deque()
+    link._returned_at = link._call = link._result = link.on_left = None
+    link._thread = SimpleNamespace(stop=lambda: None)  # type: ignore[assignment]
+    link.session.receive(DUTY("end"), [], pool.bench.now)
+    link._step(pool.bench.now)
+    assert stock.empty

@@ -4,8 +4,10 @@ the same env steps."""
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,7 +19,14 @@ from gymnasium.spaces import Box, Dict, Discrete
 from numpy.typing import NDArray
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.connectors.connector_v2 import ConnectorV2
-from ray.rllib.connectors.env_to_module import MeanStdFilter, PrevActionsPrevRewards
+from ray.rllib.connectors.env_to_module import (
+    AddObservationsFromEpisodesToBatch,
+    AgentToModuleMapping,
+    BatchIndividualItems,
+    MeanStdFilter,
+    NumpyToTensor,
+    PrevActionsPrevRewards,
+)
 from ray.rllib.connectors.env_to_module.frame_stacking import FrameStackingEnvToModule
 from ray.rllib.connectors.env_to_module.observation_preprocessor import (
     MultiAgentObservationPreprocessor,
@@ -25,10 +34,13 @@ from ray.rllib.connectors.env_to_module.observation_preprocessor import (
 )
 from ray.rllib.connectors.learner import AddOneTsToEpisodesAndTruncate
 from ray.rllib.connectors.learner.frame_stacking import FrameStackingLearner
+from ray.rllib.core import COMPONENT_RL_MODULE
 from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.env.multi_agent_env import MultiAgentEnv
 from ray.rllib.env.multi_agent_env_runner import MultiAgentEnvRunner
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from test_agents_episodes import RUN, assert_same, lease, with_columns
 
 from rllink_zmq.client_policy import layout_of_policy
@@ -36,11 +48,14 @@ from rllink_zmq.client_remote import before_of
 from rllink_zmq.errors import EpisodeError, PolicyError, SettingsError
 from rllink_zmq.fragments_agents import AgentsBuilder, AgentsOrigin, Member, Turn, whole
 from rllink_zmq.messages import ACT, OBS_BEFORE, STEPS_BEFORE, AgentId, Column
+from rllink_zmq.rllib import attach
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.multi_agent_episodes import MultiAgentEpisodeBuilder
 from rllink_zmq.rllib.multi_agent_policies import CrewManifest, crew_of, stand_in
-from rllink_zmq.rllib.pipelines import Filters, UnknownFilter, state_bytes
-from rllink_zmq.rllib.pipelines_agents import AgentsConnectors, AgentsPipelines
+from rllink_zmq.rllib.multi_agent_runner import ZmqMultiAgentEnvRunner
+from rllink_zmq.rllib.pipelines import pipeline_of, seen_spaces, state_bytes
+from rllink_zmq.rllib.pipelines_agents import AgentsConnectors, AgentsPipelines, agents_of
+from rllink_zmq.rllib.rewriting import Filters, UnknownFilter
 from rllink_zmq.rllib.service import PipelineActor
 from rllink_zmq.rllib.service_agents import AgentsActService
 from rllink_zmq.rllib.trainable import check_trainable
@@ -291,10 +306,7 @@ def builder_of(side: Side, filters: Filters | None = None) -> MultiAgentEpisodeB
     if filters is None:
         filters = Filters(10)
         filters.published(VERSION, side.state)
-    learns = side.config.build_env_to_module_connector(
-        env=None, spaces={"__env_single__": (side.config.observation_space, side.config.action_space)}
-    )
-    connectors = AgentsConnectors(side.config, side.modules, learns, filters)
+    connectors = AgentsConnectors(side.config, side.modules, pipeline_of(side.config), filters)
     connectors.recast({name: about.lookback for name, about in side.manifest.modules.items()})
     spaces = (dict(side.config.observation_space.spaces), dict(side.config.action_space.spaces))
     made = MultiAgentEpisodeBuilder(*spaces, side.modules, mapping, connectors=connectors)
@@ -354,18 +366,11 @@ def test_each_call_brings_what_the_next_one_looks_back_at() -> None:
 
 def test_a_filter_learns_of_each_step_once_and_of_each_agent_apart() -> None:
     side = side_of("filtered", False)
-    made = config(NUMBERS, partial(MeanStdFilter, multi_agent=True))
-    filters = Filters(10)
-    filters.own(VERSION, side.state)
-    given = {"__env_single__": (made.observation_space, made.action_space)}
-    learns = made.build_env_to_module_connector(env=None, spaces=given)
-    connectors = AgentsConnectors(made, side.modules, learns, filters)
-    spaces = (dict(made.observation_space.spaces), dict(made.action_space.spaces))
-    builder = MultiAgentEpisodeBuilder(*spaces, side.modules, mapping, connectors=connectors)
+    builder, learned = taught(side)
     built, refused = builder.build(fragments(side, (3, 4, 9)))
     assert built and not refused
     for agent in MODULE_OF:
-        (stats,) = tree.flatten(learns.connectors[0]._filters[agent].running_stats)
+        (stats,) = tree.flatten(learned._filters[agent].running_stats)
         observations = np.stack([seen(agent, t, NUMBERS) for t in range(STEPS + 1)])
         assert stats.num_pushes == STEPS + 1
         np.testing.assert_allclose(stats.mean, observations.mean(0), rtol=1e-5)
@@ -420,14 +425,14 @@ def test_a_policy_without_agents_is_acted_by_as_before() -> None:
 def test_requests_name_their_agents() -> None:
     side = side_of("by agent", False)
     service = AgentsActService.__new__(AgentsActService)
-    service.module, service.actor = "p", side.actors["p"]
+    service.module, service.actor, service.actors = "p", side.actors["p"], dict(side.actors)
     obs = Column("obs", "<f4", (2, 3))
     request = ACT(bytes(16), 1, 2, (obs,), module="p", agents=("a", "b"))
-    assert service._misfit(request, []) == ""
+    assert service._misfit(request, []) == "" == service._acts_no_more(request)
     nameless = msgspec.structs.replace(request, agents=())
     assert service._misfit(nameless, []).startswith("expected 'agents', whose each of the 2 rows is")
     strange = msgspec.structs.replace(request, agents=("a", "c"))
-    assert service._misfit(strange, []) == "module 'p' doesn't act for agent 'c'"
+    assert service._acts_no_more(strange) == "module 'p' doesn't act for agent 'c' (any more)"
 
 
 @pytest.mark.parametrize("name", ["p", "q"])
@@ -452,3 +457,194 @@ def test_an_action_of_the_simulators_own_is_refused_for_a_policy_that_looks_back
     builder.observe(Turn({"a": seen("a", 0, FRAMES)}))
     with pytest.raises(EpisodeError, match="agent 'a' acts by the policy 'p', which looks at earlier observations"):
         builder.check_logged("a", 0, -1.0)
+
+
+# ---- what several agents make different
+
+
+def taught(side: Side) -> tuple[MultiAgentEpisodeBuilder, Any]:
+    """A builder whose filter learns, and the filter."""
+    made = config(NUMBERS, partial(MeanStdFilter, multi_agent=True))
+    filters = Filters(10)
+    filters.own(VERSION, side.state)
+    learns: Any = pipeline_of(made)
+    state_bytes(learns)
+    connectors = AgentsConnectors(made, side.modules, learns, filters)
+    builder = MultiAgentEpisodeBuilder(*agents_of(made), side.modules, mapping, connectors=connectors)
+    return builder, learns.connectors[0]
+
+
+def test_a_refused_fragment_teaches_nothing() -> None:
+    """Also not of the agents that were checked before the one for which it is refused."""
+    side = side_of("filtered", False)
+    builder, learned = taught(side)
+
+    def spoil(arrays: dict[str, NDArray[Any]]) -> None:
+        arrays["q/rewards"] = np.full_like(arrays["q/rewards"], np.nan)
+
+    (good,) = fragments(side, ())
+    built, (refusal,) = builder.build([with_columns(good, spoil)])
+    assert not built and "agent 'c' (module 'q')" in str(refusal.error)
+    pushes = [tree.flatten(one.running_stats)[0].num_pushes for one in learned._filters.values()]
+    assert pushes == [0, 0, 0]
+
+
+def test_a_step_that_began_behind_an_older_filter_is_seen_through_that() -> None:
+    """The agent has acted, and the weights changed before its next observation came."""
+    side = side_of("filtered", False)
+    second = fragments(side, (4,))[1]
+    agents = tuple(
+        msgspec.structs.replace(rows, first=VERSION - 1 if rows.agent == "a" else -1) for rows in second.message.agents
+    )
+    second = second._replace(message=msgspec.structs.replace(second.message, agents=agents))
+    filters = Filters(10)
+    older: Any = pipeline_of(side.config)
+    filters.published(VERSION - 1, state_bytes(older))
+    filters.published(VERSION, side.state)
+    ((built,), refused) = builder_of(side, filters).build([second])
+    assert not refused and built.episode is not None
+    mine, theirs = built.episode.agent_episodes["a"], side.theirs.agent_episodes["a"]
+    expected = older.connectors[0]._filters["a"](seen("a", 4, NUMBERS), update=False)
+    np.testing.assert_allclose(mine.get_observations(0), expected, rtol=1e-5)
+    assert not np.allclose(expected, theirs.get_observations(4), rtol=1e-2)
+    np.testing.assert_allclose(mine.get_observations(1), theirs.get_observations(5), rtol=1e-5)
+    built, (refusal,) = builder_of(side).build([second])
+    assert not built and isinstance(refusal.error, UnknownFilter), "which filter that was isn't known here"
+
+
+def test_too_many_earlier_observations_are_refused() -> None:
+    side = side_of("frames", False)
+    second = fragments(side, (4,))[1]
+
+    def repeat(arrays: dict[str, NDArray[Any]]) -> None:
+        arrays[f"p/{OBS_BEFORE}"] = np.concatenate([arrays[f"p/{OBS_BEFORE}"]] * 2)
+
+    (refusal,) = builder_of(side).build([with_columns(second, repeat)])[1]
+    assert f"'p/{OBS_BEFORE}' has 8 rows" in str(refusal.error)
+
+
+class Locked(ByAgent):
+    """Can't be copied."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.lock = threading.Lock()
+
+
+def test_a_piece_that_can_not_be_copied_is_made_again() -> None:
+    around = AgentsPipelines(config(NUMBERS, Locked)).of("p", ["a", "b"])
+    apart = around.apart()
+    assert apart._own[0] is apart.to_module.connectors[0] is not around._own[0]
+    assert type(apart._own[0]) is Locked
+
+
+class Apart(ConnectorV2):
+    """Module-to-env: no two agents of an episode take the same action."""
+
+    def __call__(self, *, batch: Any, **kwargs: Any) -> Any:
+        taken: dict[Any, list[int]] = {}
+        for key, (action,) in batch[Columns.ACTIONS].items():
+            others = taken.setdefault(key[0], [])
+            others.append(next((int(action) + i) % 3 for i in range(3) if (int(action) + i) % 3 not in others))
+            batch[Columns.ACTIONS][key] = [np.int64(others[-1])]
+        return batch
+
+
+class Raising(ConnectorV2):
+    def __call__(self, **kwargs: Any) -> Any:
+        raise ValueError("no such actuator")
+
+
+class NeedsAnEnv(ConnectorV2):
+    def __init__(self, env: Any = None) -> None:
+        super().__init__(env.single_observation_space)
+
+    def __call__(self, *, batch: Any, **kwargs: Any) -> Any:
+        return batch
+
+
+@pytest.mark.parametrize(
+    ("piece", "text"),
+    [(Apart, "piece Apart looks at other agents"), (Raising, "in the piece Raising: ValueError: no such actuator")],
+)
+def test_a_module_to_env_piece_is_refused_by_its_name(piece: type, text: str) -> None:
+    mine = config(NUMBERS, to_env=piece)
+    modules = mine.get_multi_rl_module_spec(spaces=dict.fromkeys(("p", "q"), (NUMBERS, ACTIONS))).build()
+    with torch.no_grad():
+        for module in modules.values():
+            for parameter in module.parameters():
+                parameter.zero_()  # all agents' most likely action is the first one
+    with pytest.raises(PolicyError, match=text):
+        crew_of(mine, modules)
+
+
+def test_a_piece_that_needs_an_environment_is_refused_in_words() -> None:
+    with pytest.raises(SettingsError, match=r"adds .*, which can't be built where there is no environment"):
+        check_trainable(config(NUMBERS, to_env=NeedsAnEnv))
+
+
+@pytest.mark.parametrize(("agents", "size"), [(1, 128), (8, 50)])
+def test_a_filter_that_has_learned_has_room_behind_the_weights(agents: int, size: int) -> None:
+    space = Box(-1.0, 1.0, (size,), np.float32)
+    spaces: dict[Any, Any] = dict.fromkeys(range(agents), space)
+    made = config(NUMBERS, partial(MeanStdFilter, multi_agent=True)).environment(
+        observation_space=Dict(spaces), action_space=Dict(dict.fromkeys(spaces, ACTIONS))
+    )
+    room = AgentsPipelines(made, learns=pipeline_of(made)).room(made)
+    learned: Any = pipeline_of(made)
+    state_bytes(learned)
+    random = np.random.default_rng(0)
+    for one in learned.connectors[0]._filters.values():
+        for _ in range(50):
+            one(random.normal(size=size).astype(np.float32))
+    assert len(state_bytes(learned)) + 8 <= room
+
+
+def test_a_frozen_policy_behind_a_filter_that_does_not_move_stays_known() -> None:
+    """It is published once, and its version gets older than any filter that is kept."""
+    made = attach(filtered().multi_agent(policies_to_train=["p"]), "tcp://127.0.0.1:1", lag_limit=2)
+    runner = ZmqMultiAgentEnvRunner(config=made, worker_index=0)
+    manifest = CrewManifest.of(crew_of(made, runner.module))
+    runner._take_manifest(manifest)
+    offered: list[tuple[str, int]] = []
+    runner._link = SimpleNamespace(offer=lambda version, size, load, name: offered.append((name, version)))
+    weights = runner.module.get_state()
+    for version in range(1, 12):
+        learned = {"p": {key: value + version for key, value in weights["p"].items()}}
+        runner.set_state({COMPONENT_RL_MODULE: learned if version > 1 else weights, WEIGHTS_SEQ_NO: version})
+    assert [version for name, version in offered if name == "q"] == [0]
+    connectors = runner._behind
+    connectors.check(0), connectors.check(11)
+    with pytest.raises(UnknownFilter):
+        connectors.check(3)
+
+
+class Padded(SingleAgentObservationPreprocessor):
+    """Makes other observations of them."""
+
+    def recompute_output_observation_space(self, input_observation_space: Any, input_action_space: Any) -> Any:
+        return Dict(dict.fromkeys(input_observation_space.spaces, Box(-1.0, 1.0, (5,), np.float32)))
+
+    def preprocess(self, observation: Any, episode: Any) -> Any:
+        return np.resize(observation, 5).astype(np.float32)
+
+
+def test_pieces_of_ones_own_instead_of_rllibs_default_ones() -> None:
+    padded = Box(-1.0, 1.0, (5,), np.float32)
+    specs = {name: RLModuleSpec(observation_space=padded, action_space=ACTIONS) for name in ("p", "q")}
+    mine = config(
+        NUMBERS, Padded, AddObservationsFromEpisodesToBatch,
+        partial(AgentToModuleMapping, rl_module_specs=specs, agent_to_module_mapping_fn=mapping),
+        partial(BatchIndividualItems, multi_agent=True), NumpyToTensor,
+        add_default_connectors_to_env_to_module_pipeline=False,
+    )  # fmt: skip
+    assert set(map(str, seen_spaces(mine).values())) == {str(padded)}
+    modules = mine.get_multi_rl_module_spec(spaces=dict.fromkeys(("p", "q"), (padded, ACTIONS))).build()
+    manifest = CrewManifest.of(crew_of(mine, modules))
+    actor = PipelineActor(modules["p"], manifest.modules["p"], AgentsPipelines(mine).of("p", ["a", "b"]))
+    rows = np.stack([seen("a", 0, NUMBERS), seen("b", 0, NUMBERS)])
+    found = actor.act(rows, False, agents=["a", "b"])["action_dist_inputs"]
+    with torch.no_grad():
+        given = torch.from_numpy(np.stack([np.resize(row, 5) for row in rows]))
+        expected = modules["p"].forward_inference({Columns.OBS: given})[Columns.ACTION_DIST_INPUTS]
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)

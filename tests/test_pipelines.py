@@ -32,8 +32,9 @@ from rllink_zmq.policy import Policy, PolicyManifest, unpack_policy
 from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import connectors_state, weights_body
 from rllink_zmq.rllib.export_connectors import check_connectors, own_flattening
-from rllink_zmq.rllib.pipelines import Filters, FragmentConnectors, Pipelines, has_own_connectors, state_bytes
+from rllink_zmq.rllib.pipelines import Pipelines, has_own_connectors, state_bytes
 from rllink_zmq.rllib.policies import policy_of
+from rllink_zmq.rllib.rewriting import Filters, FragmentConnectors
 from rllink_zmq.rllib.runner import Held, ZmqEnvRunner
 from rllink_zmq.rllib.service import ModuleActor, PipelineActor
 from rllink_zmq.rllib.states import from_bytes, to_bytes

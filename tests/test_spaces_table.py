@@ -36,8 +36,9 @@ from rllink_zmq.rllib.attach import attach
 from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.export_connectors import own_flattening
-from rllink_zmq.rllib.pipelines import Filters, FragmentConnectors, Pipelines, has_own_connectors
+from rllink_zmq.rllib.pipelines import Pipelines, has_own_connectors
 from rllink_zmq.rllib.policies import policy_of
+from rllink_zmq.rllib.rewriting import Filters, FragmentConnectors
 from rllink_zmq.rllib.service import ModuleActor
 from rllink_zmq.session_runner import Lease
 

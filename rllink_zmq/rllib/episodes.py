@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import gymnasium as gym
@@ -84,6 +85,8 @@ class Rewrites(Protocol):
     def lookback(self) -> int: ...
 
     def rewrite(self, message: FRAGMENT, observations: Any, back: int) -> tuple[Any, gym.Space[Any]]: ...
+
+    def learn(self, message: FRAGMENT, observations: Any, back: int) -> None: ...
 
     def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> NDArray[Any] | None: ...
 
@@ -189,6 +192,7 @@ class EpisodeBuilder:
         self._needs_logp = needs_logp
         self._outputs = outputs
         self._connectors = connectors
+        self._lessons: list[Callable[[], None]] = []  # of the fragment that is being checked
         self.observation_space = observation_space
         self.action_space = action_space
         self._packing = packing_of(observation_space)
@@ -238,17 +242,27 @@ class EpisodeBuilder:
         except Exception:  # whatever it is, it isn't this thread's: `check` meets it again, and says it
             return None
 
-    def check(self, leases: Iterable[Lease]) -> tuple[list[Piece], list[Refusal]]:
-        """What `build` would use of these, and what it would refuse."""
+    def check(
+        self, leases: Iterable[Lease], lessons: list[Callable[[], None]] | None = None
+    ) -> tuple[list[Piece], list[Refusal]]:
+        """What `build` would use of these, and what it would refuse. `lessons`: gets what would let connectors learn of
+        them; None = they do so at once."""
         good: list[Piece] = []
         refused: list[Refusal] = []
         for lease in leases:
+            self._lessons = []
             prepared: list[Piece] | ProtocolError | None = lease.prepared
             if isinstance(prepared, ProtocolError):
                 refused.append(Refusal(lease.message, prepared))
                 continue
             try:
                 good += prepared if prepared is not None else self._check_columns(lease)
+                mine, self._lessons = self._lessons, []
+                if lessons is not None:
+                    lessons += mine
+                    continue
+                for lesson in mine:
+                    lesson()
             except ProtocolError as e:
                 refused.append(Refusal(lease.message, e))
             except Exception as e:  # a user's connector may raise anything; other fragments are not to suffer
@@ -349,7 +363,8 @@ class EpisodeBuilder:
         seen, back = self._history(message, arrays)
         came = seen
         if self._connectors is not None:
-            seen, space = self._connectors.rewrite(message, seen, back)
+            seen, space = self._connectors.rewrite(message, came, back)
+            self._lessons.append(partial(self._connectors.learn, message, came, back))
             if space is not self._blank.observation_space:
                 self._blank = Blank(space, self.action_space)
         if self._outputs and Columns.ACTION_DIST_INPUTS not in outputs:

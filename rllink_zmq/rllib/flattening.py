@@ -83,6 +83,7 @@ class FlattenedFragments:
     """The observations of fragments, flattened: what `EpisodeBuilder` asks of connectors."""
 
     lookback = 0
+    first = -1
 
     def __init__(self, flattening: Flattening) -> None:
         self._flattening = flattening
@@ -91,6 +92,9 @@ class FlattenedFragments:
     def rewrite(self, message: FRAGMENT, observations: Any, back: int) -> tuple[Any, gym.Space[Any]]:
         """Observations as the policy saw them, (n, k) float32, and their space."""
         return self._flattening.of_rows(observations), self.observation_space
+
+    def learn(self, message: FRAGMENT, observations: Any, back: int) -> None:
+        """Nothing: it has no state."""
 
     @property
     def seen_space(self) -> gym.Space[Any]:

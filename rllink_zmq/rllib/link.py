@@ -237,7 +237,7 @@ class RunnerLink:
                 self._give_back(now)
         if self._call is not None and self._result is not None:
             due = min(due, self._go_on(self._call, self._result, now))
-        elif self.session.duty == "end" and self._stock.steps:
+        elif self.session.duty == "end" and not self._stock.empty:
             self._stock.give_up(now)
         if self._done():
             if self.on_left is not None:

@@ -76,7 +76,10 @@ class _At(NamedTuple):
 
 
 class AgentRewrites(Rewrites, Protocol):
-    """What is done to the observations of one agent. `seen_space`: of what its module is given."""
+    """What is done to the observations of one agent. `seen_space`: of what its module is given. `first`: the version by
+    which it has taken the first step, if that isn't the fragment's; else -1."""
+
+    first: int
 
     @property
     def seen_space(self) -> gym.Space[Any]: ...
@@ -187,9 +190,10 @@ class MultiAgentEpisodeBuilder:
                 )
         connectors = self._connectors
         if connectors is not None:
-            for version in message.modules.values():
+            for version in {*message.modules.values(), *(rows.first for rows in message.agents if rows.first >= 0)}:
                 connectors.check(version)
         agents: dict[AgentId, _Rows] = {}
+        lessons: list[Callable[[], None]] = []
         at: dict[str, _At] = {}
         named = None
         if self.audit is not None:
@@ -206,10 +210,20 @@ class MultiAgentEpisodeBuilder:
             if not rows.steps:
                 raise ProtocolError(f"agent {rows.agent!r} has no steps in a fragment that lists it")
             self._check_module(rows)
-            piece, times = self._check_agent(message, rows, arrays, place, back)
+            piece, times = self._check_agent(message, rows, arrays, place, back, lessons)
             if named is not None:
                 piece.outputs[COLUMN], named = named[: rows.steps], named[rows.steps :]
             agents[rows.agent] = rows, piece, times
+        for module, place in at.items():
+            earlier = arrays.get(f"{module}/{OBS_BEFORE}")
+            looks_back = connectors is not None and connectors.lookbacks.get(module)
+            if looks_back and earlier is not None and len(earlier) != place.earlier:
+                raise ProtocolError(
+                    f"the agents of module '{module}' have {place.earlier} observations before this fragment that "
+                    f"it looks back at, and '{module}/{OBS_BEFORE}' has {len(earlier)} rows"
+                )
+        for lesson in lessons:
+            lesson()  # the fragment is handed over
         return AgentsPiece(message, agents)
 
     def _check_module(self, rows: AgentRows) -> None:
@@ -224,7 +238,13 @@ class MultiAgentEpisodeBuilder:
                 raise ProtocolError(f"the policy '{rows.module}' takes other {what} than agent {rows.agent!r} has")
 
     def _check_agent(
-        self, message: FRAGMENT, rows: AgentRows, arrays: Mapping[str, NDArray[Any]], at: _At, back: int
+        self,
+        message: FRAGMENT,
+        rows: AgentRows,
+        arrays: Mapping[str, NDArray[Any]],
+        at: _At,
+        back: int,
+        lessons: list[Callable[[], None]],
     ) -> tuple[Piece, NDArray[np.int64]]:
         """The rows of its module's columns behind those of others (`at`), with `back` earlier observations."""
         prefix = rows.module + "/"
@@ -258,7 +278,10 @@ class MultiAgentEpisodeBuilder:
             message.session, message.number, message.base, f"{message.episode}/{rows.agent}", rows.t0, rows.steps,
             rows.end, message.run, max(0, version), rows.return_so_far, columns,
         )  # fmt: skip
-        good, refused = self._builder(rows).check([Lease(header, body)])
+        rewrites = self._rewrites(rows)
+        if rewrites is not None:
+            rewrites.first = rows.first
+        good, refused = self._builder(rows).check([Lease(header, body)], lessons)
         if refused:
             error = refused[0].error
             raise ProtocolError(f"agent {rows.agent!r} (module '{rows.module}'): {error}", error.code)

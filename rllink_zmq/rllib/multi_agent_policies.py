@@ -29,7 +29,7 @@ from rllink_zmq.policy_agents import NOBODY, Crew, CrewModule, Draw, manifests, 
 from rllink_zmq.rllib.export import export_policy
 from rllink_zmq.rllib.export_connectors import check_agents_connectors
 from rllink_zmq.rllib.flattening import Flattening
-from rllink_zmq.rllib.pipelines import seen_spaces, state_room
+from rllink_zmq.rllib.pipelines import pipeline_of, seen_spaces
 from rllink_zmq.rllib.pipelines_agents import AgentsPipelines, agents_of
 from rllink_zmq.rllib.policies import remote_manifest
 from rllink_zmq.rllib.service import ModuleActor
@@ -91,7 +91,7 @@ def crew_of(config: AlgorithmConfig, module: MultiRLModule, exported: dict[bytes
     mapping that names no module."""
     exported = {} if exported is None else exported
     flattenings, why = connectors_of(config)
-    around = AgentsPipelines(config) if why else None
+    around = AgentsPipelines(config, learns=pipeline_of(config)) if why else None
     if why:
         logger.warning("simulators have to ask for all actions: %s", why)
     observation_spaces, action_spaces = agents_of(config)
@@ -108,7 +108,7 @@ def crew_of(config: AlgorithmConfig, module: MultiRLModule, exported: dict[bytes
         sees = _spaces_of(name, mine, observation_spaces, action_spaces, flattenings)
         if around is not None and mine:
             cast = {agent: ids[i] for agent, i in zip(agents, draws[0].modules, strict=True) if i != NOBODY}
-            blob = _behind_connectors(config, module, name, around, mine, cast, why)
+            blob = _behind_connectors(config, module, name, around.of(name, mine), cast, why)
         else:
             blob = _export(config, module, name, sees, exported)
         modules.append(CrewModule(name, places.setdefault(blob, len(places)), is_trained(config, name)))
@@ -287,21 +287,19 @@ def _behind_connectors(
     config: AlgorithmConfig,
     module: MultiRLModule,
     name: str,
-    around: AgentsPipelines,
-    agents: Sequence[AgentId],
+    pipelines: AgentsPipelines,
     cast: Mapping[AgentId, str],
     why: str,
 ) -> bytes:
     """The blob of a module that runners alone act by, behind connectors of the user's own. Raises `PolicyError`, with
     the piece that no runner could act behind."""
     _check_memory(config, module, name)
-    pipelines = around.of(name, agents)
     try:
         inputs = pipelines.check_agents(module, cast)
         manifest = remote_manifest(
             module[name].unwrapped(), pipelines.observation_space, pipelines.action_space, why,
             action_dist_inputs=inputs, explores=explores(config)[0], evaluation_explores=explores(config)[1],
-            connectors=state_room(config, pipelines.state), lookback=pipelines.lookback,
+            connectors=pipelines.room(config), lookback=pipelines.lookback,
         )  # fmt: skip
     except PolicyError as error:
         raise PolicyError(f"the policy '{name}': {error}") from error

@@ -181,10 +181,12 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
                 # It is handed out as it was with the others, or with weights that somebody has set.
                 checksum = zlib.crc32(load())
                 if known is not None and checksum == self._frozen.get(name):
+                    self._filters.own(known, held.connectors)  # what it acts behind is still this
                     continue
                 self._frozen[name] = checksum
                 version = self._since if known is None else held.version
             self._versions[name] = version
+            self._filters.own(version, held.connectors)
             self._link.offer(version, about.weights_bytes, load, name)
 
     # ---- metrics

@@ -10,8 +10,9 @@ state belongs to a version of the weights, and travels at the end of their bytes
 from __future__ import annotations
 
 import copy
-import threading
+import traceback
 from collections.abc import Collection, Sequence
+from itertools import takewhile
 from typing import Any
 
 import gymnasium as gym
@@ -20,14 +21,16 @@ import torch
 import tree  # dm_tree, which RLlib needs
 from numpy.typing import NDArray
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.connectors.common.agent_to_module_mapping import AgentToModuleMapping
+from ray.rllib.connectors.connector_pipeline_v2 import ConnectorPipelineV2
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
-from rllink_zmq.errors import PolicyError, ProtocolError, SettingsError
-from rllink_zmq.messages import FRAGMENT, AgentId
+from rllink_zmq.errors import PolicyError, SettingsError
+from rllink_zmq.messages import AgentId
 from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.packing_actions import action_packing, env_packing
 from rllink_zmq.rllib.exploration import forward
@@ -86,6 +89,7 @@ class Pipelines:
                 piece._update_stats = False  # RLlib's MeanStdFilter, which has no public name for it
         self._learning: list[ConnectorV2] = [] if learns is None else learns.connectors[:made]
         self.stateful = bool(state_bytes(self.to_module))
+        self._set = [b""]  # which state the pieces have, whoever shares them
         self._be_of(*given)
 
     def _be_of(self, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
@@ -111,8 +115,31 @@ class Pipelines:
 
     def set_state(self, state: bytes) -> None:
         """As of `state`. Raises `PolicyError` for bytes that are none."""
-        if state:
+        if state and self._set[0] != state:
+            self._set[0] = b""
             self.to_module.set_state(from_bytes(state))
+            self._set[0] = state
+
+    def room(self, config: AlgorithmConfig) -> int:
+        """Bytes at the end of the weights for the pieces' state, 0 = they have none. Those that learn are there to try
+        how large it grows: RLlib compresses the arrays, and those of a filter that has seen nothing are zeros. Raises
+        `SettingsError` for settings that a filter can't do with."""
+        state = self.state
+        if not state:
+            return 0
+        if not (config.merge_env_runner_states and config.broadcast_env_runner_states):
+            raise SettingsError(
+                "the configured connectors keep a state, and each runner would have one of its own: leave "
+                "config.env_runners(merge_env_runner_states=..., broadcast_env_runner_states=...) as they are"
+            )
+        self._teach_some()
+        return 8 + 2 * max(len(state), len(to_bytes([piece.get_state() for piece in self._learning]))) + 4096
+
+    def _teach_some(self, whose: AgentId | None = None) -> None:
+        """Let the pieces that learn see some observations."""
+        space = seeded(self.observation_space)
+        samples = [tree.map_structure(moderate, space.sample()) for _ in range(TRIED)]
+        self._seen(self._learning, self._firsts(samples, whose))
 
     # ---- acting
 
@@ -320,7 +347,8 @@ class Pipelines:
             raise
         except Exception as error:  # a user's module or piece
             raise PolicyError(
-                f"{type(module).__name__} can't act behind the configured connectors: {type(error).__name__}: {error}"
+                f"{type(module).__name__} can't act behind the configured connectors{_where(error)}: "
+                f"{type(error).__name__}: {error}"
             ) from error
         return int(answer[Columns.ACTION_DIST_INPUTS].reshape(TRIED, -1).shape[1])
 
@@ -334,21 +362,10 @@ class Pipelines:
         past = self._past_begun(samples[0], whose)
         states = [copy.deepcopy(piece.get_state()) for piece in self.to_module.connectors]
 
-        def run(piece: ConnectorV2, i: int, episode: Any, batch: Any, shared: Any, where: str) -> Any:
-            if states[i]:
-                piece.set_state(states[i])
+        def run(piece: ConnectorV2, episode: Any, batch: Any, shared: Any, where: str) -> Any:
             try:
                 shown = self._shown(module)
-                made = piece(rl_module=shown, batch=batch, episodes=[episode], explore=True, shared_data=shared)
-                if not _same(piece.get_state(), states[i]):
-                    raise PolicyError(
-                        f"the env-to-module piece {type(piece).__name__} changes its state with what it sees, and a "
-                        f"version of the policy must be one thing wherever it acts: MeanStdFilter can be told to "
-                        f"only follow, a piece of your own has to compute without a state of that kind"
-                    )
-                return made
-            except PolicyError:
-                raise
+                return piece(rl_module=shown, batch=batch, episodes=[episode], explore=True, shared_data=shared)
             except Exception as error:  # a user's piece may raise anything
                 raise PolicyError(
                     f"the env-to-module piece {type(piece).__name__} fails {where}: {type(error).__name__}: {error}"
@@ -357,18 +374,25 @@ class Pipelines:
         one, several = "for one observation", "for an episode of several steps"
         for sample in samples[1:]:
             batch: Any = {}
-            for i, piece in enumerate(self._own):
-                batch = run(piece, i, past, batch, {}, one if len(past) == 0 else several)
+            for piece in self._own:
+                batch = run(piece, past, batch, {}, one if len(past) == 0 else several)
             self._past_goes_on(past, sample, outputs)
+        for piece, state in zip(self.to_module.connectors, states, strict=True):
+            if not same(piece.get_state(), state):
+                raise PolicyError(
+                    f"the env-to-module piece {type(piece).__name__} changes its state with what it sees, and a "
+                    f"version of the policy must be one thing wherever it acts: MeanStdFilter can be told to "
+                    f"only follow, a piece of your own has to compute without a state of that kind"
+                )
         (alone,) = self._episodes([samples[-1 - self.lookback :]], memory, None if whose is None else [whose])
         self._call_alike(alone, past)
         batches: list[dict[str, Any]] = [{}, {}]
         shared: list[dict[str, Any]] = [{}, {}]
-        for i, piece in enumerate(self._compared()):
+        for piece in self._compared():
             for j, (episode, where) in enumerate(((alone, one), (past, several))):
-                batches[j] = run(piece, i, episode, batches[j], shared[j], where)
+                batches[j] = run(piece, episode, batches[j], shared[j], where)
             newest = [self._single(episode).get_observations(-1) for episode in (alone, past)]
-            if not _same(*(self._items_of(batch, alone) for batch in batches)) or not _same(*newest):
+            if not same(*(self._items_of(batch, alone) for batch in batches)) or not same(*newest):
                 return type(piece).__name__
         return ""
 
@@ -393,122 +417,46 @@ class Pipelines:
         return batch
 
 
-class FragmentConnectors:
-    """What a runner needs `pipelines` for where fragments become episodes. `filters`: their state at each version; None
-    where nothing is learned from the fragments, and any state will do. `whose`: the agent, where there are several."""
-
-    def __init__(self, pipelines: Pipelines, filters: Filters | None, whose: AgentId | None = None) -> None:
-        self._pipelines = pipelines
-        self._filters = filters
-        self._whose = whose
-
-    @property
-    def lookback(self) -> int:
-        """How many observations before the newest the pieces look at."""
-        return self._pipelines.lookback
-
-    def rewrite(self, message: FRAGMENT, observations: Any, back: int) -> tuple[Any, gym.Space[Any]]:
-        """A fragment's observations as the policy saw them, a structure of (back + steps + 1, ...) arrays; and the
-        space of that. Raises `UnknownFilter`."""
-        pipelines, count = self._pipelines, back + message.steps + 1
-        if pipelines.stateful and self._filters is not None:
-            pipelines.set_state(self._filters.known(message.version))
-            pipelines.learn(observations, back + 1 if message.t0 else back, count, self._whose)
-        return pipelines.rewritten(observations, count, self._whose)
-
-    def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> NDArray[Any]:
-        """(steps, k) of the fragment that was rewritten last: what `module` would have drawn its actions from.
-        `observations`: as they came."""
-        return self._pipelines.dist_inputs(module, observations, back, message.steps, self._whose)
-
-
-class UnknownFilter(ProtocolError):
-    """How a fragment's observations were filtered isn't known to this runner, not any longer or not yet."""
-
-
-class Filters:
-    """The state of the env-to-module pieces at each version of the weights, as far as this runner knows it. Several
-    threads may use it. `keep`: how many versions back."""
-
-    def __init__(self, keep: int) -> None:
-        self._keep = keep
-        self._lock = threading.Lock()
-        self._own: dict[int, bytes] = {}
-        self._published: dict[int, bytes] = {}
-
-    def own(self, version: int, state: bytes) -> None:
-        """RLlib gave this runner these weights when its pieces were in this state."""
-        self._note(self._own, version, state)
-
-    def published(self, version: int, state: bytes) -> None:
-        """This state came with the weights that simulators' actions are chosen by."""
-        self._note(self._published, version, state)
-
-    def _note(self, known: dict[int, bytes], version: int, state: bytes) -> None:
-        with self._lock:
-            known.pop(version, None)
-            known[version] = state
-            while (oldest := next(iter(known))) < version - self._keep:  # they come in their order
-                del known[oldest]
-
-    def at(self, version: int) -> bytes | None:
-        """The state at this version. What was published goes before what this runner would have published."""
-        with self._lock:
-            return self._published.get(version, self._own.get(version))
-
-    def known(self, version: int) -> bytes:
-        """The state at this version. Raises `UnknownFilter`."""
-        state = self.at(version)
-        if state is None:
-            raise UnknownFilter(f"the filters of version {version} aren't known here")
-        return state
-
-    def restart(self) -> None:
-        """A new run: its versions begin anew."""
-        with self._lock:
-            self._own.clear()
-            self._published.clear()
-
-
 def state_bytes(pipeline: ConnectorV2) -> bytes:
     """The state of a pipeline's pieces, to travel; b'' where they have none. Raises `PolicyError`."""
     state = {name: inner for name, inner in pipeline.get_state().items() if inner}
     return to_bytes(state) if state else b""
 
 
+def pipeline_of(config: AlgorithmConfig) -> ConnectorV2:
+    """An env-to-module pipeline of `config`, of its own state. Raises whatever a user's pieces do."""
+    spaces = dict.fromkeys((INPUT_ENV_SPACES, INPUT_ENV_SINGLE_SPACES), (config.observation_space, config.action_space))
+    pipeline: ConnectorV2 = config.build_env_to_module_connector(env=None, spaces=spaces)
+    return pipeline
+
+
 def own_pieces(config: AlgorithmConfig) -> list[ConnectorV2]:
     """The env-to-module pieces that the config adds. Raises whatever they do."""
-    spaces = dict.fromkeys((INPUT_ENV_SPACES, INPUT_ENV_SINGLE_SPACES), (config.observation_space, config.action_space))
-    pipeline = config.build_env_to_module_connector(env=None, spaces=spaces)
+    pipeline: Any = pipeline_of(config)
     return list(pipeline.connectors[: _count_own(config, pipeline)])
+
+
+def _where(error: BaseException) -> str:
+    """Which piece has raised it, in words; '' if none has."""
+    called = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised = [one for one in called if isinstance(one, ConnectorV2) and not isinstance(one, ConnectorPipelineV2)]
+    return f", in the piece {type(raised[-1]).__name__}" if raised else ""
 
 
 def seen_spaces(config: AlgorithmConfig) -> dict[AgentId, gym.Space[Any]]:
     """What modules are given of each agent's observations, behind the pieces that the config adds."""
-    pieces = own_pieces(config) if config._env_to_module_connector is not None else []
+    made = own_pieces(config) if config._env_to_module_connector is not None else []
+    pieces = list(takewhile(lambda piece: not isinstance(piece, AgentToModuleMapping), made))
     spaces: dict[AgentId, gym.Space[Any]] = dict(config.observation_space.spaces)
     return spaces | dict(pieces[-1].observation_space.spaces) if pieces else spaces
-
-
-def state_room(config: AlgorithmConfig, state: bytes) -> int:
-    """Bytes at the end of the weights for connectors that have this state when training begins. Raises `SettingsError`
-    for settings that a filter can't do with."""
-    if not state:
-        return 0
-    if not (config.merge_env_runner_states and config.broadcast_env_runner_states):
-        raise SettingsError(
-            "the configured connectors keep a state, and each runner would have one of its own: leave "
-            "config.env_runners(merge_env_runner_states=..., broadcast_env_runner_states=...) as they are"
-        )
-    return 8 + 2 * len(state) + 4096
 
 
 def _count_own(config: AlgorithmConfig, pipeline: Any) -> int:
     """How many pieces at the beginning of the pipeline are the user's."""
     plain = config.copy(copy_frozen=False)
     plain._env_to_module_connector = None
-    spaces = dict.fromkeys((INPUT_ENV_SPACES, INPUT_ENV_SINGLE_SPACES), (config.observation_space, config.action_space))
-    return len(pipeline.connectors) - len(plain.build_env_to_module_connector(env=None, spaces=spaces).connectors)
+    by_default: Any = pipeline_of(plain)
+    return len(pipeline.connectors) - len(by_default.connectors)
 
 
 def seeded(space: gym.Space[Any], seed: int = 0) -> gym.Space[Any]:
@@ -545,7 +493,7 @@ def _stacked(values: Any, count: int) -> NDArray[Any]:
     return np.ascontiguousarray(array)
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Two structures of lists, dicts, arrays and tensors."""
     mine, its = tree.flatten_with_path(one), tree.flatten_with_path(other)
     if [path for path, _ in mine] != [path for path, _ in its]:
@@ -562,4 +510,4 @@ def _equal(one: Any, other: Any) -> bool:
     return type(one) is type(other)  # what else is in a batch: episodes and such
 
 
-__all__ = ["Filters", "FragmentConnectors", "Pipelines", "UnknownFilter", "has_own_connectors", "state_bytes"]
+__all__ = ["Pipelines", "has_own_connectors", "seen_spaces", "state_bytes"]

@@ -12,6 +12,7 @@ from itertools import takewhile
 from typing import Any, Self
 
 import gymnasium as gym
+import torch
 import tree  # dm_tree, which RLlib needs
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.connectors.common.agent_to_module_mapping import AgentToModuleMapping
@@ -20,16 +21,18 @@ from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
+from rllink_zmq.errors import PolicyError
 from rllink_zmq.messages import AgentId
+from rllink_zmq.rllib.exploration import forward
 from rllink_zmq.rllib.pipelines import (
-    Filters,
-    FragmentConnectors,
     Pipelines,
     moderate,
+    same,
     seeded,
     seen_spaces,
     state_bytes,
 )
+from rllink_zmq.rllib.rewriting import Filters, FragmentConnectors
 
 TRIED_AGENTS = 16
 """Agents of a module that pieces are tried with at start, each of them."""
@@ -47,6 +50,8 @@ class AgentsPipelines(Pipelines):
     def __init__(self, config: AlgorithmConfig, device: Any = None, *, module: Any = None, learns: Any = None) -> None:
         self._observation_spaces, self._action_spaces = agents_of(config)
         super().__init__(config, device, module=module, learns=learns)
+        self._config, self._device = config, device
+        self._room: list[int] = []  # of all copies
         self._module_id = ""
         self._agents: frozenset[AgentId] = frozenset()
         self._others: dict[AgentId, str] = {}
@@ -61,8 +66,27 @@ class AgentsPipelines(Pipelines):
         return mine
 
     def apart(self) -> Self:
-        """Pieces of its own, which have another state. RLlib's constructors of a pipeline's pieces take 0.1 s."""
-        return copy.deepcopy(self)
+        """Pieces of its own, which have another state: copies, where they can be copied, for RLlib's constructors of a
+        pipeline's pieces take 0.1 s."""
+        mine = copy.copy(self)
+        own = len(self._own)
+        try:
+            mine.to_module, mine.to_env = copy.deepcopy((self.to_module, self.to_env))
+        except Exception:  # a piece of the user's that holds a lock, say
+            made = type(self)(self._config, self._device)
+            mine.to_module, mine.to_env = made.to_module, made.to_env
+        mine._own = mine.to_module.connectors[:own]
+        mine._set = [b""]
+        return mine
+
+    def room(self, config: AlgorithmConfig) -> int:
+        if not self._room:
+            self._room.append(super().room(config))
+        return self._room[0]
+
+    def _teach_some(self, whose: AgentId | None = None) -> None:
+        for agent in self._observation_spaces:
+            super(AgentsPipelines, self.of("", [agent]))._teach_some(agent)
 
     @property
     def agents(self) -> Collection[AgentId]:
@@ -82,9 +106,47 @@ class AgentsPipelines(Pipelines):
             self._around = {id(module): modules}
             inputs = self.check(module, agent)
             lookback = max(lookback, self.lookback)
+            self._check_to_env(modules, agent)
         self.lookback = lookback
         self._others, self._around = {}, {}
         return inputs
+
+    def _check_to_env(self, modules: MultiRLModule, agent: AgentId) -> None:
+        """Raises `PolicyError`, with its name, for a module-to-env piece that does something else where other agents
+        act, too."""
+        sample = tree.map_structure(moderate, seeded(self.observation_space).sample())
+        alone, again = self._begun(sample, agent), self._begun(sample, agent)
+        among = self._past_begun(sample, agent)
+        for other in (again, among):
+            self._call_alike(other, alone)
+        made = [self._to_env_of(modules, episode) for episode in (alone, again, among)]
+        for (name, one), (_, twice), (_, mine) in zip(*made, strict=True):
+            if same(one, twice) and not same(one, mine):
+                raise PolicyError(
+                    f"the module-to-env piece {name} looks at other agents, and a request to the action service is of "
+                    f"one policy's agents: have the environment do what it does, and leave {name} out"
+                )
+
+    def _to_env_of(self, modules: MultiRLModule, episode: Any) -> list[tuple[str, Any]]:
+        """What each module-to-env piece of the user's makes of an episode's first actions, for its first agent."""
+        shared: dict[str, Any] = {}
+        found = []
+        with torch.no_grad():
+            batch = self.to_module(
+                rl_module=modules, batch={}, episodes=[episode], explore=False, shared_data=shared
+            )  # fmt: skip
+            out = {name: dict(forward(modules[name], each, False, 0)) for name, each in batch.items()}
+            for piece in self.to_env.connectors:
+                name = type(piece).__name__
+                try:
+                    out = piece(rl_module=modules, batch=out, episodes=[episode], explore=False, shared_data=shared)
+                except Exception as error:  # a user's piece may raise anything
+                    raise PolicyError(
+                        f"the module-to-env piece {name} fails: {type(error).__name__}: {error}"
+                    ) from error
+                if not type(piece).__module__.startswith("ray.rllib."):
+                    found.append((name, copy.deepcopy(self._items_of(out, episode))))
+        return found
 
     # ---- episodes of one agent
 
@@ -160,7 +222,8 @@ class AgentsPipelines(Pipelines):
 
     def _call_alike(self, alone: Any, past: Any) -> None:
         alone.id_ = past.id_
-        self._single(alone).multi_agent_episode_id = past.id_
+        for single in alone.agent_episodes.values():
+            single.multi_agent_episode_id = past.id_
 
     def _compared(self) -> Sequence[ConnectorV2]:
         """Behind RLlib's AgentToModuleMapping nobody knows any more which agent's a row is."""

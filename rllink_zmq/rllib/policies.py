@@ -19,7 +19,7 @@ from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.policy import PolicyManifest, Tensor, Weight, pack_policy
 from rllink_zmq.rllib.export import OPSET, export_policy
 from rllink_zmq.rllib.export_connectors import check_connectors
-from rllink_zmq.rllib.pipelines import Pipelines, state_room
+from rllink_zmq.rllib.pipelines import Pipelines, pipeline_of
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.rllib.settings import explores
 from rllink_zmq.rllib.trainable import NO_MEMORY_IN_SAC
@@ -57,13 +57,13 @@ def _remote_policy(config: AlgorithmConfig, module: RLModule, why: str) -> bytes
     name = type(module).__name__
     if isinstance(module, MultiRLModule) or not isinstance(module, TorchRLModule):
         raise PolicyError(f"{name} is not a single TorchRLModule: neither simulators nor runners can act by it")
-    pipelines = Pipelines(config)
+    pipelines = Pipelines(config, learns=pipeline_of(config))
     dist_inputs = pipelines.check(module)
     return pack_policy(
         remote_manifest(
             module, config.observation_space, config.action_space, why,
             action_dist_inputs=dist_inputs, explores=explores(config)[0], evaluation_explores=explores(config)[1],
-            connectors=state_room(config, pipelines.state), lookback=pipelines.lookback,
+            connectors=pipelines.room(config), lookback=pipelines.lookback,
         ),
         b"",
     )  # fmt: skip

@@ -53,13 +53,11 @@ from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.export_connectors import own_flattening
 from rllink_zmq.rllib.link import RunnerLink
 from rllink_zmq.rllib.pipelines import (
-    Filters,
-    FragmentConnectors,
     Pipelines,
-    UnknownFilter,
     has_own_connectors,
     state_bytes,
 )
+from rllink_zmq.rllib.rewriting import Filters, FragmentConnectors, UnknownFilter
 from rllink_zmq.rllib.samples import Samples
 from rllink_zmq.rllib.service import MAX_ROWS, ActService, ModuleActor, PipelineActor
 from rllink_zmq.rllib.settings import (

@@ -71,16 +71,6 @@ def _said(columns: dict[str, tuple[str, tuple[int, ...]]]) -> str:
     return ", ".join(f"{name} {np.dtype(dtype)}{list(shape)}" for name, (dtype, shape) in columns.items())
 
 
-def _misnamed(message: ACT, known: Collection[AgentId]) -> str:
-    """Why the agents that a request names don't do; '' when they do."""
-    if not message.agents:
-        return f"expected 'agents', whose each of the {message.rows} rows is: the policy sees agents differently"
-    strange = [agent for agent in message.agents if agent not in known]
-    if strange:
-        return f"module '{message.module}' doesn't act for agent {strange[0]!r}"
-    return ""
-
-
 Asked: TypeAlias = tuple[ACT, Sequence[Buffer]]
 """A request, and its body."""
 
@@ -505,8 +495,8 @@ class ActService:
         actor, column = self.actor, message.columns[0]
         if message.module != self.module:
             return f"there is no module '{message.module}' here: leave it out"
-        if actor.agents and (why := _misnamed(message, actor.agents)):
-            return why
+        if actor.agents and not message.agents:
+            return f"expected 'agents', whose each of the {message.rows} rows is: connectors may treat them differently"
         rest = message.columns[1:]
         if column.name != "obs" or (rest and not actor.memory and not actor.lookback):
             names = ", ".join(c.name for c in message.columns)

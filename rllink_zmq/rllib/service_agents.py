@@ -41,13 +41,21 @@ class AgentsActService(ActService):
     def _answer_all(self, batch: Sequence[Asked], now: float) -> None:
         parts: dict[str, list[Asked]] = {}
         for message, body in batch:
-            if message.module in self.actors:
+            if message.module in self.actors and (why := self._acts_no_more(message)):
+                self._refuse(message, "no_module", why, now)
+            elif message.module in self.actors:
                 parts.setdefault(message.module, []).append((message, body))
             else:
                 self._refuse(message, "no_module", self._missing(message), now)
         for module, part in parts.items():
             self.module, self.actor = module, self.actors[module]
             super()._answer_all(part, now)
+
+    def _acts_no_more(self, message: ACT) -> str:
+        """The mapping may have changed since the simulator heard of it: why the episode can't go on; '' if it can."""
+        known = self.actors[message.module].agents
+        strange = [agent for agent in message.agents if agent not in known] if known else []
+        return f"module '{message.module}' doesn't act for agent {strange[0]!r} (any more)" if strange else ""
 
     def _missing(self, message: ACT) -> str:
         known = ", ".join(f"'{name}'" for name in self.actors)

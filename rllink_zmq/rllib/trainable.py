@@ -48,6 +48,7 @@ def check_trainable(config: AlgorithmConfig) -> None:
     with the agent's, where there are several, and `SettingsError` for connectors that don't go with them."""
     observations, actions = config.observation_space, config.action_space
     made = config._env_to_module_connector
+    _check_to_env(config)
     if config.is_multi_agent:
         try:
             flattenings = agents_flattening(config)
@@ -68,6 +69,22 @@ def check_trainable(config: AlgorithmConfig) -> None:
         spaces = {INPUT_ENV_SINGLE_SPACES: (observations, actions)}
         flattens = pieces(made, (None, spaces, None)) == "FlattenObservations"
     _check(config, observations, actions, made is None or flattens, flattens)
+
+
+def _check_to_env(config: AlgorithmConfig) -> None:
+    """Raises `SettingsError` for module-to-env pieces that can't be made where there is no environment."""
+    make = config._module_to_env_connector
+    if make is None:
+        return
+    spaces = {INPUT_ENV_SINGLE_SPACES: (config.observation_space, config.action_space)}
+    try:
+        config.build_module_to_env_connector(env=None, spaces=spaces)
+    except Exception as error:  # the user's function
+        made = pieces(make, (None, spaces))
+        raise SettingsError(
+            f"config.env_runners(module_to_env_connector=...) adds {made}, which can't be built where there is no "
+            f"environment: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check(
