@@ -396,7 +396,8 @@ def test_sac_trains_several_agents(cluster: None, server: Server, built: list[Al
         algorithm = build(small_dqn.several(sac()), server)
         built.append(algorithm)
         results = [algorithm.train() for _ in range(2)]
-    assert results[-1]["env_runners"]["num_env_steps_sampled_lifetime"] == 400
+    steps = results[-1]["env_runners"]["num_env_steps_sampled_lifetime"]
+    assert steps >= 400 and steps % 8 == 0, "an iteration takes a second at least, and each call 8 env steps"
     for name in ("pole_0", "pole_1"):
         assert np.isfinite(results[-1]["learners"][name]["qf_loss"])
         assert server.core.module_versions[name] > 10  # type: ignore[union-attr]

@@ -24,14 +24,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.messages import AgentId
 from rllink_zmq.rllib.exploration import forward
-from rllink_zmq.rllib.pipelines import (
-    Pipelines,
-    moderate,
-    same,
-    seeded,
-    seen_spaces,
-    state_bytes,
-)
+from rllink_zmq.rllib.pipelines import Pipelines, moderate, same, seeded, seen_spaces, state_bytes
 from rllink_zmq.rllib.rewriting import Filters, FragmentConnectors
 
 TRIED_AGENTS = 16
@@ -114,9 +107,9 @@ class AgentsPipelines(Pipelines):
     def _check_to_env(self, modules: MultiRLModule, agent: AgentId) -> None:
         """Raises `PolicyError`, with its name, for a module-to-env piece that does something else where other agents
         act, too."""
-        sample = tree.map_structure(moderate, seeded(self.observation_space).sample())
-        alone, again = self._begun(sample, agent), self._begun(sample, agent)
-        among = self._past_begun(sample, agent)
+        samples = [tree.map_structure(moderate, seeded(self.observation_space).sample()) for _ in range(3)]
+        alone, again = self._begun(samples[0], agent), self._begun(samples[1], agent)
+        among = self._past_begun(samples[2], agent)
         for other in (again, among):
             self._call_alike(other, alone)
         made = [self._to_env_of(modules, episode) for episode in (alone, again, among)]
@@ -239,9 +232,7 @@ class AgentsPipelines(Pipelines):
         }
 
 
-def agents_of(
-    config: AlgorithmConfig,
-) -> tuple[dict[AgentId, gym.Space[Any]], dict[AgentId, gym.Space[Any]]]:
+def agents_of(config: AlgorithmConfig) -> tuple[dict[AgentId, gym.Space[Any]], dict[AgentId, gym.Space[Any]]]:
     """Observation and action spaces of all agents there may be, by their ids."""
     return dict(config.observation_space.spaces), dict(config.action_space.spaces)
 
