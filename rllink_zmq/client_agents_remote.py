@@ -64,7 +64,7 @@ class Asked:
         self.columns = {"obs": observations}
         self.columns |= zip(names, builder.memories(agents), strict=True)
         if rows.layout is not None and rows.layout.lookback:
-            self.columns |= before_of(builder.before_each(agents), rows.layout.lookback, observations)
+            self.columns |= before_of(builder.before_each(agents), rows.layout.lookback)
         self.request = 0
         self.again_at = 0.0
         self.answer: Answer | None = None

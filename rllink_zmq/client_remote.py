@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rllink_zmq import __version__
-from rllink_zmq.arrays import Array, from_body, to_buffers
+from rllink_zmq.arrays import from_body, to_buffers
 from rllink_zmq.errors import EpisodeError, PolicyError, ProtocolError
-from rllink_zmq.fragments import FragmentBuilder, Layout, Origin, Row, StateRow
+from rllink_zmq.fragments import Before, FragmentBuilder, Layout, Origin, Row, StateRow
 from rllink_zmq.fragments_block import BlockBuilder
 from rllink_zmq.messages import (
     ACTION,
+    BEFORE,
     LOOKBACK,
-    OBS_BEFORE,
     STARTS,
     STATE_IN,
     STATE_OUT,
@@ -201,7 +201,7 @@ class PendingActions:
         self._builders = [builder for builder, _ in pairs if isinstance(builder, FragmentBuilder)]
         rows = np.stack([builder.observe(observation) for builder, observation in pairs])
         layout = self._remote.layout
-        self._beside = _memory(self._builders, layout) | _before(self._builders, layout, rows)
+        self._beside = _memory(self._builders, layout) | _before(self._builders, layout)
         return rows
 
     def _send(self) -> int:
@@ -327,22 +327,26 @@ def _memory(builders: Sequence[FragmentBuilder], layout: Layout | None) -> dict[
     return columns
 
 
-def _before(builders: Sequence[FragmentBuilder], layout: Layout | None, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
+def _before(builders: Sequence[FragmentBuilder], layout: Layout | None) -> dict[str, NDArray[Any]]:
     """A request's columns of earlier observations, which stand at the end of each row: none where the policy looks at
     none, or all episodes begin."""
     if layout is None or not layout.lookback or not any(builder.t0 + builder.steps for builder in builders):
         return {}
-    return before_of([builder.before() for builder in builders], layout.lookback, rows)
+    return before_of([builder.before() for builder in builders], layout.lookback)
 
 
-def before_of(known: Sequence[Array], lookback: int, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """The columns of earlier observations, of which `known` are those before each of `rows`, `lookback` at most."""
-    earlier = np.zeros((len(rows), lookback, *rows.shape[1:]), rows.dtype)
-    counts = np.zeros(len(rows), np.int32)
+def before_of(known: Sequence[Before], lookback: int) -> dict[str, NDArray[Any]]:
+    """The columns of earlier steps, of which `known` are those before each row, `lookback` at most."""
+    columns = {
+        name: np.zeros((len(known), lookback, *array.shape[1:]), array.dtype)
+        for name, array in zip(BEFORE, known[0], strict=True)
+    }
+    counts = np.zeros(len(known), np.int32)
     for i, some in enumerate(known):
-        counts[i] = len(some)
-        earlier[i, lookback - len(some) :] = some
-    return {OBS_BEFORE: earlier, STEPS_BEFORE: counts}
+        counts[i] = len(some.rewards)
+        for column, array in zip(columns.values(), some, strict=True):
+            column[i, lookback - len(array) :] = array
+    return columns | {STEPS_BEFORE: counts}
 
 
 def request(

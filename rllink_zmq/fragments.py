@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from rllink_zmq.arrays import Array
 from rllink_zmq.errors import EpisodeError
-from rllink_zmq.messages import OBS_BEFORE, STATE_IN, AgentRows, Segment
+from rllink_zmq.messages import BEFORE, STATE_IN, AgentRows, Segment
 from rllink_zmq.packing import Packing, dtype_of, packing_of
 from rllink_zmq.packing_actions import action_dtype, action_packing, choices_of, env_packing
 
@@ -88,7 +88,8 @@ class Layout(NamedTuple):
     def last_bytes(self) -> int:
         """Bytes beside those of the steps: of the row after the last one, its observation and memory, and of what
         comes before the first one."""
-        return self.obs.nbytes * (1 + self.lookback) + sum(state.row.nbytes for state in self.state)
+        before = (self.obs.nbytes + self.action.nbytes + 4) * self.lookback
+        return self.obs.nbytes + before + sum(state.row.nbytes for state in self.state)
 
     def step_bytes(self, kind: Kind) -> int:
         """Bytes that each step adds to a fragment."""
@@ -118,6 +119,14 @@ def layout_of_spaces(observation_space: gym.Space[Any], action_space: gym.Space[
 
 def _row(space: gym.Space[Any]) -> Row:
     return Row(tuple(space.shape or ()), dtype_of(space))
+
+
+class Before(NamedTuple):
+    """Steps that came before: (n, *shape) of observations, what was done on each of them, and the rewards."""
+
+    observations: Array
+    actions: Array
+    rewards: Array
 
 
 class Origin(NamedTuple):
@@ -185,7 +194,7 @@ class FragmentBuilder:
         self.fresh = True
         self.state: tuple[Array, ...] = ()
         self._states: tuple[Array, ...] = ()
-        self._past: Array | None = None
+        self._past: Before | None = None
 
     def begin(self, layout: Layout, kind: Kind, origin: Origin, limit: int) -> None:
         """Start the next fragment, of at most `limit` >= 1 steps. An observation that ended the last one is kept."""
@@ -346,15 +355,17 @@ class FragmentBuilder:
         self._states = tuple(np.zeros((rows + 1, *state.row.shape), state.row.dtype) for state in layout.state)
         self.remember(first or [column[0] for column in self._states], 0)
 
-    def before(self) -> Array:
-        """(n, *shape): the observations before the newest one, of the last `lookback` those that there are."""
+    def before(self) -> Before:
+        """The steps before the newest observation, of the last `lookback` those that there are."""
         layout = self._layout
         assert layout is not None
-        newest = self._obs[max(0, self.steps - layout.lookback) : self.steps]
-        missing = layout.lookback - len(newest)
+        rows = slice(max(0, self.steps - layout.lookback), self.steps)
+        newest = Before(self._obs[rows], self._actions[rows], self._rewards[rows])
+        missing = layout.lookback - len(newest.observations)
         if self._past is None or not missing:
             return newest
-        return np.concatenate([self._past[max(0, len(self._past) - missing) :], newest])
+        pairs = zip(self._past, newest, strict=True)
+        return Before(*(np.concatenate([old[max(0, len(old) - missing) :], new]) for old, new in pairs))
 
     # ---- cutting
 
@@ -419,8 +430,8 @@ class FragmentBuilder:
             arrays["action_dist_inputs"] = self._dist[:steps]
         for state, column in zip(self.remembers, self._states, strict=True):
             arrays[f"{STATE_IN}{state.name}"] = column[: steps + 1]
-        if self._past is not None and len(self._past):
-            arrays[OBS_BEFORE] = self._past
+        if self._past is not None and len(self._past.observations):
+            arrays |= zip(BEFORE, self._past, strict=True)
         last = self._obs[steps].copy()
         if steps * 2 < self._rows:
             # What is kept until it is settled takes the memory that the window counts, not twice as much.
@@ -430,7 +441,7 @@ class FragmentBuilder:
         self.t0 += steps
         if self._layout is not None and self._layout.lookback:
             self.steps = steps
-            self._past = self.before().copy()
+            self._past = Before(*(array.copy() for array in self.before()))
         self.steps = 0
         self._rows = max(FIRST_ROWS, steps)
         self._obs = last[np.newaxis]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rllink_zmq.arrays import Array
 from rllink_zmq.errors import EpisodeError, RemovedError
-from rllink_zmq.fragments import Cut, End, FragmentBuilder, Kind, Layout, Origin, Row
+from rllink_zmq.fragments import Before, Cut, End, FragmentBuilder, Kind, Layout, Origin, Row
 from rllink_zmq.messages import MAX_AGENTS_STEPS, AgentId, AgentRows
 
 log = logging.getLogger("rllink_zmq")
@@ -285,8 +285,8 @@ class AgentsBuilder(FragmentBuilder):
         states = [self.agents[name].rows.state for name in agents]
         return [np.stack(each) for each in zip(*states, strict=True)]
 
-    def before_each(self, agents: Iterable[AgentId]) -> list[Array]:
-        """The observations before the newest one of each, as far as its policy looks back."""
+    def before_each(self, agents: Iterable[AgentId]) -> list[Before]:
+        """The steps before the newest observation of each, as far as its policy looks back."""
         return [self.agents[name].rows.before() for name in agents]
 
     def took(

@@ -45,7 +45,8 @@ MAX_BOUNDS = 8192
 """Bounds listed one by one in a Box: those of two spaces fit into a header."""
 STATE_IN, STATE_OUT = "state_in/", "state_out/"
 """Before the name of a recurrent policy's state: the columns of its memory before steps, and after them."""
-OBS_BEFORE, STEPS_BEFORE, LOOKBACK = "obs_before", "steps_before", "lookback"
+OBS_BEFORE, ACTIONS_BEFORE, REWARDS_BEFORE = BEFORE = ("obs_before", "actions_before", "rewards_before")
+STEPS_BEFORE, LOOKBACK = "steps_before", "lookback"
 """Columns of policies that look at earlier observations: the last of them (before a fragment; before each row of an
 ACT), how many there are (in each row of an ACT), and how many are wanted (in ACTION)."""
 STARTS = "starts"

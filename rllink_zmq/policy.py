@@ -161,8 +161,8 @@ class PolicyManifest(Struct, frozen=True):
     numbers are not all `noise`.
     `remote_only`: why this policy can't run but where the learner's modules are; there is no graph then. `connectors`:
     bytes at the end of a version's, which are the state of such a policy's connectors. `state`: the memory of a
-    recurrent policy. `lookback`: how many observations before the newest such connectors look at. `epsilon`: (env steps
-    sampled in the training, value) in rising order, linear in between: the input of a graph that is epsilon-greedy."""
+    recurrent policy. `lookback`: how many steps before the newest observation such connectors look at. `epsilon`: (env
+    steps sampled in the training, value) in rising order, linear in between: the input of an epsilon-greedy graph."""
 
     format: Literal[1]
     module: Annotated[str, Meta(max_length=256)]

@@ -16,6 +16,7 @@ from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import (
     ACT,
     ACTION,
+    BEFORE,
     CONFIG,
     FRAGMENT,
     MAX_AGENTS_STEPS,
@@ -23,7 +24,6 @@ from rllink_zmq.messages import (
     MAX_FRAME_BYTES,
     MAX_FRAMES,
     MAX_HEADER_BYTES,
-    OBS_BEFORE,
     STATE,
     STATE_IN,
     Column,
@@ -155,7 +155,7 @@ def _check_rows_of(columns: tuple[Column, ...], steps: int, segments: int) -> in
     claimed = 0
     for column in columns:
         claimed += column_bytes(column)
-        if column.name == OBS_BEFORE and column.shape and not segments:
+        if column.name in BEFORE and column.shape and not segments:
             continue  # as many as there are
         rows = steps + pieces if column.name == "obs" or column.name.startswith(STATE_IN) else steps
         if not column.shape or column.shape[0] != rows:
@@ -190,7 +190,7 @@ def _check_agents(message: FRAGMENT, columns: tuple[Column, ...]) -> int:
         module, _, name = column.name.partition("/")
         if module not in agents:
             raise ProtocolError(f"column '{column.name}' is of none of the fragment's agents' modules: {list(agents)}")
-        if name == OBS_BEFORE and column.shape:
+        if name in BEFORE and column.shape:
             continue  # as many as there are
         expected = steps[module] + (agents[module] if name in ("obs", "t") or name.startswith(STATE_IN) else 0)
         if not column.shape or column.shape[0] != expected:

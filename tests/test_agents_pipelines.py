@@ -23,6 +23,7 @@ from ray.rllib.connectors.env_to_module import (
     AddObservationsFromEpisodesToBatch,
     AgentToModuleMapping,
     BatchIndividualItems,
+    FlattenObservations,
     MeanStdFilter,
     NumpyToTensor,
     PrevActionsPrevRewards,
@@ -46,8 +47,9 @@ from test_agents_episodes import RUN, assert_same, lease, with_columns
 from rllink_zmq.client_policy import layout_of_policy
 from rllink_zmq.client_remote import before_of
 from rllink_zmq.errors import EpisodeError, PolicyError, SettingsError
+from rllink_zmq.fragments import Before
 from rllink_zmq.fragments_agents import AgentsBuilder, AgentsOrigin, Member, Turn, whole
-from rllink_zmq.messages import ACT, OBS_BEFORE, STEPS_BEFORE, AgentId, Column
+from rllink_zmq.messages import ACT, BEFORE, OBS_BEFORE, STEPS_BEFORE, AgentId, Column
 from rllink_zmq.rllib import attach
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.multi_agent_episodes import MultiAgentEpisodeBuilder
@@ -187,6 +189,15 @@ CASES: dict[str, tuple[Callable[[], PPOConfig], Any, int]] = {
     "each alone": (lambda: config(NUMBERS, Sorted), NUMBERS, 0),
     "filtered": (filtered, NUMBERS, 0),
     "frames": (stacked, FRAMES, 2),
+    "what was done": (
+        lambda: config(
+            NUMBERS,
+            partial(PrevActionsPrevRewards, multi_agent=True, n_prev_actions=2),
+            partial(FlattenObservations, multi_agent=True),
+        ),
+        NUMBERS,
+        2,
+    ),
     "other actions": (lambda: config(NUMBERS, to_env=Turned), NUMBERS, 0),
     "recurrent": (
         lambda: config(NUMBERS, ByAgent).rl_module(
@@ -296,9 +307,9 @@ def asked(actor: PipelineActor, builder: AgentsBuilder, agents: list[AgentId]) -
     state = builder.memories(agents) if actor.memory else None
     earlier = None
     if actor.lookback:
-        brought = before_of(builder.before_each(agents), actor.lookback, rows)
-        pairs = zip(brought[OBS_BEFORE], brought[STEPS_BEFORE], strict=True)
-        earlier = [before[actor.lookback - count :] for before, count in pairs]
+        brought = before_of(builder.before_each(agents), actor.lookback)
+        first = actor.lookback - brought[STEPS_BEFORE]
+        earlier = [Before(*(brought[name][i, first[i] :] for name in BEFORE)) for i in range(len(agents))]
     return actor.act(rows, False, state, None if state is None else np.zeros(len(rows), bool), earlier, agents)
 
 
@@ -387,11 +398,7 @@ def test_a_fragment_of_a_filter_that_nobody_knows_is_stale_and_teaches_nothing()
     ("made", "text"),
     [
         (lambda: config(NUMBERS, Shared), "the policy 'p': the env-to-module piece Shared looks at other agents"),
-        (lambda: config(NUMBERS, Counting), "piece Counting looks at other agents, at earlier actions or rewards"),
-        (
-            lambda: config(NUMBERS, partial(PrevActionsPrevRewards, multi_agent=True)),
-            "piece PrevActionsPrevRewards",
-        ),
+        (lambda: config(NUMBERS, Counting), "piece Counting looks at other agents, further back than 16 steps, or at"),
     ],
 )
 def test_a_piece_that_no_runner_can_act_behind_is_refused_by_its_name(made: Callable[[], Any], text: str) -> None:

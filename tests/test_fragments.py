@@ -325,17 +325,22 @@ def test_earlier_observations_are_kept_over_cuts_and_cost_a_step_nothing():
     layout = layout_of_spaces(gym.spaces.Box(0, 1000, (2,), np.float32), gym.spaces.Discrete(2))
     looking = layout._replace(lookback=3)
     assert looking.step_bytes("acted") == layout.step_bytes("acted")
-    assert looking.last_bytes == layout.last_bytes + 3 * 8
+    assert looking.last_bytes == layout.last_bytes + 3 * (8 + 8 + 4), "an observation, an action, a reward"
     made = FragmentBuilder("e")
     seen = []
     for t in range(9):
         if t in (0, 2, 3, 7):
             made.begin(looking, "acted", Origin("r", 0), 8)
         made.observe(np.full(2, t, np.float32))
-        assert made.before()[:, 0].tolist() == list(range(max(0, t - 3), t))
-        made.act(0, -1.0, np.zeros(0, np.float32))
+        before, last = made.before(), list(range(max(0, t - 3), t))
+        assert before.observations[:, 0].tolist() == last and before.actions.tolist() == [i % 2 for i in last]
+        assert before.rewards.tolist() == last
+        made.act(t % 2, -1.0, np.zeros(0, np.float32))
+        made.reward(float(t))
         if t in (1, 2, 6, 8):
             made.observe(np.full(2, t + 1, np.float32))
             seen.append(made.cut().arrays)
     earlier = [arrays["obs_before"][:, 0].tolist() if "obs_before" in arrays else [] for arrays in seen]
     assert earlier == [[], [0, 1], [0, 1, 2], [4, 5, 6]]
+    assert [arrays["rewards_before"].tolist() for arrays in seen[1:]] == earlier[1:]
+    assert [arrays["actions_before"].tolist() for arrays in seen[1:]] == [[0, 1], [0, 1, 0], [0, 1, 0]]

@@ -25,13 +25,14 @@ from test_packed_policies import fragment
 
 from rllink_zmq.arrays import to_buffers
 from rllink_zmq.errors import PolicyError, SettingsError
-from rllink_zmq.fragments import FragmentBuilder, Origin, layout_of_spaces
+from rllink_zmq.fragments import Before, FragmentBuilder, Origin, Row, StateRow, layout_of_spaces
 from rllink_zmq.messages import FRAGMENT, STATE_IN, STATE_OUT
 from rllink_zmq.packing import Packing
 from rllink_zmq.policy import Policy, PolicyManifest, unpack_policy
 from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import connectors_state, weights_body
 from rllink_zmq.rllib.export_connectors import check_connectors, own_flattening
+from rllink_zmq.rllib.flattening import Came
 from rllink_zmq.rllib.pipelines import Pipelines, has_own_connectors, state_bytes
 from rllink_zmq.rllib.policies import policy_of
 from rllink_zmq.rllib.rewriting import Filters, FragmentConnectors
@@ -168,7 +169,7 @@ class Replayed(gym.Env[Any, int]):
 
     def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self._at += 1
-        return self._observations[self._at], 1.0, False, self._at == len(self._observations) - 1, {}
+        return self._observations[self._at], 0.5 * self._at - 1.0, False, self._at == len(self._observations) - 1, {}
 
 
 def rllib(made: PPOConfig, observations: list[Any], explore: bool = False) -> Any:
@@ -279,14 +280,23 @@ def test_a_piece_that_fails_on_one_fragment_costs_that_one() -> None:
         (5, np.zeros((2, 10, 10, 1), np.float64), "like 'obs'"),
         (5, np.zeros((2, 10, 9, 1), np.float32), "'obs_before' has rows of shape"),
         (5, np.full((2, 10, 10, 1), np.nan, np.float32), "'obs_before' holds NaN"),
+        (5, {"actions_before": np.zeros(1, np.int64)}, "needs 2 rows of 'actions_before', like 'actions'"),
+        (5, {"actions_before": np.array([0, 2], np.int64)}, "'actions_before' must be integers from 0 to 1"),
+        (5, {"rewards_before": np.array([0, np.nan], np.float32)}, "'rewards_before' must be one finite number"),
         (1, np.zeros((2, 10, 10, 1), np.float32), "begins at step 1 needs 1 rows"),
     ],
 )
-def test_earlier_observations_that_do_not_fit_are_refused(t0: int, before: NDArray[Any] | None, text: str) -> None:
+def test_earlier_steps_that_do_not_fit_are_refused(t0: int, before: Any, text: str) -> None:
     made = stacked()
     connectors = FragmentConnectors(Pipelines(made, lookback=2), Filters(2))
     builder = EpisodeBuilder(PIXELS, DISCRETE, module_of(made), connectors=connectors)
-    lease = fragment(np.stack(samples(PIXELS)), **({} if before is None else {"obs_before": before}))
+    fitting = {
+        "obs_before": np.zeros((2, 10, 10, 1), np.float32),
+        "actions_before": np.zeros(2, np.int64),
+        "rewards_before": np.zeros(2, np.float32),
+    }
+    changed = before if isinstance(before, dict) else {"obs_before": before}
+    lease = fragment(np.stack(samples(PIXELS)), **({} if before is None else fitting | changed))
     lease = lease._replace(message=msgspec.structs.replace(lease.message, t0=t0))
     built, (refusal,) = builder.build([lease])
     assert not built and text in str(refusal.error)
@@ -318,7 +328,8 @@ def test_a_filters_state_is_the_versions_and_does_not_learn_from_requests() -> N
     live = Pipelines(made, learns=learning)
     before = state_bytes(learning)
     data = np.random.default_rng(1).normal(3.0, 2.0, (200, 3)).astype(np.float32)
-    live.learn(data, 0, 200)
+    nothing = np.zeros(0)
+    live.learn(Came(data, nothing, nothing), 0)
     after = state_bytes(learning)
     assert live.stateful and after != before
     actor, manifest = actor_of(made, before)
@@ -338,12 +349,19 @@ def test_a_filters_state_is_the_versions_and_does_not_learn_from_requests() -> N
             ours["action_dist_inputs"], expected[Columns.ACTION_DIST_INPUTS], rtol=1e-3, atol=1e-4
         )
     live.set_state(after)
-    seen, _ = live.rewritten(data[:5], 5)
+    seen, _ = live.rewritten(Came(data[:5], nothing, nothing))
     np.testing.assert_allclose(seen, (data[:5] - mean) / std, rtol=1e-3, atol=1e-4)
     assert state_bytes(learning) == after
 
 
 PIXELS = gym.spaces.Box(0.0, 1.0, (10, 10, 1), np.float32)
+
+
+def earlier_of(episode: Any, rows: NDArray[Any], t: int, lookback: int) -> Before:
+    """The steps before the t-th observation of RLlib's episode; `rows`: the observations as they travel."""
+    steps = slice(max(0, t - lookback), t)
+    actions, rewards = np.asarray(episode.get_actions()), np.asarray(episode.get_rewards(), np.float32)
+    return Before(rows[steps], actions[steps], rewards[steps])
 
 
 def stacked(**more: Any) -> PPOConfig:
@@ -358,7 +376,7 @@ def test_frames_are_stacked_of_what_a_request_brings() -> None:
     actor, manifest = actor_of(made)
     assert manifest.lookback == actor.lookback == 2
     rows = np.stack(observations)
-    earlier = [rows[max(0, t - 2) : t] for t in range(6)]
+    earlier = [earlier_of(theirs, rows, t, 2) for t in range(6)]
     ours = actor.act(rows[:-1], False, earlier=earlier)
     expected = theirs.get_extra_model_outputs(Columns.ACTION_DIST_INPUTS)
     np.testing.assert_allclose(ours["action_dist_inputs"], expected, rtol=1e-4, atol=1e-6)
@@ -407,6 +425,74 @@ def test_a_learner_gets_the_stacks_that_rllibs_own_runner_makes(lengths: tuple[i
         np.testing.assert_allclose(batch(episodes), expected, rtol=1e-6)
 
 
+def told_what_was_done(*more: type, **options: Any) -> PPOConfig:
+    return config(BOX, partial(PrevActionsPrevRewards, n_prev_actions=2, n_prev_rewards=3), *more, **options)
+
+
+@pytest.mark.parametrize("memory", [False, True], ids=["", "recurrent"])
+@pytest.mark.parametrize("lengths", [(6,), (2, 4), (1, 1, 4)], ids=str)
+def test_pieces_may_look_at_what_was_done_before(lengths: tuple[int, ...], memory: bool) -> None:
+    """RLlib's PrevActionsPrevRewards: what the module sees and a learner gets is what RLlib's own runner has, wherever
+    fragments are cut."""
+    made = told_what_was_done(FlattenObservations)
+    if memory:
+        made.rl_module(model_config={"use_lstm": True, "lstm_cell_size": 3, "fcnet_hiddens": [8], "max_seq_len": 4})
+    observations = samples(BOX, 7)
+    theirs = rllib(made, observations)
+    actor, manifest = actor_of(made)
+    assert manifest.lookback == 3
+    layout = layout_of_spaces(BOX, DISCRETE)._replace(
+        dist_inputs=2, lookback=3,
+        state=tuple(StateRow(s.name, Row(s.shape, np.dtype(s.dtype))) for s in manifest.state),
+        starts=tuple(s.start for s in manifest.state),
+    )  # fmt: skip
+    builder, leases, t = FragmentBuilder("e"), [], 0
+    for i, length in enumerate(lengths):
+        builder.begin(layout, "acted", Origin("r", 0), length)
+        for _ in range(length):
+            builder.observe(observations[t])
+            state = [array[np.newaxis] for array in builder.state] if memory else None
+            earlier = [builder.before()]
+            answer = actor.act(observations[t][np.newaxis], False, state, np.zeros(1, bool), earlier)
+            expected = theirs.get_extra_model_outputs(Columns.ACTION_DIST_INPUTS, t)
+            np.testing.assert_allclose(answer["action_dist_inputs"][0], expected, rtol=1e-4, atol=1e-6)
+            after = [answer[STATE_OUT + s.name][0] for s in manifest.state]
+            builder.act(theirs.get_actions(t), -1.0, expected, after)
+            builder.reward(theirs.get_rewards(t))
+            t += 1
+        builder.observe(observations[t])
+        cut = builder.cut()
+        columns, body = to_buffers(cut.arrays)
+        message = FRAGMENT(
+            session=b"s" * 16, number=i + 1, episode="e", t0=cut.t0, steps=length, run="r", version=0, base=1,
+            return_so_far=cut.return_so_far, columns=columns, end="no" if t < 6 else "truncated",
+        )  # fmt: skip
+        check_body(message, body)
+        leases.append(Lease(message, tuple(body)))
+    for together in (True, False):
+        singles = []
+        for some in [leases] if together else [[lease] for lease in leases]:
+            connectors = FragmentConnectors(Pipelines(made, lookback=3), Filters(2))
+            built, refused = EpisodeBuilder(BOX, DISCRETE, actor._module, connectors=connectors).build(some)
+            assert not refused, refused
+            singles += [one.episode for one in built]
+        mine = [single.get_observations(slice(0, len(single))) for single in singles]
+        np.testing.assert_allclose(np.concatenate(mine), theirs.get_observations(slice(0, 6)), rtol=1e-5)
+        np.testing.assert_allclose(singles[-1].get_observations(-1), theirs.get_observations(-1), rtol=1e-5)
+
+
+def test_what_was_done_before_is_kept_apart_for_a_module_of_ones_own() -> None:
+    """Not flattened: dicts, as RLlib's episodes have them; and filled in for a simulator that chose its own actions."""
+    made = told_what_was_done()
+    observations = samples(BOX, 6)
+    pipelines = Pipelines(made, lookback=3)
+    actions, rewards = np.array([1, 0, 1, 1, 0]), np.arange(5, dtype=np.float32)
+    seen, space = pipelines.rewritten(Came(np.stack(observations), actions, rewards))
+    assert set(seen) == set(space.spaces) == {"_orig_obs", "prev_n_actions", "prev_n_rewards"}
+    assert seen["prev_n_rewards"].tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]
+    assert seen["prev_n_actions"][5].tolist() == [[0, 1], [1, 0]], "actions 1 and 0"
+
+
 def test_filters_are_known_by_version_for_a_while() -> None:
     filters = Filters(2)
     for version in range(5):
@@ -420,9 +506,8 @@ def test_filters_are_known_by_version_for_a_while() -> None:
 @pytest.mark.parametrize(
     ("space", "piece", "text"),
     [
-        (BOX, (PrevActionsPrevRewards, FlattenObservations), "PrevActionsPrevRewards looks at earlier actions"),
-        (BOX, Steps, "Steps looks at earlier actions"),
-        (gym.spaces.Box(0, 1, (10, 10, 1)), lambda: FrameStackingEnvToModule(num_frames=18), "FrameStacking looks at"),
+        (BOX, Steps, "Steps looks further back than 16 steps, or at what is neither an observation"),
+        (gym.spaces.Box(0, 1, (10, 10, 1)), lambda: FrameStackingEnvToModule(num_frames=18), "FrameStacking looks fu"),
         (BOX, Counting, "Counting changes its state with what it sees"),
         (BOX, Broken, "piece Broken fails for one observation: ValueError: no such sensor"),
         (BOX, Opaque, r"state\['Opaque'\]\['lock'\] is a object, which can't travel"),

@@ -203,16 +203,20 @@ def test_what_comes_beside_the_observations_is_checked() -> None:
     )  # fmt: skip
     obs, before = np.zeros((3, 4), np.float32), np.zeros((3, 2, 4), np.float32)
     counts = np.array([0, 1, 2], np.int32)
+    done = {"actions_before": np.zeros((3, 2), np.int64), "rewards_before": np.zeros((3, 2), np.float32)}
+    infinite = done | {"rewards_before": np.full((3, 2), np.inf, np.float32)}
     for beside, text in (
         ({}, ""),
-        ({"obs_before": before, "steps_before": counts}, ""),
+        ({"obs_before": before, **done, "steps_before": counts}, ""),
         (
-            {"obs_before": before[:, :1], "steps_before": counts},
-            "expected obs_before float32[2, 4], steps",
+            {"obs_before": before[:, :1], **done, "steps_before": counts},
+            "expected obs_before float32[2, 4], actions_before int64[2], rewards_before float32[2], steps",
         ),
         ({"obs_before": before}, "got obs_before float32[2, 4]"),
-        ({"obs_before": before, "steps_before": counts + 1}, "'steps_before' must be from 0 to 2"),
-        ({"obs_before": before, "steps_before": counts - 1}, "'steps_before' must be from 0 to 2"),
+        ({"obs_before": before, "steps_before": counts}, "got obs_before float32[2, 4], steps_before"),
+        ({"obs_before": before, **done, "steps_before": counts + 1}, "'steps_before' must be from 0 to 2"),
+        ({"obs_before": before, **done, "steps_before": counts - 1}, "'steps_before' must be from 0 to 2"),
+        ({"obs_before": before, **infinite, "steps_before": counts}, "'rewards_before' holds NaN or infinity"),
         ({"state_in/h": before}, "expected the policy's memory"),
     ):
         columns, body = to_buffers({"obs": obs, **beside})

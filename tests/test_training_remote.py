@@ -8,11 +8,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import alternating_env
 import image_env
 import pytest
 from processes import REAL_RAY, ROOT, balanced, environment, process, rllink, simulators, status, until
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.connectors.env_to_module import MeanStdFilter
+from ray.rllib.connectors.env_to_module import FlattenObservations, MeanStdFilter, PrevActionsPrevRewards
 from ray.rllib.connectors.env_to_module.frame_stacking import FrameStackingEnvToModule
 from ray.rllib.connectors.learner.frame_stacking import FrameStackingLearner
 from small_ppo import appo, only_staleness, ppo, streams
@@ -66,6 +67,26 @@ def test_frames_are_stacked_for_simulators_that_ask(addresses: dict[str, str], b
         algorithm = attach(config, addresses["backend"]).build_algo()
         built.append(algorithm)
         until(lambda: algorithm.train()["env_runners"]["episode_return_mean"] > 8.0, "it sees it moving", 150)
+    assert only_staleness(status(addresses)["ledger"])
+
+
+@pytest.mark.long
+def test_what_was_done_before_is_seen_by_simulators_that_ask(addresses: dict[str, str], built: list[Algorithm]) -> None:
+    """The observation tells nothing, and the next action depends on the last one."""
+    observation_space, action_space = alternating_env.SPACES
+    config = (
+        ppo(batch=500)
+        .environment(None, observation_space=observation_space, action_space=action_space)
+        .env_runners(env_to_module_connector=lambda *_: [PrevActionsPrevRewards(), FlattenObservations()])
+        .training(lr=5e-3, num_epochs=6, gamma=0.0)
+    )
+    with rllink(
+        "simulate", "--env", "alternating_env:Alternating-v0", "--broker", addresses["frontend"], "--num", "4",
+        "--inference", "remote", stdout=subprocess.DEVNULL, env=environment(PYTHONPATH=str(Path(__file__).parent)),
+    ):  # fmt: skip
+        algorithm = attach(config, addresses["backend"]).build_algo()
+        built.append(algorithm)
+        until(lambda: algorithm.train()["env_runners"]["episode_return_mean"] > 17.0, "it alternates", 100)
     assert only_staleness(status(addresses)["ledger"])
 
 

@@ -34,12 +34,13 @@ from rllink_zmq.arrays import Buffer
 from rllink_zmq.audit import Log
 from rllink_zmq.compression import arrays_of
 from rllink_zmq.errors import ProtocolError
-from rllink_zmq.messages import FRAGMENT, OBS_BEFORE, STATE_IN
+from rllink_zmq.messages import ACTIONS_BEFORE, BEFORE, FRAGMENT, OBS_BEFORE, REWARDS_BEFORE, STATE_IN
 from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.packing_actions import action_packing
 from rllink_zmq.rllib.audit import COLUMN, names
 from rllink_zmq.rllib.blank import Blank
 from rllink_zmq.rllib.collector import collector_paused
+from rllink_zmq.rllib.flattening import Came
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.session_runner import Lease
 from rllink_zmq.wire import check_columns
@@ -84,11 +85,11 @@ class Rewrites(Protocol):
     @property
     def lookback(self) -> int: ...
 
-    def rewrite(self, message: FRAGMENT, observations: Any, back: int) -> tuple[Any, gym.Space[Any]]: ...
+    def rewrite(self, message: FRAGMENT, came: Came) -> tuple[Any, gym.Space[Any]]: ...
 
-    def learn(self, message: FRAGMENT, observations: Any, back: int) -> None: ...
+    def learn(self, message: FRAGMENT, came: Came) -> None: ...
 
-    def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> NDArray[Any] | None: ...
+    def dist_inputs(self, module: Any, message: FRAGMENT, came: Came) -> NDArray[Any] | None: ...
 
 
 class Piece(NamedTuple):
@@ -345,7 +346,8 @@ class EpisodeBuilder:
             timings = {}
             mine = {name: values[step:next_step] for name, values in outputs.items()}
             if not plain:
-                seen, _ = self._seen(alone, {"obs": observations[row:next_row]}, mine)
+                rows = {"obs": observations[row:next_row], "actions": actions[step:next_step]}
+                seen, _ = self._seen(alone, rows | {"rewards": rewards[step:next_step]}, mine)
             elif self._packing is None:
                 seen = whole[row:next_row]
             else:
@@ -360,16 +362,16 @@ class EpisodeBuilder:
     ) -> tuple[Any, int]:
         """The observations of one episode's piece as the policy saw them, and how many of them came before it. Fills in
         the distribution's inputs where the simulator sent none."""
-        seen, back = self._history(message, arrays)
-        came = seen
+        came = self._history(message, arrays)
+        seen = came.observations
         if self._connectors is not None:
-            seen, space = self._connectors.rewrite(message, came, back)
-            self._lessons.append(partial(self._connectors.learn, message, came, back))
+            seen, space = self._connectors.rewrite(message, came)
+            self._lessons.append(partial(self._connectors.learn, message, came))
             if space is not self._blank.observation_space:
                 self._blank = Blank(space, self.action_space)
         if self._outputs and Columns.ACTION_DIST_INPUTS not in outputs:
-            outputs[Columns.ACTION_DIST_INPUTS] = self._dist_inputs(message, came, back, seen)
-        return seen, back
+            outputs[Columns.ACTION_DIST_INPUTS] = self._dist_inputs(message, came, seen)
+        return seen, came.back
 
     def _chunk(self, pieces: Sequence[Piece]) -> Built:
         first, last = pieces[0].message, pieces[-1].message
@@ -451,11 +453,11 @@ class EpisodeBuilder:
         else:
             self._check_packed(name, rows, self._packing)
 
-    def _check_actions(self, rows: NDArray[Any]) -> None:
+    def _check_actions(self, rows: NDArray[Any], name: str = "actions") -> None:
         if self._actions is None:
-            self._check("actions", rows, self.action_space, actions=True)
+            self._check(name, rows, self.action_space, actions=True)
         else:
-            self._check_packed("actions", rows, self._actions, actions=True)
+            self._check_packed(name, rows, self._actions, actions=True)
 
     def _check_packed(self, name: str, rows: NDArray[Any], packing: Packing, actions: bool = False) -> None:
         if rows.dtype != np.uint8 or rows.shape[1:] != (packing.nbytes,):
@@ -506,25 +508,31 @@ class EpisodeBuilder:
         elif isinstance(space, gym.spaces.MultiBinary) and not np.isin(values, (0, 1)).all():
             raise ProtocolError(f"'{name}' must be zeros and ones")
 
-    def _history(self, message: FRAGMENT, arrays: Mapping[str, NDArray[Any]]) -> tuple[Any, int]:
-        """A fragment's observations as the environment gave them, with those that came before at the front, and how
-        many these are."""
-        observations: NDArray[Any] = arrays["obs"]
+    def _history(self, message: FRAGMENT, arrays: Mapping[str, NDArray[Any]]) -> Came:
+        """A fragment's steps as the environment gave them, with those that came before at the front."""
+        observations, actions, rewards = arrays["obs"], arrays["actions"], arrays["rewards"]
         back = 0 if self._connectors is None else min(self._connectors.lookback, message.t0)
         if back:
-            earlier = arrays.get(OBS_BEFORE)
-            if earlier is None or len(earlier) != back or earlier.dtype != observations.dtype:
-                raise ProtocolError(
-                    f"the policy looks back, and a fragment that begins at step {message.t0} needs {back} rows of "
-                    f"'{OBS_BEFORE}', like 'obs'. Let the policy act: a simulator that chooses actions itself has none"
-                )
-            self._check_observations(OBS_BEFORE, earlier)
-            observations = np.concatenate([earlier, observations])
-        if self._packing is None:
-            return observations, back
-        return self._packing.unpack(observations.view(np.uint8)), back
+            found = {name: arrays.get(name) for name in BEFORE}
+            now = (observations, actions, rewards.astype(np.float32, copy=False))
+            for (name, earlier), newest in zip(found.items(), now, strict=True):
+                if earlier is None or len(earlier) != back or earlier.dtype != newest.dtype:
+                    raise ProtocolError(
+                        f"the policy looks back, and a fragment that begins at step {message.t0} needs {back} rows of "
+                        f"'{name}', like '{name.removesuffix('_before')}'. Let the policy act: a simulator that "
+                        f"chooses actions itself has none"
+                    )
+            self._check_observations(OBS_BEFORE, arrays[OBS_BEFORE])
+            self._check_actions(arrays[ACTIONS_BEFORE], ACTIONS_BEFORE)
+            if arrays[REWARDS_BEFORE].ndim != 1 or not np.isfinite(arrays[REWARDS_BEFORE]).all():
+                raise ProtocolError(f"'{REWARDS_BEFORE}' must be one finite number a step")
+            joined = (np.concatenate([arrays[name], newest]) for name, newest in zip(BEFORE, now, strict=True))
+            observations, actions, rewards = joined
+        if self._packing is not None:
+            observations = self._packing.unpack(observations.view(np.uint8))
+        return Came(observations, actions, rewards, back)
 
-    def _dist_inputs(self, message: FRAGMENT, came: Any, back: int, seen: Any) -> NDArray[np.float32]:
+    def _dist_inputs(self, message: FRAGMENT, came: Came, seen: Any) -> NDArray[np.float32]:
         """What the policy would have drawn from, for a simulator that chose its actions itself: the learner wants the
         column (PPO's KL term), and it must be there in all fragments or in none. Observations as they `came`, and as
         the policy has `seen` them."""
@@ -535,7 +543,7 @@ class EpisodeBuilder:
                 "the policy is recurrent, and 'action_dist_inputs' can't be filled in: they depend on its memory"
             )
         if self._connectors is not None:
-            made = self._connectors.dist_inputs(self.module, message, came, back)
+            made = self._connectors.dist_inputs(self.module, message, came)
             if made is not None:
                 return made
         with torch.no_grad():

@@ -7,7 +7,7 @@ the order of their bytes (keys sorted), as RLlib's piece has it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -79,6 +79,21 @@ def agents_flattening_of(
     }  # fmt: skip
 
 
+class Came(NamedTuple):
+    """A fragment's steps as they came, `back` earlier ones at the front: a structure of (back + steps + 1, ...) arrays
+    of observations, (back + steps, ...) actions as they travel, and rewards."""
+
+    observations: Any
+    actions: NDArray[Any]
+    rewards: NDArray[Any]
+    back: int = 0
+
+    def until(self, last: int) -> Came:
+        """Its observations before `last`, and the steps between them."""
+        observations = tree.map_structure(lambda array: array[:last], self.observations)
+        return Came(observations, self.actions[: last - 1], self.rewards[: last - 1], self.back)
+
+
 class FlattenedFragments:
     """The observations of fragments, flattened: what `EpisodeBuilder` asks of connectors."""
 
@@ -89,11 +104,11 @@ class FlattenedFragments:
         self._flattening = flattening
         self.observation_space = flattening.observation_space
 
-    def rewrite(self, message: FRAGMENT, observations: Any, back: int) -> tuple[Any, gym.Space[Any]]:
+    def rewrite(self, message: FRAGMENT, came: Came) -> tuple[Any, gym.Space[Any]]:
         """Observations as the policy saw them, (n, k) float32, and their space."""
-        return self._flattening.of_rows(observations), self.observation_space
+        return self._flattening.of_rows(came.observations), self.observation_space
 
-    def learn(self, message: FRAGMENT, observations: Any, back: int) -> None:
+    def learn(self, message: FRAGMENT, came: Came) -> None:
         """Nothing: it has no state."""
 
     @property
@@ -101,7 +116,7 @@ class FlattenedFragments:
         """Of what the module is given."""
         return self.observation_space
 
-    def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> None:
+    def dist_inputs(self, module: Any, message: FRAGMENT, came: Came) -> None:
         """None: what `module` itself makes of the rewritten observations."""
 
 

@@ -23,7 +23,7 @@ from rllink_zmq.arrays import Buffer, to_buffers
 from rllink_zmq.audit import Log
 from rllink_zmq.compression import arrays_of
 from rllink_zmq.errors import ProtocolError
-from rllink_zmq.messages import FRAGMENT, OBS_BEFORE, STATE_IN, AgentId, AgentRows
+from rllink_zmq.messages import BEFORE, FRAGMENT, STATE_IN, AgentId, AgentRows
 from rllink_zmq.packing import children
 from rllink_zmq.rllib.audit import COLUMN, names
 from rllink_zmq.rllib.collector import collector_paused
@@ -215,13 +215,13 @@ class MultiAgentEpisodeBuilder:
                 piece.outputs[COLUMN], named = named[: rows.steps], named[rows.steps :]
             agents[rows.agent] = rows, piece, times
         for module, place in at.items():
-            earlier = arrays.get(f"{module}/{OBS_BEFORE}")
             looks_back = connectors is not None and connectors.lookbacks.get(module)
-            if looks_back and earlier is not None and len(earlier) != place.earlier:
-                raise ProtocolError(
-                    f"the agents of module '{module}' have {place.earlier} observations before this fragment that "
-                    f"it looks back at, and '{module}/{OBS_BEFORE}' has {len(earlier)} rows"
-                )
+            for column in (f"{module}/{name}" for name in BEFORE if looks_back):
+                if column in arrays and len(arrays[column]) != place.earlier:
+                    raise ProtocolError(
+                        f"the agents of module '{module}' have {place.earlier} steps before this fragment that it "
+                        f"looks back at, and '{column}' has {len(arrays[column])} rows"
+                    )
         for lesson in lessons:
             lesson()  # the fragment is handed over
         return AgentsPiece(message, agents)
@@ -252,7 +252,7 @@ class MultiAgentEpisodeBuilder:
         for name, values in arrays.items():
             if name.startswith(prefix):
                 column = name[len(prefix) :]
-                if column == OBS_BEFORE:
+                if column in BEFORE:
                     start, count = at.earlier, back
                 elif column in ("obs", "t") or column.startswith(STATE_IN):
                     start, count = at.steps + at.agents, rows.steps + 1

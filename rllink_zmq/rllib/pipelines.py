@@ -1,10 +1,10 @@
 """The connectors that a user configured, as RLlib's own runner would run them: where runners compute actions, and where
 fragments become episodes.
 
-A request brings one observation, and of those before it as many as the pieces look at (stacked frames);
-`Pipelines.check` finds out how many, and names a piece that needs what no request can bring. A piece that rewrites
-observations (a filter, flattening) does so again for the fragment that the simulator sends, with the same state: the
-state belongs to a version of the weights, and travels at the end of their bytes.
+A request brings one observation, and of the steps before it as many as the pieces look at (stacked frames, actions and
+rewards); `Pipelines.check` finds out how many, and names a piece that needs what no request can bring. A piece that
+rewrites observations (a filter, flattening) does so again for the fragment that the simulator sends, with the same
+state: the state belongs to a version of the weights, and travels at the end of their bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import copy
 import traceback
 from collections.abc import Collection, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -30,11 +30,12 @@ from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllink_zmq.errors import PolicyError, SettingsError
+from rllink_zmq.fragments import Before
 from rllink_zmq.messages import AgentId
 from rllink_zmq.packing import Packing, packing_of
 from rllink_zmq.packing_actions import action_packing, env_packing
 from rllink_zmq.rllib.exploration import forward
-from rllink_zmq.rllib.flattening import flattening_of
+from rllink_zmq.rllib.flattening import Came, flattening_of
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.rllib.states import from_bytes, to_bytes
 
@@ -42,7 +43,7 @@ TRIED = 4
 """Observations that pieces are tried with at start."""
 
 MAX_LOOKBACK = 16
-"""The most observations before the newest that pieces may look at."""
+"""The most steps before the newest observation that pieces may look at."""
 
 _OUTPUTS = (Columns.ACTIONS, Columns.ACTION_LOGP, Columns.ACTION_DIST_INPUTS)
 
@@ -57,13 +58,21 @@ def has_own_connectors(config: AlgorithmConfig) -> bool:
     )
 
 
+class Moment(NamedTuple):
+    """An observation, and the step that led to it: what was done before (None = it doesn't matter), and its reward."""
+
+    observation: Any
+    action: Any = None
+    reward: float = 0.0
+
+
 class Pipelines:
     """A config's env-to-module and module-to-env pipelines. They never learn of what they see (a filter's statistics),
     only from `set_state`. Not for two threads.
 
     `module`: the RLModule that pieces are shown where fragments become episodes. `learns`: an env-to-module pipeline of
-    the same config that shall learn instead, by `learn`. `lookback`: how many observations before the newest the pieces
-    look at. `whose`, of some methods: the agent that has these observations, where there are several
+    the same config that shall learn instead, by `learn`. `lookback`: how many steps before the newest observation the
+    pieces look at. `whose`, of some methods: the agent that has these observations, where there are several
     (`AgentsPipelines`).
     """
 
@@ -138,7 +147,7 @@ class Pipelines:
     def _teach_some(self, whose: AgentId | None = None) -> None:
         """Let the pieces that learn see some observations."""
         space = seeded(self.observation_space)
-        samples = [tree.map_structure(moderate, space.sample()) for _ in range(TRIED)]
+        samples = [Moment(tree.map_structure(moderate, space.sample())) for _ in range(TRIED)]
         self._seen(self._learning, self._firsts(samples, whose))
 
     # ---- acting
@@ -146,7 +155,7 @@ class Pipelines:
     def act(
         self,
         module: Any,
-        histories: Sequence[Sequence[Any]],
+        histories: Sequence[Sequence[Moment]],
         explore: bool,
         memory: Memory,
         before: Sequence[torch.Tensor],
@@ -160,10 +169,16 @@ class Pipelines:
 
     def each(self, rows: NDArray[Any]) -> list[Any]:
         """(n, *row) as they travel -> n observations."""
-        if self._packing is None:
-            return [row.copy() for row in rows]  # a piece may work in place
-        unpacked = self._packing.arrays(rows)
-        return [self._packing.structure([array[i] for array in unpacked]) for i in range(len(rows))]
+        return _each(rows, self._packing)
+
+    def history(self, before: Before | None, newest: Any) -> list[Moment]:
+        """An observation at the end of the steps before it."""
+        if before is None or not len(before.rewards):
+            return [Moment(newest)]
+        observations = [*self.each(before.observations), newest]
+        steps = zip(_each(before.actions, self._actions), before.rewards.tolist(), strict=True)
+        told = [(None, 0.0), *steps]
+        return [Moment(one, action, reward) for one, (action, reward) in zip(observations, told, strict=True)]
 
     def _act(
         self,
@@ -207,47 +222,57 @@ class Pipelines:
 
     # ---- fragments
 
-    def rewritten(self, observations: Any, count: int, whose: AgentId | None = None) -> tuple[Any, gym.Space[Any]]:
-        """What an RLlib runner would have in its episodes for `count` observations that follow each other, a structure
-        of (count, ...) arrays, and its space: the same, unless a piece rewrites them."""
+    def rewritten(self, came: Came, whose: AgentId | None = None) -> tuple[Any, gym.Space[Any]]:
+        """What an RLlib runner would have in its episodes for observations that follow each other, and its space: the
+        same, unless a piece rewrites them."""
         if not self._own:
-            return observations, self.observation_space
+            return came.observations, self.observation_space
         if self._flattening is not None:
-            return self._flattening.of_rows(observations), self._flattening.observation_space
-        each = _rows(observations, 0, count)
+            return self._flattening.of_rows(came.observations), self._flattening.observation_space
+        each = self._moments(came)
         if self.lookback:
-            found, space = self._stepped(each, count, whose)
+            found, space = self._stepped(each, len(each), whose)
         else:
             episodes = self._firsts(each, whose)
             found, space = self._seen(self._own, episodes), self._space_of(episodes[0])
         return tree.map_structure(lambda *leaves: np.stack(leaves), *found), space
 
-    def learn(self, observations: Any, first: int, count: int, whose: AgentId | None = None) -> None:
-        """Let the pipeline that learns see observations `first` .. `count - 1`, in their order."""
+    def learn(self, came: Came, first: int, whose: AgentId | None = None) -> None:
+        """Let the pipeline that learns see observations `first` and those after it, in their order."""
         if self.stateful and self._learning:
+            each = self._moments(came)
             if self.lookback:
-                self._stepped(_rows(observations, 0, count), first, whose)
+                self._stepped(each, first, whose)
             else:
-                self._seen(self._learning, self._firsts(_rows(observations, first, count), whose))
+                self._seen(self._learning, self._firsts(each[first:], whose))
 
-    def dist_inputs(
-        self, module: Any, observations: Any, back: int, steps: int, whose: AgentId | None = None
-    ) -> NDArray[Any]:
-        """(steps, k): what the module would have drawn from at each of these steps, the first of which comes after
-        `back` other observations."""
-        each = _rows(observations, 0, back + steps)
-        histories = [each[max(0, i - self.lookback) : i + 1] for i in range(back, back + steps)]
-        agents = None if whose is None else [whose] * steps
+    def dist_inputs(self, module: Any, came: Came, whose: AgentId | None = None) -> NDArray[Any]:
+        """(steps, k): what the module would have drawn from at each of these steps, after those that came before."""
+        each = self._moments(came)
+        last = len(each) - 1
+        histories = [each[max(0, i - self.lookback) : i + 1] for i in range(came.back, last)]
+        agents = None if whose is None else [whose] * len(histories)
         columns, _ = self.act(module, histories, True, Memory(None), (), whose=agents)
-        return columns[Columns.ACTION_DIST_INPUTS].reshape(steps, -1)
+        return columns[Columns.ACTION_DIST_INPUTS].reshape(len(histories), -1)
 
-    def _stepped(self, each: Sequence[Any], learn_from: int, whose: AgentId | None) -> tuple[list[Any], gym.Space[Any]]:
+    def _moments(self, came: Came) -> list[Moment]:
+        count = len(tree.flatten(came.observations)[0])
+        observations = [tree.map_structure(lambda a, i=i: a[i].copy(), came.observations) for i in range(count)]
+        if not self.lookback:  # nobody looks at what was done
+            return [Moment(one) for one in observations]
+        steps = zip(_each(came.actions, self._actions), came.rewards.tolist(), strict=True)
+        told = [(None, 0.0), *steps]
+        return [Moment(one, action, reward) for one, (action, reward) in zip(observations, told, strict=True)]
+
+    def _stepped(
+        self, each: Sequence[Moment], learn_from: int, whose: AgentId | None
+    ) -> tuple[list[Any], gym.Space[Any]]:
         """One episode of these observations, step by step; from the given one on by the pieces that learn."""
-        episode = self._begun(each[0], whose)
+        episode = self._begun(each[0].observation, whose)
         found = []
         for i, one in enumerate(each):
             if i:
-                self._go_on(episode, one, self._action, {})
+                self._go_on(episode, self._told(one), {})
             found += self._seen(self._own if i < learn_from else self._learning, [episode])
         return found, self._space_of(episode)
 
@@ -260,12 +285,16 @@ class Pipelines:
             batch = piece(rl_module=shown, batch=batch, episodes=episodes, explore=True, shared_data=shared)
         return [self._single(episode).get_observations(-1) for episode in episodes]
 
-    def _firsts(self, each: Sequence[Any], whose: AgentId | None) -> list[Any]:
+    def _firsts(self, each: Sequence[Moment], whose: AgentId | None) -> list[Any]:
         """An episode that begins with each of these."""
-        return [self._begun(one, whose) for one in each]
+        return [self._begun(one.observation, whose) for one in each]
+
+    def _told(self, moment: Moment) -> Moment:
+        """With some action, where nobody looks at which."""
+        return moment if moment.action is not None else moment._replace(action=self._action)
 
     def _episodes(
-        self, histories: Sequence[Sequence[Any]], memory: Memory, whose: Sequence[AgentId] | None
+        self, histories: Sequence[Sequence[Moment]], memory: Memory, whose: Sequence[AgentId] | None
     ) -> list[Any]:
         """One of each history; the pieces have seen all but the newest observations."""
         outputs = {Columns.STATE_OUT: memory.nested(memory.start)} if memory else {}
@@ -275,9 +304,9 @@ class Pipelines:
             for i in there:
                 one = histories[i][len(histories[i]) - 1 - back]
                 if episodes[i] is None:
-                    episodes[i] = self._begun(one, None if whose is None else whose[i])
+                    episodes[i] = self._begun(one.observation, None if whose is None else whose[i])
                 else:
-                    self._go_on(episodes[i], one, self._action, outputs)
+                    self._go_on(episodes[i], self._told(one), outputs)
             if back:
                 self._seen(self._own, [episodes[i] for i in there])
         return episodes
@@ -290,8 +319,8 @@ class Pipelines:
         episode.add_env_reset(observation)
         return episode
 
-    def _go_on(self, episode: Any, observation: Any, action: Any, outputs: dict[str, Any]) -> None:
-        episode.add_env_step(observation, action, 0.0, extra_model_outputs=outputs)
+    def _go_on(self, episode: Any, moment: Moment, outputs: dict[str, Any]) -> None:
+        episode.add_env_step(*moment, extra_model_outputs=outputs)
 
     def _single(self, episode: Any) -> SingleAgentEpisode:
         """What pieces see of the one whose observations these are."""
@@ -334,13 +363,13 @@ class Pipelines:
                 break
         else:
             raise PolicyError(
-                f"the env-to-module piece {name} looks at {self._NOT_BROUGHT}, or further back than {MAX_LOOKBACK} "
-                f"observations, and a request to the action service brings none of that: have the environment give "
-                f"what it needs, and leave {name} out"
+                f"the env-to-module piece {name} looks {self._NOT_BROUGHT}further back than {MAX_LOOKBACK} steps, or "
+                f"at what is neither an observation, an action nor a reward, and a request to the action service "
+                f"brings none of that: have the environment give what it needs, and leave {name} out"
             )
         try:
             before = [torch.from_numpy(array) for array in memory.starts(TRIED)]
-            histories = [[sample] for sample in samples[:TRIED]]
+            histories = [[Moment(sample)] for sample in samples[:TRIED]]
             agents = None if whose is None else [whose] * TRIED
             answer, _ = self.act(module, histories, True, memory, before, whose=agents)
         except PolicyError:
@@ -352,8 +381,8 @@ class Pipelines:
             ) from error
         return int(answer[Columns.ACTION_DIST_INPUTS].reshape(TRIED, -1).shape[1])
 
-    _NOT_BROUGHT = "earlier actions or rewards"
-    """What a piece may look at, and no request brings."""
+    _NOT_BROUGHT = ""
+    """What else a piece may look at, and no request brings."""
 
     def _differs(self, module: RLModule, memory: Memory, samples: list[Any], whose: AgentId | None) -> str:
         """The first piece that answers differently when it sees `lookback` earlier observations, instead of all that
@@ -372,11 +401,13 @@ class Pipelines:
                 ) from error
 
         one, several = "for one observation", "for an episode of several steps"
+        moments = [Moment(samples[0])]
         for sample in samples[1:]:
             batch: Any = {}
             for piece in self._own:
                 batch = run(piece, past, batch, {}, one if len(past) == 0 else several)
-            self._past_goes_on(past, sample, outputs)
+            moments.append(Moment(sample, self._drawn.sample(), 0.5 * len(past) - 3.0))
+            self._past_goes_on(past, moments[-1], outputs)
         for piece, state in zip(self.to_module.connectors, states, strict=True):
             if not same(piece.get_state(), state):
                 raise PolicyError(
@@ -384,7 +415,7 @@ class Pipelines:
                     f"version of the policy must be one thing wherever it acts: MeanStdFilter can be told to "
                     f"only follow, a piece of your own has to compute without a state of that kind"
                 )
-        (alone,) = self._episodes([samples[-1 - self.lookback :]], memory, None if whose is None else [whose])
+        (alone,) = self._episodes([moments[-1 - self.lookback :]], memory, None if whose is None else [whose])
         self._call_alike(alone, past)
         batches: list[dict[str, Any]] = [{}, {}]
         shared: list[dict[str, Any]] = [{}, {}]
@@ -400,8 +431,8 @@ class Pipelines:
         """An episode with all that may be in one."""
         return self._begun(observation, whose)
 
-    def _past_goes_on(self, past: Any, observation: Any, outputs: dict[str, Any]) -> None:
-        past.add_env_step(observation, self._drawn.sample(), 1.0, extra_model_outputs=outputs)
+    def _past_goes_on(self, past: Any, moment: Moment, outputs: dict[str, Any]) -> None:
+        self._go_on(past, moment, outputs)
 
     def _call_alike(self, alone: Any, past: Any) -> None:
         """Batches name what is in them by the episode."""
@@ -466,9 +497,12 @@ def seeded(space: gym.Space[Any], seed: int = 0) -> gym.Space[Any]:
     return space
 
 
-def _rows(observations: Any, first: int, last: int) -> list[Any]:
-    """A structure of (n, ...) arrays -> the structures of rows `first` .. `last - 1`."""
-    return [tree.map_structure(lambda a, i=i: a[i].copy(), observations) for i in range(first, last)]
+def _each(rows: NDArray[Any], packing: Packing | None) -> list[Any]:
+    """(n, *row) as they travel -> n observations or actions."""
+    if packing is None:
+        return [row.copy() for row in rows]  # a piece may work in place
+    unpacked = packing.arrays(rows)
+    return [packing.structure([array[i] for array in unpacked]) for i in range(len(rows))]
 
 
 def moderate(value: Any) -> Any:
@@ -510,4 +544,4 @@ def _equal(one: Any, other: Any) -> bool:
     return type(one) is type(other)  # what else is in a batch: episodes and such
 
 
-__all__ = ["Pipelines", "has_own_connectors", "seen_spaces", "state_bytes"]
+__all__ = ["Moment", "Pipelines", "has_own_connectors", "seen_spaces", "state_bytes"]

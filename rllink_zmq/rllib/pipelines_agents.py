@@ -24,7 +24,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.messages import AgentId
 from rllink_zmq.rllib.exploration import forward
-from rllink_zmq.rllib.pipelines import Pipelines, moderate, same, seeded, seen_spaces, state_bytes
+from rllink_zmq.rllib.pipelines import Moment, Pipelines, moderate, same, seeded, seen_spaces, state_bytes
 from rllink_zmq.rllib.rewriting import Filters, FragmentConnectors
 
 TRIED_AGENTS = 16
@@ -38,7 +38,7 @@ class AgentsPipelines(Pipelines):
     """The pipelines around one module at a time (`of`). `module`: all modules, which pieces are shown where fragments
     become episodes. Everything else as of `Pipelines`."""
 
-    _NOT_BROUGHT = "other agents, at earlier actions or rewards"
+    _NOT_BROUGHT = "at other agents, "
 
     def __init__(self, config: AlgorithmConfig, device: Any = None, *, module: Any = None, learns: Any = None) -> None:
         self._observation_spaces, self._action_spaces = agents_of(config)
@@ -155,9 +155,9 @@ class AgentsPipelines(Pipelines):
         episode.add_env_reset(observations=observations)
         return episode
 
-    def _go_on(self, episode: Any, observation: Any, action: Any, outputs: dict[str, Any]) -> None:
+    def _go_on(self, episode: Any, moment: Moment, outputs: dict[str, Any]) -> None:
         agent = self._single(episode).agent_id
-        episode.add_env_step({agent: observation}, {agent: action}, {agent: 0.0}, extra_model_outputs={agent: outputs})
+        episode.add_env_step(*({agent: value} for value in moment), extra_model_outputs={agent: outputs})
 
     def _single(self, episode: Any) -> SingleAgentEpisode:
         """The first agent's: it came first."""
@@ -201,13 +201,11 @@ class AgentsPipelines(Pipelines):
     def _past_begun(self, observation: Any, whose: AgentId | None) -> MultiAgentEpisode:
         return self._new({whose: observation, **self._drawn_by_others(0)}, self._others)
 
-    def _past_goes_on(self, past: Any, observation: Any, outputs: dict[str, Any]) -> None:
+    def _past_goes_on(self, past: Any, moment: Moment, outputs: dict[str, Any]) -> None:
         agent = self._single(past).agent_id
-        actions = {agent: self._drawn.sample(), **self._drawn_by_others(1)}
-        past.add_env_step(
-            {agent: observation, **self._drawn_by_others(0)}, actions, dict.fromkeys(actions, 1.0),
-            extra_model_outputs={agent: outputs},
-        )  # fmt: skip
+        others = self._drawn_by_others(0), self._drawn_by_others(1), dict.fromkeys(self._others, 1.0)
+        told = ({agent: value, **rest} for value, rest in zip(moment, others, strict=True))
+        past.add_env_step(*told, extra_model_outputs={agent: outputs})
 
     def _drawn_by_others(self, which: int) -> dict[AgentId, Any]:
         """Observations (0) or actions (1) of the other agents."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import FRAGMENT, AgentId
+from rllink_zmq.rllib.flattening import Came
 from rllink_zmq.rllib.pipelines import Pipelines
 
 
@@ -33,33 +34,30 @@ class FragmentConnectors:
         """How many observations before the newest the pieces look at."""
         return self._pipelines.lookback
 
-    def rewrite(self, message: FRAGMENT, observations: Any, back: int) -> tuple[Any, gym.Space[Any]]:
+    def rewrite(self, message: FRAGMENT, came: Came) -> tuple[Any, gym.Space[Any]]:
         """A fragment's observations as the policy saw them, a structure of (back + steps + 1, ...) arrays; and the
         space of that. Raises `UnknownFilter`."""
-        pipelines, count, filters = self._pipelines, back + message.steps + 1, self._filters
+        pipelines, filters = self._pipelines, self._filters
         if not pipelines.stateful or filters is None:
-            return pipelines.rewritten(observations, count, self._whose)
+            return pipelines.rewritten(came, self._whose)
         before = None
         if self.first not in (-1, message.version):
             pipelines.set_state(filters.known(self.first))
-            until = tree.map_structure(lambda array: array[: back + 1], observations)
-            before, _ = pipelines.rewritten(until, back + 1, self._whose)
+            before, _ = pipelines.rewritten(came.until(came.back + 1), self._whose)
         pipelines.set_state(filters.known(message.version))
-        seen, space = pipelines.rewritten(observations, count, self._whose)
+        seen, space = pipelines.rewritten(came, self._whose)
         if before is not None:
             seen = tree.map_structure(lambda old, new: np.concatenate([old, new[len(old) :]]), before, seen)
         return seen, space
 
-    def learn(self, message: FRAGMENT, observations: Any, back: int) -> None:
-        """The fragment will be handed over: what it teaches is learned, once. `observations`: as they came."""
+    def learn(self, message: FRAGMENT, came: Came) -> None:
+        """The fragment will be handed over: what it teaches is learned, once."""
         if self._pipelines.stateful and self._filters is not None:
-            count = back + message.steps + 1
-            self._pipelines.learn(observations, back + 1 if message.t0 else back, count, self._whose)
+            self._pipelines.learn(came, came.back + 1 if message.t0 else came.back, self._whose)
 
-    def dist_inputs(self, module: Any, message: FRAGMENT, observations: Any, back: int) -> NDArray[Any]:
-        """(steps, k) of the fragment that was rewritten last: what `module` would have drawn its actions from.
-        `observations`: as they came."""
-        return self._pipelines.dist_inputs(module, observations, back, message.steps, self._whose)
+    def dist_inputs(self, module: Any, message: FRAGMENT, came: Came) -> NDArray[Any]:
+        """(steps, k) of the fragment that was rewritten last: what `module` would have drawn its actions from."""
+        return self._pipelines.dist_inputs(module, came, self._whose)
 
 
 class UnknownFilter(ProtocolError):

@@ -25,11 +25,15 @@ from ray.rllib.core.rl_module.rl_module import RLModule
 from rllink_zmq import __version__
 from rllink_zmq.arrays import column_of, from_body
 from rllink_zmq.errors import RllinkError
+from rllink_zmq.fragments import Before
 from rllink_zmq.messages import (
     ACT,
     ACTION,
+    ACTIONS_BEFORE,
+    BEFORE,
     LOOKBACK,
     OBS_BEFORE,
+    REWARDS_BEFORE,
     STARTS,
     STATE_IN,
     STATE_OUT,
@@ -142,14 +146,14 @@ class ModuleActor:
         explore: bool,
         state: Sequence[NDArray[Any]] | None = None,
         starts: NDArray[np.bool_] | None = None,
-        earlier: Sequence[NDArray[Any]] | None = None,
+        earlier: Sequence[Before | None] | None = None,
         agents: Sequence[AgentId] | None = None,
     ) -> dict[str, NDArray[Any]]:
         """Columns of an answer for (B, *shape) observations of the policy's dtype.
 
         `state`: a recurrent module's memory before the step, (B, *shape) each, in the manifest's order; in rows that
-        `starts` an episode it is the initial one, whatever is given. None = all rows start. `earlier`: (n, *shape) for
-        each row, the observations before it, for who looks at them. `agents`: whose each row is, for who asks for that.
+        `starts` an episode it is the initial one, whatever is given. None = all rows start. `earlier`: for each row the
+        steps before it, for who looks at them; None where there are none. `agents`: whose each row is, for who asks.
         """
         before = self.memory.starts(len(observations))
         if state is not None:
@@ -187,7 +191,7 @@ class ModuleActor:
         observations: NDArray[Any],
         explore: bool,
         before: Sequence[torch.Tensor],
-        earlier: Sequence[NDArray[Any]] | None,
+        earlier: Sequence[Before | None] | None,
         agents: Sequence[AgentId] | None,
     ) -> dict[str, NDArray[Any]]:
         with torch.no_grad():
@@ -268,13 +272,13 @@ class PipelineActor(ModuleActor):
         observations: NDArray[Any],
         explore: bool,
         before: Sequence[torch.Tensor],
-        earlier: Sequence[NDArray[Any]] | None,
+        earlier: Sequence[Before | None] | None,
         agents: Sequence[AgentId] | None,
     ) -> dict[str, NDArray[Any]]:
         pipelines = self._pipelines
-        histories = [[one] for one in pipelines.each(observations)]
-        for i, rows in enumerate(earlier or ()):
-            histories[i][:0] = pipelines.each(rows)
+        newest = pipelines.each(observations)
+        befores = earlier or [None] * len(newest)
+        histories = [pipelines.history(before, one) for before, one in zip(befores, newest, strict=True)]
         columns, after = pipelines.act(
             self._module, histories, explore, self.memory, before, self._sampled(), agents if self.agents else None
         )
@@ -448,7 +452,7 @@ class ActService:
         memory = actor.memory
         state = memory.starts(len(observations))
         starts = np.ones(len(observations), bool)
-        earlier: list[NDArray[Any]] = []
+        earlier: list[Before | None] = []
         first = 0
         for message, arrays in zip(fit, asked, strict=True):
             rows = slice(first, first + message.rows)
@@ -457,10 +461,10 @@ class ActService:
                 starts[rows] = arrays.get(STARTS, False)
                 for array, name in zip(state, memory.names, strict=True):
                     array[rows] = arrays[STATE_IN + name]
-            before = arrays.get(OBS_BEFORE)
-            counts = arrays[STEPS_BEFORE].tolist() if before is not None else [0] * message.rows
+            counts = arrays[STEPS_BEFORE].tolist() if OBS_BEFORE in arrays else []
             for i, count in enumerate(counts):
-                earlier.append(arrays["obs"][:0] if before is None else before[i, actor.lookback - count :])
+                earlier.append(Before(*(arrays[name][i, actor.lookback - count :] for name in BEFORE)))
+            earlier += [None] * (message.rows - len(counts))
         agents = [agent for message in fit for agent in message.agents] if actor.agents else None
         columns = actor.act(observations, explore, state, starts, earlier, agents)
         if actor.lookback:
@@ -515,15 +519,24 @@ class ActService:
         found = {c.name: (c.dtype, c.shape[1:]) for c in rest}
         named = zip(memory.names, memory.start, strict=True)
         expected = {STATE_IN + name: (array.dtype.str, array.shape) for name, array in named}
-        history = {OBS_BEFORE: (actor.dtype.str, (lookback, *actor.shape)), STEPS_BEFORE: ("<i4", ())}
+        action = actor.manifest.action
+        history = {
+            OBS_BEFORE: (actor.dtype.str, (lookback, *actor.shape)),
+            ACTIONS_BEFORE: (np.dtype(action.dtype).str, (lookback, *action.shape)),
+            REWARDS_BEFORE: ("<f4", (lookback,)),
+            STEPS_BEFORE: ("<i4", ()),
+        }
         told = {name: found.pop(name) for name in history if name in found}
         if told and (told != history or not lookback):
             return f"expected {_said(history)}, or none of them where all rows begin an episode; got {_said(told)}"
         if told:
             columns = (Column("obs", actor.dtype.str, (rest[0].shape[0], *actor.shape)), *rest)
-            counts = from_body(columns, body)[STEPS_BEFORE]
+            arrays = from_body(columns, body)
+            counts = arrays[STEPS_BEFORE]
             if counts.min() < 0 or counts.max() > lookback:
                 return f"'{STEPS_BEFORE}' must be from 0 to {lookback}"
+            if not np.isfinite(arrays[REWARDS_BEFORE]).all():
+                return f"'{REWARDS_BEFORE}' holds NaN or infinity"
         if found.get(STARTS) == ("|b1", ()):
             del found[STARTS]
         if found and found != expected:
