@@ -143,10 +143,16 @@ class Episode:
     def log_returns(self, reward: float) -> None:
         """Add `reward` to the reward of the last action. Several calls add up; none means 0.
 
-        Raises EpisodeError before the first action, after the end, and for NaN or infinity.
+        Raises EpisodeError before the first action, after the end, and for NaN or infinity; where the policy looks at
+        earlier rewards also while the next action is under way.
         """
         if not self.open:
             self.check_open("log_returns")
+        if self.builder.asked and self.builder.layout is not None and self.builder.layout.lookback:
+            raise EpisodeError(
+                f"episode '{self.id}': the policy looks at earlier rewards, and the next action is under way: log all "
+                f"of a step's reward before that is asked for"
+            )
         self.builder.reward(reward)
 
     def end_episode(self, observation: Any, truncated: bool = False) -> None:

@@ -61,7 +61,7 @@ def test_an_episode_is_what_the_service_chose(world: World) -> None:
     assert learner.taken[-1][0].end == "terminated"
 
 
-def test_requests_and_fragments_bring_the_observations_before_them(world: World) -> None:
+def test_requests_and_fragments_bring_the_steps_before_them(world: World) -> None:
     """Whoever answers an episode's first request says how many are wanted."""
     server, learner, acting = world
     acting.lookback = 2
@@ -69,8 +69,13 @@ def test_requests_and_fragments_bring_the_observations_before_them(world: World)
         with client.start_episode() as episode:
             for i in range(7):
                 acting.version = i // 4
-                episode.get_action(obs(i))
-                episode.log_returns(1.0)
+                pending = episode.get_action_async(obs(i))
+                if i:
+                    with pytest.raises(EpisodeError, match="looks at earlier rewards, and the next action is under"):
+                        episode.log_returns(100.0)
+                pending.result()
+                episode.log_returns(i + 0.5)
+                episode.log_returns(0.25)
             episode.end_episode(obs(7))
         until(lambda: learner.steps == 7, "all is taken")
         with client.start_episode() as episode, pytest.raises(EpisodeError, match="looks at the steps before"):
@@ -81,11 +86,17 @@ def test_requests_and_fragments_bring_the_observations_before_them(world: World)
     ]
     assert earlier == [[], [0], [0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
     assert acting.beside[1]["obs_before"][0][0].tolist() == [0, 0, 0], "what isn't there yet is zeros"
+    rewards = [beside["rewards_before"][0].tolist() for beside in acting.beside[1:]]
+    assert rewards == [[0, 0.75], [0.75, 1.75], [1.75, 2.75], [2.75, 3.75], [3.75, 4.75], [4.75, 5.75]]
+    actions = [beside["actions_before"][0].tolist() for beside in acting.beside[1:]]
+    assert actions == [[0, 0], [0, 1], [1, 0], [0, 1], [1, 0], [0, 1]]
     found = []
     for header, arrays in learner.taken:
         before = arrays["obs_before"][:, 0].tolist() if "obs_before" in arrays else []
         found.append((header.t0, header.version, before, arrays["obs"][:, 0].tolist()))
     assert found == [(0, 0, [], [0, 1, 2, 3, 4]), (4, 1, [2, 3], [4, 5, 6, 7])]
+    second = learner.taken[1][1]
+    assert second["rewards_before"].tolist() == [2.75, 3.75] and second["actions_before"].tolist() == [0, 1]
 
 
 def test_a_step_that_fills_the_room_leaves_while_the_next_one_is_asked_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import connectors_state, weights_body
 from rllink_zmq.rllib.export_connectors import check_connectors, own_flattening
 from rllink_zmq.rllib.flattening import Came
-from rllink_zmq.rllib.pipelines import Pipelines, has_own_connectors, state_bytes
+from rllink_zmq.rllib.pipelines import Pipelines, has_own_connectors, pipeline_of, state_bytes
 from rllink_zmq.rllib.policies import policy_of
 from rllink_zmq.rllib.rewriting import Filters, FragmentConnectors
 from rllink_zmq.rllib.runner import Held, ZmqEnvRunner
@@ -479,6 +480,64 @@ def test_pieces_may_look_at_what_was_done_before(lengths: tuple[int, ...], memor
         mine = [single.get_observations(slice(0, len(single))) for single in singles]
         np.testing.assert_allclose(np.concatenate(mine), theirs.get_observations(slice(0, 6)), rtol=1e-5)
         np.testing.assert_allclose(singles[-1].get_observations(-1), theirs.get_observations(-1), rtol=1e-5)
+
+
+class Looks(SingleAgentObservationPreprocessor):
+    """Makes a number of what has been done so far."""
+
+    def __init__(self, number: Callable[[Any], float]) -> None:
+        super().__init__()
+        self._number = number
+
+    def preprocess(self, observation: Any, episode: Any) -> Any:
+        return np.full(3, self._number(episode), np.float32)
+
+
+def last(values: Any, back: int) -> float:
+    return float(values[-back]) if len(values) >= back else 0.0
+
+
+@pytest.mark.parametrize(
+    ("number", "lookback"),
+    [
+        (lambda episode: last(episode.get_rewards(), 1) < 0, 1),
+        (lambda episode: last(episode.get_rewards(), 13), 13),
+        (lambda episode: last(episode.get_actions(), 3), 3),
+        (lambda episode: last(episode.get_actions(), 16), 16),
+        (lambda episode: sum(episode.get_actions()[-4:]), 4),
+        (lambda episode: last(episode.get_actions(), 17), None),
+        (lambda episode: sum(episode.get_rewards()), None),
+        (lambda episode: max([0.0, *episode.get_rewards()]), None),
+    ],
+    ids=["sign", "reward 13", "action 3", "action 16", "how often", "action 17", "all rewards", "best reward"],
+)
+def test_how_far_a_piece_looks_back_is_found_out(number: Callable[[Any], float], lookback: int | None) -> None:
+    made = config(BOX, partial(Looks, number))
+    pipelines = Pipelines(made)
+    if lookback is None:
+        with pytest.raises(PolicyError, match="Looks looks further back than 16 steps"):
+            pipelines.check(module_of(made))
+    else:
+        pipelines.check(module_of(made))
+        assert pipelines.lookback == lookback
+
+
+def test_actions_count_from_0_for_pieces_too() -> None:
+    made = told_what_was_done(FlattenObservations).environment(action_space=gym.spaces.Discrete(3, start=5))
+    assert Pipelines(made).check(module_of(made)) == 2
+
+
+def test_a_piece_that_can_not_learn_of_a_fragment_costs_no_fragment(caplog: pytest.LogCaptureFixture) -> None:
+    made = config(BOX, MeanStdFilter)
+    learning: Any = pipeline_of(made)
+    filters = Filters(2)
+    filters.own(0, state_bytes(learning))
+    learning.connectors[0]._filters = {}
+    connectors = FragmentConnectors(Pipelines(made, learns=learning), filters)
+    built, refused = EpisodeBuilder(BOX, DISCRETE, module_of(made), connectors=connectors).build(
+        [fragment(np.stack(samples(BOX)))]
+    )
+    assert len(built) == 1 and not refused and "a connector could not learn of a fragment: KeyError" in caplog.text
 
 
 def test_what_was_done_before_is_kept_apart_for_a_module_of_ones_own() -> None:

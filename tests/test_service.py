@@ -205,6 +205,8 @@ def test_what_comes_beside_the_observations_is_checked() -> None:
     counts = np.array([0, 1, 2], np.int32)
     done = {"actions_before": np.zeros((3, 2), np.int64), "rewards_before": np.zeros((3, 2), np.float32)}
     infinite = done | {"rewards_before": np.full((3, 2), np.inf, np.float32)}
+    unknown = done | {"actions_before": np.full((3, 2), -1, np.int64)}
+    dark = np.full((3, 2, 4), np.nan, np.float32)
     for beside, text in (
         ({}, ""),
         ({"obs_before": before, **done, "steps_before": counts}, ""),
@@ -217,6 +219,9 @@ def test_what_comes_beside_the_observations_is_checked() -> None:
         ({"obs_before": before, **done, "steps_before": counts + 1}, "'steps_before' must be from 0 to 2"),
         ({"obs_before": before, **done, "steps_before": counts - 1}, "'steps_before' must be from 0 to 2"),
         ({"obs_before": before, **infinite, "steps_before": counts}, "'rewards_before' holds NaN or infinity"),
+        ({"obs_before": before, **unknown, "steps_before": counts}, "'actions_before' must be integers from 0 to"),
+        ({"obs_before": dark, **done, "steps_before": counts}, "'obs_before' holds NaN or infinity"),
+        ({"obs_before": dark, **unknown, "steps_before": 0 * counts}, ""),
         ({"state_in/h": before}, "expected the policy's memory"),
     ):
         columns, body = to_buffers({"obs": obs, **beside})

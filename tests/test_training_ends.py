@@ -89,9 +89,9 @@ def test_a_second_trainer_and_a_simulator_with_other_spaces_are_refused_in_words
 
 def test_a_policy_that_nobody_can_compute_is_refused_with_the_piece_and_what_to_do(addresses: dict[str, str]) -> None:
     config = ppo(runners=0).env_runners(
-        env_to_module_connector=lambda env, spaces, device: [PrevActionsPrevRewards(), FlattenObservations()]
+        env_to_module_connector=lambda *_: [PrevActionsPrevRewards(n_prev_actions=20), FlattenObservations()]
     )
-    with pytest.raises(PolicyError, match=r"PrevActionsPrevRewards looks at earlier actions .* leave .* out"):
+    with pytest.raises(PolicyError, match=r"PrevActionsPrevRewards looks further back than 16 steps.* leave .* out"):
         attach(config, addresses["backend"]).build_algo()
 
 

@@ -12,6 +12,7 @@ here, so chunks are copies of a blank one rather than constructed: what RLlib's 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,10 +36,11 @@ from rllink_zmq.audit import Log
 from rllink_zmq.compression import arrays_of
 from rllink_zmq.errors import ProtocolError
 from rllink_zmq.messages import ACTIONS_BEFORE, BEFORE, FRAGMENT, OBS_BEFORE, REWARDS_BEFORE, STATE_IN
-from rllink_zmq.packing import Packing, packing_of
+from rllink_zmq.packing import packing_of
 from rllink_zmq.packing_actions import action_packing
 from rllink_zmq.rllib.audit import COLUMN, names
 from rllink_zmq.rllib.blank import Blank
+from rllink_zmq.rllib.checking import check_rows
 from rllink_zmq.rllib.collector import collector_paused
 from rllink_zmq.rllib.flattening import Came
 from rllink_zmq.rllib.recurrent import Memory
@@ -48,6 +50,8 @@ from rllink_zmq.wire import check_columns
 ESCAPES = str.maketrans({"_": "%5F", "%": "%25"})
 """RLlib's learner takes samples of one episode for one long episode where its id has an underscore
 (`AddObservationsFromEpisodesToBatch`): their sequences would run together."""
+
+logger = logging.getLogger("rllink_zmq")
 
 REMEMBERED = 10_000
 """Episodes whose continuation is known: more than simulators that one runner serves."""
@@ -258,17 +262,16 @@ class EpisodeBuilder:
                 continue
             try:
                 good += prepared if prepared is not None else self._check_columns(lease)
-                mine, self._lessons = self._lessons, []
-                if lessons is not None:
-                    lessons += mine
-                    continue
-                for lesson in mine:
-                    lesson()
             except ProtocolError as e:
                 refused.append(Refusal(lease.message, e))
             except Exception as e:  # a user's connector may raise anything; other fragments are not to suffer
                 text = f"the configured connectors fail on it: {type(e).__name__}: {e}"
                 refused.append(Refusal(lease.message, ProtocolError(text)))
+            else:
+                if lessons is None:
+                    learn(self._lessons)
+                else:
+                    lessons += self._lessons
         return good, refused
 
     def continues(self, chunk: Sequence[Piece], piece: Piece) -> bool:
@@ -448,25 +451,10 @@ class EpisodeBuilder:
             raise ProtocolError("'action_dist_inputs' must be finite floats")
 
     def _check_observations(self, name: str, rows: NDArray[Any]) -> None:
-        if self._packing is None:
-            self._check(name, rows, self.observation_space)
-        else:
-            self._check_packed(name, rows, self._packing)
+        check_rows(name, rows, self.observation_space, self._packing)
 
     def _check_actions(self, rows: NDArray[Any], name: str = "actions") -> None:
-        if self._actions is None:
-            self._check(name, rows, self.action_space, actions=True)
-        else:
-            self._check_packed(name, rows, self._actions, actions=True)
-
-    def _check_packed(self, name: str, rows: NDArray[Any], packing: Packing, actions: bool = False) -> None:
-        if rows.dtype != np.uint8 or rows.shape[1:] != (packing.nbytes,):
-            raise ProtocolError(
-                f"'{name}' has rows of {rows.dtype}{list(rows.shape[1:])}, {'actions' if actions else 'observations'} "
-                f"of this space are packed as uint8[{packing.nbytes}]"
-            )
-        for part, values in zip(packing.parts, packing.arrays(rows.view(np.uint8)), strict=True):
-            self._check(part.name, values, part.space, actions)
+        check_rows(name, rows, self.action_space, self._actions, actions=True)
 
     def _check_state(self, arrays: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         columns = []
@@ -486,27 +474,6 @@ class EpisodeBuilder:
                 raise ProtocolError(f"'{STATE_IN}{name}' holds NaN or infinity")
             columns.append(column)
         return columns
-
-    def _check(self, name: str, values: NDArray[Any], space: gym.Space[Any], actions: bool = False) -> None:
-        shape = space.shape or ()
-        if values.shape[1:] != shape:
-            raise ProtocolError(f"'{name}' has rows of shape {list(values.shape[1:])}, the space has {list(shape)}")
-        if isinstance(space, gym.spaces.Box) and (values.dtype.kind == "f") != (np.dtype(space.dtype).kind == "f"):
-            raise ProtocolError(f"'{name}' is of {values.dtype}, the space of {space.dtype}")
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise ProtocolError(f"'{name}' holds NaN or infinity")
-        if isinstance(space, gym.spaces.Discrete):
-            # RLlib's policies count actions from 0, whatever the space's start.
-            low = 0 if actions else int(space.start)
-            if values.dtype.kind not in "iu" or values.min() < low or values.max() >= low + int(space.n):
-                raise ProtocolError(f"'{name}' must be integers from {low} to {low + int(space.n) - 1}")
-        elif isinstance(space, gym.spaces.MultiDiscrete):
-            lows = np.zeros_like(space.start) if actions else space.start
-            within = values.dtype.kind in "iu" and ((values >= lows) & (values < lows + space.nvec)).all()
-            if not within:
-                raise ProtocolError(f"'{name}' must be integers from {lows.tolist()}, of {space.nvec.tolist()} values")
-        elif isinstance(space, gym.spaces.MultiBinary) and not np.isin(values, (0, 1)).all():
-            raise ProtocolError(f"'{name}' must be zeros and ones")
 
     def _history(self, message: FRAGMENT, arrays: Mapping[str, NDArray[Any]]) -> Came:
         """A fragment's steps as the environment gave them, with those that came before at the front."""
@@ -553,6 +520,15 @@ class EpisodeBuilder:
             )
             out = self.module.forward_exploration({Columns.OBS: batch})
         return np.asarray(out[Columns.ACTION_DIST_INPUTS].detach().cpu().numpy(), np.float32)
+
+
+def learn(lessons: Iterable[Callable[[], None]]) -> None:
+    """Let connectors learn of what is handed over; what fails at that is no fault of the fragment."""
+    for lesson in lessons:
+        try:
+            lesson()
+        except Exception as e:  # a user's piece may raise anything
+            logger.warning("a connector could not learn of a fragment: %s: %s", type(e).__name__, e)
 
 
 def _dtypes(observations: Any) -> Sequence[np.dtype[Any]]:

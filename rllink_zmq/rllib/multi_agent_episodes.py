@@ -27,7 +27,7 @@ from rllink_zmq.messages import BEFORE, FRAGMENT, STATE_IN, AgentId, AgentRows
 from rllink_zmq.packing import children
 from rllink_zmq.rllib.audit import COLUMN, names
 from rllink_zmq.rllib.collector import collector_paused
-from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal, Rewrites, chunks_of, mark_of
+from rllink_zmq.rllib.episodes import REMEMBERED, EpisodeBuilder, Piece, Refusal, Rewrites, chunks_of, learn, mark_of
 from rllink_zmq.rllib.exploration import epsilon_schedule
 from rllink_zmq.rllib.multi_agent_replay import SKIP, AgentsPiece, ReplayedEpisode
 from rllink_zmq.session_runner import Lease
@@ -222,8 +222,7 @@ class MultiAgentEpisodeBuilder:
                         f"the agents of module '{module}' have {place.earlier} steps before this fragment that it "
                         f"looks back at, and '{column}' has {len(arrays[column])} rows"
                     )
-        for lesson in lessons:
-            lesson()  # the fragment is handed over
+        learn(lessons)  # the fragment is handed over
         return AgentsPiece(message, agents)
 
     def _check_module(self, rows: AgentRows) -> None:

@@ -39,8 +39,8 @@ from rllink_zmq.rllib.flattening import Came, flattening_of
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.rllib.states import from_bytes, to_bytes
 
-TRIED = 4
-"""Observations that pieces are tried with at start."""
+TRIED = 24
+"""Observations that pieces are tried with at start: what they look at may be one of two values."""
 
 MAX_LOOKBACK = 16
 """The most steps before the newest observation that pieces may look at."""
@@ -107,7 +107,7 @@ class Pipelines:
         self._packing: Packing | None = packing_of(observation_space)
         self._actions, self._env_actions = action_packing(action_space), env_packing(action_space)
         self._flattening = flattening_of(self._own, observation_space)
-        self._drawn = seeded(action_space)
+        self._drawn = seeded(counted_from_0(action_space))
         self._action = self._drawn.sample()
 
     @property
@@ -355,7 +355,7 @@ class Pipelines:
         with the name of a piece that fails, or that looks at what no request brings."""
         self._module = module
         space = seeded(self.observation_space)
-        samples = [tree.map_structure(moderate, space.sample()) for _ in range(TRIED + MAX_LOOKBACK)]
+        samples = [tree.map_structure(moderate, space.sample()) for _ in range(MAX_LOOKBACK + TRIED)]
         memory = Memory(module)
         for self.lookback in range(MAX_LOOKBACK + 1):
             name = self._differs(module, memory, samples, whose)
@@ -385,8 +385,8 @@ class Pipelines:
     """What else a piece may look at, and no request brings."""
 
     def _differs(self, module: RLModule, memory: Memory, samples: list[Any], whose: AgentId | None) -> str:
-        """The first piece that answers differently when it sees `lookback` earlier observations, instead of all that
-        has been in an episode; '' if none does."""
+        """The first piece that answers differently when it sees the last `lookback` steps, instead of all that has been
+        in an episode; '' if none does."""
         outputs = {Columns.STATE_OUT: memory.nested(memory.start)} if memory else {}
         past = self._past_begun(samples[0], whose)
         states = [copy.deepcopy(piece.get_state()) for piece in self.to_module.connectors]
@@ -401,13 +401,24 @@ class Pipelines:
                 ) from error
 
         one, several = "for one observation", "for an episode of several steps"
+        random = np.random.default_rng(0)
         moments = [Moment(samples[0])]
-        for sample in samples[1:]:
-            batch: Any = {}
-            for piece in self._own:
-                batch = run(piece, past, batch, {}, one if len(past) == 0 else several)
-            moments.append(Moment(sample, self._drawn.sample(), 0.5 * len(past) - 3.0))
-            self._past_goes_on(past, moments[-1], outputs)
+        for sample in (*samples[1:], None):
+            (alone,) = self._episodes([moments[-1 - self.lookback :]], memory, None if whose is None else [whose])
+            self._call_alike(alone, past)
+            batches: list[dict[str, Any]] = [{}, {}]
+            shared: list[dict[str, Any]] = [{}, {}]
+            for piece in self._compared():
+                for j, (episode, where) in enumerate(((alone, one), (past, several))):
+                    batches[j] = run(piece, episode, batches[j], shared[j], one if len(past) == 0 else where)
+                newest = [self._single(episode).get_observations(-1) for episode in (alone, past)]
+                if not same(*(self._items_of(batch, alone) for batch in batches)) or not same(*newest):
+                    return type(piece).__name__
+            if sample is not None:
+                # Of all signs and sizes: a piece may look at one of these alone.
+                reward = float(random.normal() * 10.0 ** random.integers(-1, 3))
+                moments.append(Moment(sample, self._drawn.sample(), reward))
+                self._past_goes_on(past, moments[-1], outputs)
         for piece, state in zip(self.to_module.connectors, states, strict=True):
             if not same(piece.get_state(), state):
                 raise PolicyError(
@@ -415,16 +426,6 @@ class Pipelines:
                     f"version of the policy must be one thing wherever it acts: MeanStdFilter can be told to "
                     f"only follow, a piece of your own has to compute without a state of that kind"
                 )
-        (alone,) = self._episodes([moments[-1 - self.lookback :]], memory, None if whose is None else [whose])
-        self._call_alike(alone, past)
-        batches: list[dict[str, Any]] = [{}, {}]
-        shared: list[dict[str, Any]] = [{}, {}]
-        for piece in self._compared():
-            for j, (episode, where) in enumerate(((alone, one), (past, several))):
-                batches[j] = run(piece, episode, batches[j], shared[j], where)
-            newest = [self._single(episode).get_observations(-1) for episode in (alone, past)]
-            if not same(*(self._items_of(batch, alone) for batch in batches)) or not same(*newest):
-                return type(piece).__name__
         return ""
 
     def _past_begun(self, observation: Any, whose: AgentId | None) -> Any:
@@ -494,6 +495,19 @@ def seeded(space: gym.Space[Any], seed: int = 0) -> gym.Space[Any]:
     """A copy: sampling moves a space's random state, and this one is the user's."""
     space = copy.deepcopy(space)
     space.seed(seed)
+    return space
+
+
+def counted_from_0(space: gym.Space[Any]) -> gym.Space[Any]:
+    """Of actions as policies have them: those of Discrete and MultiDiscrete count from 0, whatever the start."""
+    if isinstance(space, gym.spaces.Discrete):
+        return gym.spaces.Discrete(int(space.n))
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return gym.spaces.MultiDiscrete(space.nvec)
+    if isinstance(space, gym.spaces.Dict):
+        return gym.spaces.Dict({key: counted_from_0(inner) for key, inner in space.spaces.items()})
+    if isinstance(space, gym.spaces.Tuple):
+        return gym.spaces.Tuple([counted_from_0(inner) for inner in space.spaces])
     return space
 
 

@@ -24,7 +24,16 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.messages import AgentId
 from rllink_zmq.rllib.exploration import forward
-from rllink_zmq.rllib.pipelines import Moment, Pipelines, moderate, same, seeded, seen_spaces, state_bytes
+from rllink_zmq.rllib.pipelines import (
+    Moment,
+    Pipelines,
+    counted_from_0,
+    moderate,
+    same,
+    seeded,
+    seen_spaces,
+    state_bytes,
+)
 from rllink_zmq.rllib.rewriting import Filters, FragmentConnectors
 
 TRIED_AGENTS = 16
@@ -92,7 +101,10 @@ class AgentsPipelines(Pipelines):
             there = [(other, module) for other, module in cast.items() if other != agent]
             self._others = dict(there[:OTHERS])
             self._drawn_of = {
-                other: (seeded(self._observation_spaces[other], i), seeded(self._action_spaces[other], i))
+                other: (
+                    seeded(self._observation_spaces[other], i),
+                    seeded(counted_from_0(self._action_spaces[other]), i),
+                )
                 for i, other in enumerate(self._others, 1)
             }
             module = modules[self._module_id]

@@ -24,7 +24,7 @@ from ray.rllib.core.rl_module.rl_module import RLModule
 
 from rllink_zmq import __version__
 from rllink_zmq.arrays import column_of, from_body
-from rllink_zmq.errors import RllinkError
+from rllink_zmq.errors import ProtocolError, RllinkError
 from rllink_zmq.fragments import Before
 from rllink_zmq.messages import (
     ACT,
@@ -45,6 +45,7 @@ from rllink_zmq.packing import packing_of
 from rllink_zmq.packing_actions import action_packing, env_packing
 from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib import exploration
+from rllink_zmq.rllib.checking import check_rows
 from rllink_zmq.rllib.export import connectors_state
 from rllink_zmq.rllib.export_actions import ForEnv
 from rllink_zmq.rllib.flattening import Flattening
@@ -116,6 +117,7 @@ class ModuleActor:
         self._module: Any = copy.deepcopy(module.unwrapped()).to(self._device)
         self._module.eval()
         self._state = self._module.state_dict()
+        self._action_space = action_space
         self._actions = action_packing(action_space)
         self._env_actions = env_packing(action_space)
         spaces = [part.space for part in self._actions.parts] if self._actions else [action_space]
@@ -180,6 +182,18 @@ class ModuleActor:
     def agents(self) -> Collection[AgentId]:
         """Whose rows it must be told of; nobody's, where one is like another."""
         return ()
+
+    def misfit_before(self, before: Before) -> str:
+        """Why steps can't have come before; '' if they can."""
+        if self.not_finite(before.observations).any():
+            return f"'{OBS_BEFORE}' holds NaN or infinity"
+        if not np.isfinite(before.rewards).all():
+            return f"'{REWARDS_BEFORE}' holds NaN or infinity"
+        try:
+            check_rows(ACTIONS_BEFORE, before.actions, self._action_space, self._actions, actions=True)
+        except ProtocolError as error:
+            return str(error)
+        return ""
 
     @property
     def lookback(self) -> int:
@@ -535,8 +549,9 @@ class ActService:
             counts = arrays[STEPS_BEFORE]
             if counts.min() < 0 or counts.max() > lookback:
                 return f"'{STEPS_BEFORE}' must be from 0 to {lookback}"
-            if not np.isfinite(arrays[REWARDS_BEFORE]).all():
-                return f"'{REWARDS_BEFORE}' holds NaN or infinity"
+            there = np.arange(lookback) >= (lookback - counts.astype(np.int64))[:, np.newaxis]
+            if there.any() and (why := actor.misfit_before(Before(*(arrays[name][there] for name in BEFORE)))):
+                return why
         if found.get(STARTS) == ("|b1", ()):
             del found[STARTS]
         if found and found != expected:
