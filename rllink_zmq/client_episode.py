@@ -90,7 +90,8 @@ class Episode:
     def get_action_async(self, observation: Any) -> PendingAction:
         """Ask the service for an action, and go on: `result()` of what is returned is the action, `done()` says whether
         it is there. With `connect(inference="remote")` alone. One at a time for an episode; several episodes may have
-        one open each. Waits and raises as `get_action` does, but for the answer.
+        one open each. Waits and raises as `get_action` does, but for the answer. All of the last step's reward is
+        logged before: the policy may look at it.
         """
         flow = self._flow
         if flow.remote is None:
