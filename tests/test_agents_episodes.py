@@ -205,6 +205,13 @@ def lease(cut: Cut, number: int, end: str) -> Lease:
     return Lease(message, [bytes(b) for b in body])
 
 
+def sent(cut: Cut, number: int, end: str) -> Lease:
+    """The same, over the wire."""
+    one = lease(cut, number, end)
+    message, body = unpack(pack(one.message, one.body))
+    return Lease(message, body)  # type: ignore[arg-type]
+
+
 def ours(module: MultiRLModule, leases: Sequence[Lease], calls: Sequence[int]) -> list[MultiAgentEpisode]:
     """The chunks of calls that end after these env steps (where a fragment ends)."""
     builder = MultiAgentEpisodeBuilder(*SPACES, module, mapping)

@@ -42,7 +42,8 @@ from ray.rllib.env.multi_agent_env import MultiAgentEnv
 from ray.rllib.env.multi_agent_env_runner import MultiAgentEnvRunner
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
-from test_agents_episodes import RUN, assert_same, lease, with_columns
+from test_agents_episodes import RUN, assert_same, sent, with_columns
+from test_pipelines import Steps
 
 from rllink_zmq.client_policy import layout_of_policy
 from rllink_zmq.client_remote import before_of
@@ -62,7 +63,6 @@ from rllink_zmq.rllib.service import PipelineActor
 from rllink_zmq.rllib.service_agents import AgentsActService
 from rllink_zmq.rllib.trainable import check_trainable
 from rllink_zmq.session_runner import Lease
-from rllink_zmq.wire import pack, unpack
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -102,15 +102,6 @@ class Shared(MultiAgentObservationPreprocessor):
     def preprocess(self, observations: Any, episode: Any) -> Any:
         mean = np.mean(list(observations.values()), axis=0)
         return dict.fromkeys(observations, mean)
-
-
-class Counting(ConnectorV2):
-    """Adds how many env steps there have been."""
-
-    def __call__(self, *, batch: Any, episodes: Any, **kwargs: Any) -> Any:
-        for episode in self.single_agent_episode_iterator(episodes):
-            self.add_batch_item(batch, "t", np.float32(len(episode)), single_agent_episode=episode)
-        return batch
 
 
 class Turned(ConnectorV2):
@@ -293,9 +284,7 @@ def fragments(side: Side, cuts: Sequence[int]) -> list[Lease]:
             builder.observe(Turn(side.env.look(t + 1)))
             if last:
                 builder.finish("terminated")
-            one = lease(builder.cut(), len(leases) + 1, "terminated" if last else "no")
-            message, body = unpack(pack(one.message, one.body))
-            leases.append(Lease(message, body))  # type: ignore[arg-type]
+            leases.append(sent(builder.cut(), len(leases) + 1, "terminated" if last else "no"))
             builder.begin(measure, "acted", origin, 100)
     assert sum(taken.values()) == sum(len(single) for single in side.theirs.agent_episodes.values())
     return leases
@@ -398,7 +387,7 @@ def test_a_fragment_of_a_filter_that_nobody_knows_is_stale_and_teaches_nothing()
     ("made", "text"),
     [
         (lambda: config(NUMBERS, Shared), "the policy 'p': the env-to-module piece Shared looks at other agents"),
-        (lambda: config(NUMBERS, Counting), "piece Counting looks at other agents, further back than 16 steps, or at"),
+        (lambda: config(NUMBERS, Steps), "piece Steps looks at other agents, further back than 16 steps, or at"),
     ],
 )
 def test_a_piece_that_no_runner_can_act_behind_is_refused_by_its_name(made: Callable[[], Any], text: str) -> None:

@@ -24,9 +24,9 @@ from test_agents_episodes import (
     agents_data,
     assert_same,
     config,
-    lease,
     mapping,
     outputs_of,
+    sent,
     trajectory,
     with_columns,
 )
@@ -43,7 +43,6 @@ from rllink_zmq.rllib.multi_agent_episodes import MultiAgentEpisodeBuilder
 from rllink_zmq.rllib.multi_agent_policies import crew_of
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.session_runner import Lease
-from rllink_zmq.wire import pack, unpack
 
 SEQUENCE = 5
 
@@ -127,9 +126,7 @@ def simulated(
             builder.observe(turn)
             if last:
                 builder.finish("terminated")
-            one = lease(builder.cut(), len(leases) + 1, "terminated" if last else "no")
-            message, body = unpack(pack(one.message, one.body))
-            leases.append(Lease(message, body))  # type: ignore[arg-type]
+            leases.append(sent(builder.cut(), len(leases) + 1, "terminated" if last else "no"))
             builder.begin(layout, "acted", origin, 1000)
     return leases, found
 

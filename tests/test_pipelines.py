@@ -26,7 +26,7 @@ from test_packed_policies import fragment
 
 from rllink_zmq.arrays import to_buffers
 from rllink_zmq.errors import PolicyError, SettingsError
-from rllink_zmq.fragments import Before, FragmentBuilder, Origin, Row, StateRow, layout_of_spaces
+from rllink_zmq.fragments import Before, Cut, FragmentBuilder, Origin, Row, StateRow, layout_of_spaces
 from rllink_zmq.messages import FRAGMENT, STATE_IN, STATE_OUT
 from rllink_zmq.packing import Packing
 from rllink_zmq.policy import Policy, PolicyManifest, unpack_policy
@@ -383,6 +383,17 @@ def test_frames_are_stacked_of_what_a_request_brings() -> None:
     np.testing.assert_allclose(ours["action_dist_inputs"], expected, rtol=1e-4, atol=1e-6)
 
 
+def sent(cut: Cut, number: int, end: Any) -> Lease:
+    """A fragment as it comes to a runner."""
+    columns, body = to_buffers(cut.arrays)
+    message = FRAGMENT(
+        session=b"s" * 16, number=number, episode="e", t0=cut.t0, steps=cut.steps, run="r", version=0, base=1,
+        return_so_far=cut.return_so_far, columns=columns, end=end,
+    )  # fmt: skip
+    check_body(message, body)
+    return Lease(message, tuple(body))
+
+
 @pytest.mark.parametrize("lengths", [(6,), (2, 4), (1, 1, 4), (5, 1)], ids=str)
 def test_a_learner_gets_the_stacks_that_rllibs_own_runner_makes(lengths: tuple[int, ...]) -> None:
     """Fragments of these lengths, each built alone as if it had come to another runner, and all by the same one."""
@@ -407,14 +418,7 @@ def test_a_learner_gets_the_stacks_that_rllibs_own_runner_makes(lengths: tuple[i
             builder.act(0, -1.0, np.zeros(2, np.float32))
         t += length
         builder.observe(observations[t])
-        cut = builder.cut()
-        columns, body = to_buffers(cut.arrays)
-        message = FRAGMENT(
-            session=b"s" * 16, number=i + 1, episode="e", t0=cut.t0, steps=length, run="r", version=0, base=1,
-            return_so_far=0.0, columns=columns, end="no" if t < 6 else "truncated",
-        )  # fmt: skip
-        check_body(message, body)
-        leases.append(Lease(message, tuple(body)))
+        leases.append(sent(builder.cut(), i + 1, "no" if t < 6 else "truncated"))
     for together in (True, False):
         episodes = []
         for some in [leases] if together else [[lease] for lease in leases]:
@@ -462,14 +466,7 @@ def test_pieces_may_look_at_what_was_done_before(lengths: tuple[int, ...], memor
             builder.reward(theirs.get_rewards(t))
             t += 1
         builder.observe(observations[t])
-        cut = builder.cut()
-        columns, body = to_buffers(cut.arrays)
-        message = FRAGMENT(
-            session=b"s" * 16, number=i + 1, episode="e", t0=cut.t0, steps=length, run="r", version=0, base=1,
-            return_so_far=cut.return_so_far, columns=columns, end="no" if t < 6 else "truncated",
-        )  # fmt: skip
-        check_body(message, body)
-        leases.append(Lease(message, tuple(body)))
+        leases.append(sent(builder.cut(), i + 1, "no" if t < 6 else "truncated"))
     for together in (True, False):
         singles = []
         for some in [leases] if together else [[lease] for lease in leases]:

@@ -46,6 +46,21 @@ def test_an_example_trains_with_action_masks_here_and_remotely(addresses: dict[s
     assert balanced(shown["ledger"]) and only_staleness(shown["ledger"])
 
 
+def learns(
+    config: Any, env: str, addresses: dict[str, str], built: list[Algorithm], *, above: float, within: float
+) -> None:
+    """Four simulators of `env` ask for each action: the mean return gets above that many within so many seconds."""
+    with rllink(
+        "simulate", "--env", env, "--broker", addresses["frontend"], "--num", "4", "--inference", "remote",
+        stdout=subprocess.DEVNULL, env=environment(PYTHONPATH=str(Path(__file__).parent)),
+    ):  # fmt: skip
+        algorithm = attach(config, addresses["backend"]).build_algo()
+        built.append(algorithm)
+        learned = f"the mean return is above {above}"
+        until(lambda: algorithm.train()["env_runners"]["episode_return_mean"] > above, learned, within)
+    assert only_staleness(status(addresses)["ledger"])
+
+
 @pytest.mark.long
 def test_frames_are_stacked_for_simulators_that_ask(addresses: dict[str, str], built: list[Algorithm]) -> None:
     """What one picture doesn't tell is learned: runners stack what requests bring, the learner what fragments do."""
@@ -60,14 +75,7 @@ def test_frames_are_stacked_for_simulators_that_ask(addresses: dict[str, str], b
         .training(lr=2e-3, num_epochs=6)
         .rl_module(model_config={"conv_filters": [[8, 3, 2], [16, 3, 2]], "fcnet_hiddens": [32]})
     )
-    with rllink(
-        "simulate", "--env", "image_env:Moving-v0", "--broker", addresses["frontend"], "--num", "4", "--inference",
-        "remote", stdout=subprocess.DEVNULL, env=environment(PYTHONPATH=str(Path(__file__).parent)),
-    ):  # fmt: skip
-        algorithm = attach(config, addresses["backend"]).build_algo()
-        built.append(algorithm)
-        until(lambda: algorithm.train()["env_runners"]["episode_return_mean"] > 8.0, "it sees it moving", 150)
-    assert only_staleness(status(addresses)["ledger"])
+    learns(config, "image_env:Moving-v0", addresses, built, above=8.0, within=150)
 
 
 @pytest.mark.long
@@ -80,14 +88,7 @@ def test_what_was_done_before_is_seen_by_simulators_that_ask(addresses: dict[str
         .env_runners(env_to_module_connector=lambda *_: [PrevActionsPrevRewards(), FlattenObservations()])
         .training(lr=5e-3, num_epochs=6, gamma=0.0)
     )
-    with rllink(
-        "simulate", "--env", "alternating_env:Alternating-v0", "--broker", addresses["frontend"], "--num", "4",
-        "--inference", "remote", stdout=subprocess.DEVNULL, env=environment(PYTHONPATH=str(Path(__file__).parent)),
-    ):  # fmt: skip
-        algorithm = attach(config, addresses["backend"]).build_algo()
-        built.append(algorithm)
-        until(lambda: algorithm.train()["env_runners"]["episode_return_mean"] > 17.0, "it alternates", 100)
-    assert only_staleness(status(addresses)["ledger"])
+    learns(config, "alternating_env:Alternating-v0", addresses, built, above=17.0, within=100)
 
 
 def test_a_filter_travels_with_the_weights(addresses: dict[str, str], built: list[Algorithm]) -> None:
