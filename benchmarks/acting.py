@@ -20,8 +20,9 @@ from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.core.rl_module.torch import TorchRLModule
 
 from rllink_zmq.policy import unpack_policy
+from rllink_zmq.rllib.actors import ModuleActor
 from rllink_zmq.rllib.export import export_policy, weights_body
-from rllink_zmq.rllib.service import ActService, ModuleActor
+from rllink_zmq.rllib.service import ActService
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import RunnerSession, TrainerSession
 from rllink_zmq.transport import Connection

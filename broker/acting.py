@@ -3,6 +3,9 @@
 - A request is stateless. While it has no answer it may go to another service: when its own is lost or leaves, or has
   answered nothing for `act_patience`; until it answers it comes last then. The first answer counts, later ones find no
   request.
+- Requests about episodes that a service follows name it, and go to it as long as it is there and answers: another one
+  knows nothing of them. Those about episodes that begin go where the fewest readers are followed, unless others of the
+  reader's go on.
 - Who asks has a credit of requests and bytes. What is over it is answered at once, and costs the others nothing.
 - Nobody there: requests wait, within that credit. Who asked is told by time alone, and decides what to do.
 """
@@ -57,20 +60,48 @@ class Acting(BrokerState):
         return "", ""
 
     def _serve(self, request: Request, now: float, but: Service | None = None) -> None:
-        """Give it to the service with the fewest observations to see to; `but`: not to this one."""
+        """Give it to the service with the fewest observations to see to, or to the one that follows its episodes;
+        `but`: not to this one."""
         best: Service | None = None
+        follower = self._follower(request, but) if request.follows else b""
+        if follower and follower == self.returning:
+            self.unserved[request.key] = request
+            return
         for service in self.services:
             if service is but:
                 continue
-            if best is None or (service.late, service.rows) < (best.late, best.rows):
+            if service.session == follower:
+                best = service
+                break
+            if best is None or self._busy(service, request) < self._busy(best, request):
                 best = service
         if best is None:
             self.unserved[request.key] = request
             return
+        if request.follows:
+            request.reader.follower = best.session
         request.service, request.since = best, now
         best.open[request.key] = request
         best.rows += request.rows
         self._actions.append(Forward(best.route, request.frames))
+
+    def _follower(self, request: Request, but: Service | None) -> bytes:
+        """Which service is to follow the request's episodes; b'' = whichever has the least to do."""
+        reader = request.reader
+        if request.follower or any(other.follows and other is not request for other in reader.requests.values()):
+            return request.follower or reader.follower
+        mine = [service for service in self.services if service.session == reader.follower and service is not but]
+        others = [self._followed(service) for service in self.services if service is not but]
+        # Each change of a reader's costs another one nothing, and none is needed where they are balanced.
+        return reader.follower if mine and self._followed(mine[0]) <= min(others) + 1 else b""
+
+    def _followed(self, service: Service) -> int:
+        """How many readers' episodes a service follows."""
+        return sum(reader.follower == service.session for reader in self.readers.values())
+
+    def _busy(self, service: Service, request: Request) -> tuple[bool, int, int]:
+        """How much a service has to do. What follows an episode is to do so for long: then it goes by how many do."""
+        return service.late, self._followed(service) if request.follows else 0, service.rows
 
     def _action(self, service: Peer, message: ACTION, event: Received, now: float) -> None:
         if not isinstance(service, Service):

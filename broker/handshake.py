@@ -202,7 +202,9 @@ class Handshake(Duties):
         for old in [s for s in self.services if s.session == hello.session]:
             if hello.greeting <= old.greeting:
                 return
+            self.returning = hello.session
             self._lose(old, now)
+            self.returning = b""
         service = Service(hello.session, now, role.run)
         self._enter(service, hello, event.route, now)
         self._welcome(service)

@@ -193,14 +193,17 @@ class Observer(Peer):
 
 
 class Request:
-    """An ACT that has no answer yet. `service`: who computes it, None while nobody can; `since`: for how long."""
+    """An ACT that has no answer yet. `service`: who computes it, None while nobody can; `since`: for how long.
+    `follows`: it is of episodes that a service follows, `follower`: the session of that, if one does already."""
 
-    __slots__ = ("frames", "key", "reader", "rows", "service", "since", "size")
+    __slots__ = ("follower", "follows", "frames", "key", "reader", "rows", "service", "since", "size")
 
     def __init__(self, reader: Reader, message: ACT, frames: Sequence[Buffer], size: int, now: float) -> None:
         self.reader = reader
         self.key = (message.session, message.request)
         self.rows = message.rows
+        self.follows = bool(message.places)
+        self.follower = message.follower
         self.frames = frames
         self.size = size
         self.service: Service | None = None
@@ -208,15 +211,17 @@ class Request:
 
 
 class Reader(Peer):
-    """Asks for policy, weights and actions. `requests`: its open ones, by number; `act_bytes`: of their bodies."""
+    """Asks for policy, weights and actions. `requests`: its open ones, by number; `act_bytes`: of their bodies.
+    `follower`: the session of the service that follows its episodes, as far as that is known."""
 
-    __slots__ = ("act_bytes", "requests")
+    __slots__ = ("act_bytes", "follower", "requests")
     side = Side.FRONT
 
     def __init__(self, session: bytes, now: float) -> None:
         super().__init__(session, now)
         self.requests: dict[int, Request] = {}
         self.act_bytes = 0
+        self.follower = b""
 
 
 class Service(Peer):

@@ -77,6 +77,7 @@ class BrokerState:
         self.readers: dict[bytes, Reader] = {}
         self.services: list[Service] = []
         self.unserved: dict[tuple[bytes, int], Request] = {}
+        self.returning = b""  # the session of a service that is greeting again
         self.act_bytes = 0
         self.acts = {"answered": 0, "refused": 0, "moved": 0}
         self._pool: list[Runner] | None = None

@@ -19,14 +19,15 @@ import numpy as np
 from rllink_zmq import __version__
 from rllink_zmq.audit import Log
 from rllink_zmq.client import Backpressure, Client, Inference, Stats, check_choices, log_of_audit, opened
+from rllink_zmq.client_agents_followed import PendingFollowed, PendingSeenAgents
 from rllink_zmq.client_agents_policy import AgentsReader
 from rllink_zmq.client_agents_remote import PendingAgents, RemoteAgents
 from rllink_zmq.client_episode import explores, logs_in_evaluation
 from rllink_zmq.client_flow import Flow
-from rllink_zmq.client_remote import Pairs
+from rllink_zmq.client_remote import Ending, Pairs, PendingSeen, forget_looked
 from rllink_zmq.compression import Compression, check_compression
 from rllink_zmq.errors import EpisodeError
-from rllink_zmq.fragments import Kind, Layout, Origin
+from rllink_zmq.fragments import End, FragmentBuilder, Kind, Layout, Origin
 from rllink_zmq.fragments_agents import ALL, AgentsBuilder, AgentsOrigin, Turn
 from rllink_zmq.messages import AgentId
 from rllink_zmq.policy import Policy
@@ -124,6 +125,10 @@ class AgentsFlow(Flow):
         super().look()
         if self._reads_policy and self.remote is not None:
             self.reader.look(self.session, time.monotonic())
+
+    def look_through(self, builder: FragmentBuilder, end: End = "no") -> PendingSeen:
+        assert self.remote is not None and isinstance(builder, AgentsBuilder)
+        return PendingSeenAgents(self.remote, builder, end)
 
     def act_remotely(self) -> None:
         before, self.reader = self.reader, self.reader.elsewhere()
@@ -227,6 +232,7 @@ class AgentsEpisode:
         self._undecided = undecided
         self._cost = 1 if builder.sent or builder.evaluation is not None else 0
         self._pending: PendingAgents | None = None
+        self._ending: Ending | None = None
         self._started: float | None = time.monotonic()
 
     @property
@@ -387,6 +393,16 @@ class AgentsEpisode:
         truncateds: Mapping[AgentId, bool] | None = None,
     ) -> None:
         """`end_episode` for callers that go on at once: what is queued may leave with the next look."""
+        self.ending(observations, terminateds, truncateds).result()
+
+    def ending(
+        self,
+        observations: Mapping[AgentId, Any],
+        terminateds: Mapping[AgentId, bool] | None = None,
+        truncateds: Mapping[AgentId, bool] | None = None,
+    ) -> Ending:
+        """`finish` for callers that go on meanwhile, where a runner follows the episode. Takes no other call from then
+        on, but for `abandon`."""
         self.check_open("end_episode")
         builder = self.builder
         if not builder.steps:
@@ -399,12 +415,16 @@ class AgentsEpisode:
         if cut_short:
             truncateds = {**truncateds, **dict.fromkeys(builder.agents, True)}
         builder.observe(Turn(observations, terminateds, truncateds))
-        builder.finish("truncated" if cut_short else "terminated")
-        self._flow.cut(builder, "truncated" if cut_short else "terminated")
-        self._leave()
+        end: End = "truncated" if cut_short else "terminated"
+        builder.finish(end)
+        self.open = False
+        self._ending = Ending(self._flow, builder, end)
+        return self._ending
 
     def abandon(self) -> None:
         """End the episode as if the simulator had been lost: what isn't sent yet is discarded and counted."""
+        if self._ending is not None:
+            self._ending.give_up()
         if self.open:
             if self._pending is not None:
                 self._pending.forget()
@@ -451,7 +471,8 @@ class AgentsEpisode:
         self._goes_on("acted")
         self._flow.prepare([(self.builder, turn)], "acted", wait=True)
         self.builder.observe(turn)
-        self._pending = PendingAgents(self._flow, remote, self.builder, turn)
+        pending = PendingFollowed if self.builder.follows else PendingAgents
+        self._pending = pending(self._flow, remote, self.builder, turn)
         return self._pending
 
     def _goes_on(self, kind: Kind) -> bool:
@@ -490,6 +511,7 @@ class AgentsEpisode:
 
     def _leave(self) -> None:
         self.open = False
+        forget_looked(self.builder)
         self.builder.limit = 0
         self._flow.builders.pop(self.id, None)
 

@@ -16,7 +16,7 @@ from rllink_zmq.client_remote import AGAIN, AGAIN_MOST, OVER_CREDIT, Answer, Rem
 from rllink_zmq.errors import EpisodeError, PolicyError, RemovedError
 from rllink_zmq.fragments import Layout, Origin
 from rllink_zmq.fragments_agents import AgentsBuilder, AgentsOrigin, Turn
-from rllink_zmq.messages import STATE_IN, STATE_OUT, AgentId
+from rllink_zmq.messages import FOLLOWS, LOST, STATE_IN, STATE_OUT, AgentId
 
 if TYPE_CHECKING:
     from rllink_zmq.client_agents import AgentsFlow
@@ -52,8 +52,8 @@ class Chosen(NamedTuple):
 
 
 class Asked:
-    """What is asked of one module: `columns`, a row for each of `agents`. `request`: its number while it is under way,
-    0 before and after; `again_at`: when it may be sent."""
+    """What is asked of one module: `columns`, a row for each of `agents`, and what else the request says (`how`).
+    `request`: its number while it is under way, 0 before and after; `again_at`: when it may be sent."""
 
     def __init__(self, module: str, agents: list[AgentId], builder: AgentsBuilder) -> None:
         self.module = module
@@ -65,6 +65,11 @@ class Asked:
         self.columns |= zip(names, builder.memories(agents), strict=True)
         if rows.layout is not None and rows.layout.lookback:
             self.columns |= before_of(builder.before_each(agents), rows.layout.lookback)
+        self.how: dict[str, Any] = {"module": module, "agents": agents}
+        self.begin()
+
+    def begin(self) -> None:
+        """It has not been asked yet."""
         self.request = 0
         self.again_at = 0.0
         self.answer: Answer | None = None
@@ -82,21 +87,25 @@ class Asked:
     def chosen(self, layout: Layout) -> Chosen:
         """Raises PolicyError for an answer that a learner could not use."""
         assert self.answer is not None
-        arrays, count = self.answer.arrays, len(self.agents)
-        try:
-            actions = arrays["actions"].reshape(count, *layout.action.shape)
-            logps = arrays["action_logp"].reshape(count)
-            dist_inputs = arrays["action_dist_inputs"].reshape(count, layout.dist_inputs)
-            state = [arrays[STATE_OUT + name].reshape(count, *row.shape) for name, row in layout.state]
-        except (KeyError, ValueError) as e:
-            raise PolicyError(
-                f"the action service answers for module '{self.module}' without actions that a learner can use: {e}"
-            ) from None
-        if layout.env_actions is not None:
-            for_env = layout.env_actions.unpack(packed_for_env(arrays, layout.env_actions, count))
-        else:
-            for_env = arrays.get("env_actions", actions)
-        return Chosen(actions, logps.tolist(), dist_inputs, for_env, state)
+        return chosen_of(self.answer.arrays, len(self.agents), layout, self.module)
+
+
+def chosen_of(arrays: dict[str, NDArray[Any]], count: int, layout: Layout, module: str) -> Chosen:
+    """What an answer's columns say for `count` agents of a module. Raises PolicyError for what no learner could use."""
+    try:
+        actions = arrays["actions"].reshape(count, *layout.action.shape)
+        logps = arrays["action_logp"].reshape(count)
+        dist_inputs = arrays["action_dist_inputs"].reshape(count, layout.dist_inputs)
+        state = [arrays[STATE_OUT + name].reshape(count, *row.shape) for name, row in layout.state]
+    except (KeyError, ValueError) as e:
+        raise PolicyError(
+            f"the action service answers for module '{module}' without actions that a learner can use: {e}"
+        ) from None
+    if layout.env_actions is not None:
+        for_env = layout.env_actions.unpack(packed_for_env(arrays, layout.env_actions, count))
+    else:
+        for_env = arrays.get("env_actions", actions)
+    return Chosen(actions, logps.tolist(), dist_inputs, for_env, state)
 
 
 class PendingAgents:
@@ -108,7 +117,7 @@ class PendingAgents:
         self._remote = remote
         self._builder = builder
         self._turn = turn
-        self._asked = [Asked(module, agents, builder) for module, agents in builder.to_act().items()]
+        self._asked = self._to_ask()
         self.taken = False
         self._cost = 1 if builder.sent else 0
         flow.reserved += self._cost
@@ -150,7 +159,8 @@ class PendingAgents:
         self.forget()
         for one in self._asked:
             if one.answer is not None and one.answer.code:
-                error = {"failed": PolicyError, "no_module": RemovedError}.get(one.answer.code, EpisodeError)
+                errors = {"failed": PolicyError, "no_module": RemovedError, LOST: RemovedError, FOLLOWS: RemovedError}
+                error = errors.get(one.answer.code, EpisodeError)
                 raise error(
                     f"the action service refuses ({one.answer.code}) to act for {_named(one.agents)} by module "
                     f"'{one.module}': {one.answer.text}"
@@ -172,17 +182,17 @@ class PendingAgents:
 
     # ---- inside
 
+    def _to_ask(self) -> list[Asked]:
+        builder = self._builder
+        return [Asked(module, agents, builder) for module, agents in builder.to_act().items()]
+
     def _send(self, now: float) -> None:
         """What is to be sent, as far as there is room for requests."""
         builder = self._builder
         for one in self._asked:
             if one.answer is None and not one.request and now >= one.again_at and self._remote.room:
                 one.request = self._remote.ask(
-                    one.columns,
-                    explore=builder.explore,
-                    evaluation=not builder.sent,
-                    module=one.module,
-                    agents=one.agents,
+                    one.columns, explore=builder.explore, evaluation=not builder.sent, **one.how
                 )
 
     def _complete(self) -> bool:
@@ -199,7 +209,7 @@ class PendingAgents:
 
     def _adopt(self) -> dict[AgentId, Any]:
         """The step whose actions have come is the episode's."""
-        flow, builder, reader = self._flow, self._builder, self._flow.reader
+        builder = self._builder
         chosen = []
         versions: dict[str, int] = {}
         run = builder.origin.run
@@ -208,8 +218,14 @@ class PendingAgents:
             assert layout is not None and one.answer is not None  # it has observed, and nothing was refused
             chosen.append((one.agents, one.chosen(layout)))
             run, versions[one.module] = one.answer.origin
+        self._begin(run, versions)
+        return self._took(chosen)
+
+    def _begin(self, run: str, versions: dict[str, int]) -> None:
+        """Cut the fragment, and begin the next one, where other versions have answered than those that it is of."""
+        flow, builder, reader = self._flow, self._builder, self._flow.reader
         origin = self._remote.answered_by(run, versions) if versions else builder.origin
-        if builder.origin is not origin:
+        if builder.origin is not origin or (builder.follows and builder.full):
             if builder.steps:
                 flow.cut(builder, "no")
             measure = flow.layout_of("acted")
@@ -221,6 +237,10 @@ class PendingAgents:
         if not builder.steps and versions:
             # Of those that act now: what others had answered with some time ago says nothing of their age.
             builder.counts_as = reader.counts_as(AgentsOrigin.of(run, max(versions.values()), versions))
+
+    def _took(self, chosen: list[tuple[list[AgentId], Chosen]]) -> dict[AgentId, Any]:
+        """The step is the episode's."""
+        builder = self._builder
         actions: dict[AgentId, Any] = {}
         for agents, told in chosen:
             for i, agent in enumerate(agents):

@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import Any
 
 from rllink_zmq.client_flow import Flow
-from rllink_zmq.client_remote import PendingAction, PendingActions, request
+from rllink_zmq.client_remote import Ending, PendingAction, PendingActions, forget_looked, request
 from rllink_zmq.errors import EpisodeError
-from rllink_zmq.fragments import FragmentBuilder, Kind
+from rllink_zmq.fragments import End, FragmentBuilder, Kind
 from rllink_zmq.policy import Actions, Policy
 
 _now = time.monotonic
@@ -34,6 +34,7 @@ class Episode:
         self._cost = 1 if builder.sent or builder.evaluation is not None else 0
         self._started: float | None = _now()
         self._pending: PendingActions | None = None
+        self._ending: Ending | None = None
 
     @property
     def steps(self) -> int:
@@ -149,7 +150,7 @@ class Episode:
         """
         if not self.open:
             self.check_open("log_returns")
-        if self.builder.asked and self.builder.layout is not None and self.builder.layout.lookback:
+        if self.builder.asked and self.builder.layout is not None and self.builder.layout.looks_back:
             raise EpisodeError(
                 f"episode '{self.id}': the policy looks at earlier rewards, and the next action is under way: log all "
                 f"of a step's reward before that is asked for"
@@ -158,29 +159,42 @@ class Episode:
 
     def end_episode(self, observation: Any, truncated: bool = False) -> None:
         """The episode is over: `observation` is what the last action led to. `truncated`: it was cut short (a time
-        limit) rather than finished. Raises EpisodeError for an episode without a step, and the second time."""
+        limit) rather than finished. Raises EpisodeError for an episode without a step, and the second time. Where a
+        runner follows the episode it waits for what that makes of the observation, and raises RemovedError if the
+        runner is gone."""
         self.finish(observation, truncated)
         self._flow.connection.flush()
 
     def finish(self, observation: Any, truncated: bool) -> None:
         """`end_episode` for callers that go on at once: what is queued may leave with the next look."""
+        self.ending(observation, truncated).result()
+
+    def ending(self, observation: Any, truncated: bool) -> Ending:
+        """`finish` for callers that go on meanwhile, where a runner follows the episode. Takes no other call from then
+        on, but for `abandon`."""
         self.check_open("end_episode")
         if not self.steps:
             raise EpisodeError(
                 f"episode '{self.id}' ends without a step: call get_action first, or abandon() if there was none"
             )
+        end: End = "truncated" if truncated else "terminated"
         if self.builder.steps:
             self.builder.observe(observation)
-            self._flow.cut(self.builder, "truncated" if truncated else "terminated")
         elif not truncated:
             raise EpisodeError(
                 f"episode '{self.id}': the last observation was given to can_act or get_action, so that more steps "
                 f"were to follow: call end_episode instead of them, or end it with truncated=True"
             )
-        self._leave()
+        self.open = False
+        if self._pending is not None:
+            self._pending.forget()
+        self._ending = Ending(self._flow, self.builder, end)
+        return self._ending
 
     def abandon(self) -> None:
         """End the episode as if the simulator had been lost: what isn't sent yet is discarded and counted."""
+        if self._ending is not None:
+            self._ending.give_up()
         if self.open:
             self._flow.abandon(self.builder)
             self._leave()
@@ -214,6 +228,7 @@ class Episode:
         self.open = False
         if self._pending is not None:
             self._pending.forget()
+        forget_looked(self.builder)
         self.builder.limit = 0
         self._flow.builders.pop(self.id, None)
 

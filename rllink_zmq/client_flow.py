@@ -6,6 +6,8 @@
 - A fragment is of one weights version: it is cut where newer ones are to be used.
 - What is evaluated may go beyond the window, by the one fragment that the broker allows. Else a window full of steps
   that wait for training would keep an evaluation from its end, and training may wait for just that.
+- Where a runner follows the episode a fragment is cut when what it has made of the observation after the last step is
+  known: with the answer to the next request, or to one for just that where there is no room for a next step.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from collections.abc import Callable, Sequence
 from rllink_zmq.arrays import to_buffers
 from rllink_zmq.audit import Log
 from rllink_zmq.client_policy import SWITCH_INTERVAL, PolicyReader
-from rllink_zmq.client_remote import Builder, Pairs, RemotePolicy
+from rllink_zmq.client_remote import Builder, Pairs, PendingSeen, RemotePolicy, forget_looked
 from rllink_zmq.compression import compress
 from rllink_zmq.errors import ConnectionTimeout, EpisodeError, PolicyError
-from rllink_zmq.fragments import Cut, End, Kind, Layout, Origin, layout_of_spaces
+from rllink_zmq.fragments import Cut, End, FragmentBuilder, Kind, Layout, Origin, layout_of_spaces
+from rllink_zmq.fragments_block import BlockBuilder
 from rllink_zmq.messages import DELIVERED, EVALUATED, FRAGMENT, Column
 from rllink_zmq.session import SimulatorSession, State
 from rllink_zmq.spaces import from_wire
@@ -147,6 +150,8 @@ class Flow:
                     "train with a replay buffer (DQN, SAC), which needs none"
                 )
             for builder, observation in pairs:
+                if builder.follows:
+                    continue
                 if builder.steps and (builder.full or builder.origin is not origin or builder.kind != kind):
                     builder.observe(observation)
                     self.cut(builder, "no")
@@ -162,7 +167,8 @@ class Flow:
                 self.look()  # what is waited for may be there already
                 looked = True
             elif not wait:
-                self._check_window(needed)
+                if not self._leaves(pairs):
+                    self._check_window(needed)
                 return None
             else:
                 self.wait(lambda: self._may_go_on(pairs, kind, needed), lambda: self.why(kind))
@@ -193,12 +199,16 @@ class Flow:
         if growing and not self._room(growing):
             for builder, observation in pairs:
                 if builder.steps and not builder.dropping:
+                    if builder.follows:
+                        self._cut_but_last(builder)
+                        builder.dropping = True  # what is left of it, and what comes to it
+                        continue
                     builder.observe(observation)
                     self.cut(builder, "no")
                     fresh.append(builder)
         layout, length, most = self.layout_of("acted"), max(1, self.session.fragment_steps), self.session.fragment_bytes
         whole = sum(b.width * (b.clipped(length, layout, "acted", most) if layout else length) for b in fresh)
-        room = bool(self.session.window) and (self._room(whole) or (not self.session.unsettled and self.credit > 0))
+        room = self._holds(whole)
         for builder in fresh:
             builder.dropping = not room
 
@@ -233,7 +243,7 @@ class Flow:
     def _looks_back(self) -> bool:
         """Whether the policy is known to have a memory, or to look at earlier observations."""
         layout = self.reader.layout if self.remote is None else self.remote.layout
-        return layout is not None and bool(layout.state or layout.lookback)
+        return layout is not None and bool(layout.state or layout.looks_back)
 
     def layout_of(self, kind: Kind) -> Layout | None:
         remote = self.remote
@@ -311,6 +321,8 @@ class Flow:
         origin = self.origin(kind)
         if origin is not None and self._room(needed) and self._may_evaluate(pairs, origin):
             return True
+        if self._leaves(pairs):
+            return self._room(needed)
         self._check_window(needed)
         return False
 
@@ -365,7 +377,7 @@ class Flow:
             return True
         mine = {id(builder) for builder in evaluated}
         leave = any(  # what `_submit_all` sends
-            builder.steps > (id(builder) not in mine and not builder.asked)
+            builder.steps > (builder.follows or (id(builder) not in mine and not builder.asked))
             for builder in self.builders.values()
             if builder.evaluation is not None
         )
@@ -386,17 +398,66 @@ class Flow:
         for builder, observation in pairs:
             if builder.steps:
                 builder.observe(observation)
-                self.cut(builder, "no")
+                if not builder.follows:
+                    self.cut(builder, "no")
+        self._leaves(pairs)
         mine = {id(builder) for builder, _ in pairs}
         for builder in self.builders.values():
             if id(builder) in mine:
                 continue
-            if builder.asked and builder.steps:
+            if builder.asked and builder.steps and not builder.follows:
                 self.cut(builder, "no")
             # What the others' last steps led to isn't known here: those stay.
-            elif not builder.asked and (cut := builder.cut_before_last()) is not None:
-                self._submit(builder, cut, "no")
+            elif not builder.asked or builder.follows:
+                self._cut_but_last(builder)
         self.connection.flush()
+
+    def _cut_but_last(self, builder: Builder) -> None:
+        cut = builder.cut_before_last()
+        if cut is not None:
+            self._submit(builder, cut, "no")
+
+    # ---- episodes that a runner follows
+
+    def _leaves(self, pairs: Pairs) -> bool:
+        """Have the fragments of those episodes that a runner follows leave, though there is no room for another step;
+        whether some of them can't yet. Their newest observations have been given."""
+        waits = False
+        mine = {id(builder) for builder, _ in pairs}
+        for builder in list(self.builders.values()):
+            if isinstance(builder, BlockBuilder) or not (builder.follows and builder.steps):
+                continue
+            if id(builder) in mine:
+                looked = builder.looked
+                if looked is None or not looked.of_now:
+                    forget_looked(builder)
+                    looked = builder.looked = self.look_through(builder)
+                if looked.done():
+                    builder.looked = None
+                    looked.take()
+                    self.cut(builder, "no")
+                else:
+                    waits = True
+            elif builder.asks is not None and builder.asks.shown(builder):
+                self.cut(builder, "no")
+            elif builder.asks is not None:
+                waits = True
+        return waits
+
+    def judge(self, builder: FragmentBuilder, layout: Layout) -> None:
+        """Whether the fragment that begins now, of an episode that a runner follows, is to be dropped: it never
+        waits."""
+        if self.drops and builder.sent:
+            builder.dropping = not self._holds(builder.clipped(max(1, self.session.fragment_steps), layout, "acted", 0))
+
+    def _holds(self, steps: int) -> bool:
+        """Whether there is room for so many steps, or for a fragment that nothing stands before."""
+        return bool(self.session.window) and (self._room(steps) or (not self.session.unsettled and self.credit > 0))
+
+    def look_through(self, builder: FragmentBuilder, end: End = "no") -> PendingSeen:
+        """Ask what the runner that follows this episode makes of its newest observation."""
+        assert self.remote is not None
+        return PendingSeen(self.remote, builder, end)
 
     def _submit(self, builder: Builder, cut: Cut, end: End) -> None:
         self.credit = 0  # a fragment takes more than its steps: to be measured before the next one

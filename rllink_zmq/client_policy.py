@@ -13,7 +13,7 @@ import numpy as np
 
 from rllink_zmq import __version__
 from rllink_zmq.errors import PolicyError
-from rllink_zmq.fragments import Layout, Origin, Row, StateRow
+from rllink_zmq.fragments import Layout, Origin, Row, StateRow, observed_as
 from rllink_zmq.packing import packing_of
 from rllink_zmq.packing_actions import action_packing, env_packing
 from rllink_zmq.policy import Policy, PolicyManifest, policy_hash
@@ -41,8 +41,9 @@ def layout_of_policy(manifest: PolicyManifest) -> Layout:
     """The layout of fragments whose actions the policy chose."""
     obs, action = manifest.observation, manifest.action
     packed = None if manifest.packed_action is None else from_wire(manifest.packed_action)
+    given = Row(obs.shape, np.dtype(obs.dtype))
     return Layout(
-        Row(obs.shape, np.dtype(obs.dtype)),
+        given if manifest.seen is None else observed_as(from_wire(manifest.seen))[0],
         Row(action.shape, np.dtype(action.dtype)),
         (),
         manifest.action_dist_inputs,
@@ -52,6 +53,7 @@ def layout_of_policy(manifest: PolicyManifest) -> Layout:
         manifest.lookback,
         actions=None if packed is None else action_packing(packed),
         env_actions=None if packed is None else env_packing(packed),
+        given=None if manifest.seen is None else given,
     )
 
 

@@ -10,7 +10,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -18,19 +19,27 @@ from numpy.typing import NDArray
 
 from rllink_zmq import __version__
 from rllink_zmq.arrays import from_body, to_buffers
-from rllink_zmq.errors import EpisodeError, PolicyError, ProtocolError
+from rllink_zmq.errors import ConnectionTimeout, EpisodeError, PolicyError, ProtocolError, RemovedError
 from rllink_zmq.fragments import Before, FragmentBuilder, Layout, Origin, Row, StateRow
 from rllink_zmq.fragments_block import BlockBuilder
 from rllink_zmq.messages import (
     ACTION,
     BEFORE,
+    FOLLOWS,
     LOOKBACK,
+    LOST,
+    MAX_PLACES,
+    SEEN,
+    SEEN_REWARD,
     STARTS,
     STATE_IN,
     STATE_OUT,
     STEPS_BEFORE,
     AgentId,
+    End,
     Message,
+    Place,
+    Told,
 )
 from rllink_zmq.packing import Packing
 from rllink_zmq.session import ReaderSession, State
@@ -41,6 +50,9 @@ if TYPE_CHECKING:
     from rllink_zmq.client_flow import Flow
 
 log = logging.getLogger("rllink_zmq")
+
+FOLLOWER_ANSWERS = 10.0
+"""Seconds until a runner that is asked for an episode's last observation is given up."""
 
 OVER_CREDIT = "over_credit"
 AGAIN, AGAIN_MOST = 0.02, 1.0
@@ -76,19 +88,22 @@ class Chosen(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What the service said: arrays by name, `rows` long each. Or an error's code and text."""
+    """What the service said: arrays by name, `rows` long each; of several modules the versions. Or an error's code and
+    text."""
 
     origin: Origin
     arrays: dict[str, NDArray[Any]]
     code: str = ""
     text: str = ""
+    modules: Mapping[str, int] = MappingProxyType({})
 
 
 class RemotePolicy:
     """A connection to the service behind the broker at `address`.
 
     `origin`: which weights chose the newest actions; another object whenever that changes. `layout`: of the fragments
-    that are made of them, once the first answer has shown it.
+    that are made of them, once the first answer has shown it. `follows`: the service has asked which episodes requests
+    are about. `follower`: which one it is.
     """
 
     def __init__(self, address: str, name: str) -> None:
@@ -97,6 +112,8 @@ class RemotePolicy:
         self.connection = Connection(self.session, address)
         self.origin: Origin | None = None
         self.layout: Layout | None = None
+        self.follows = False
+        self.follower = b""
         self.answers: dict[int, Answer] = {}
         self._spaces_at = 0.0
 
@@ -122,14 +139,22 @@ class RemotePolicy:
         evaluation: bool,
         module: str = "",
         agents: Sequence[AgentId] = (),
+        places: Sequence[Place] = (),
+        told: Sequence[Told] = (),
+        acts: bool = True,
+        rows: int = 0,
+        anew: bool = False,
     ) -> int:
         """Request actions for `obs`, (B, *shape), with what else the request has, of `module` for these `agents` if
-        there are several; the number of the request."""
+        there are several; the number of the request. The rest is as in ACT. `rows`: where they aren't those of `obs`;
+        `anew`: these episodes begin, and no other ones go on.
+        """
         columns, body = to_buffers(arrays)
         copied = [bytes(buffer) for buffer in body]  # kept until the answer is there: the rows are the builder's
         request = self.session.act(
-            columns, len(arrays["obs"]), copied, self.connection.clock(), explore=explore, evaluation=evaluation,
-            module=module, agents=agents,
+            columns, rows or len(arrays["obs"]), copied, self.connection.clock(), explore=explore,
+            evaluation=evaluation, module=module, agents=agents, places=places, told=told, acts=acts,
+            follower=self.follower if places and not anew else b"",
         )  # fmt: skip
         self.connection.flush()
         return request
@@ -162,8 +187,9 @@ class RemotePolicy:
             self.answers[message.request] = Answer(Origin("", -1), {}, "malformed", str(e))
             return
         origin = Origin(message.run, message.version)
+        self.follower = message.follower or self.follower
         self.answers[message.request] = Answer(
-            origin if message.code else self.known(origin), arrays, message.code, message.text
+            origin if message.code else self.known(origin), arrays, message.code, message.text, message.modules
         )
 
     def known(self, origin: Origin) -> Origin:
@@ -183,10 +209,13 @@ class PendingActions:
         self._remote = remote
         self._pairs = pairs
         self._beside: dict[str, NDArray[Any]] = {}
+        self._builders: list[FragmentBuilder] = []
         # What was sent is what the fragments get: the caller's arrays may be others by the time of the answer.
         self._rows = self._observed(pairs)
         for builder, _ in pairs:
             builder.asked = True
+        for builder in self._builders:
+            builder.asks = self
         self._counted = sum(builder.width for builder, _ in pairs if builder.sent)
         self._answer: Answer | None = None
         self._pause = AGAIN
@@ -201,12 +230,26 @@ class PendingActions:
         self._builders = [builder for builder, _ in pairs if isinstance(builder, FragmentBuilder)]
         rows = np.stack([builder.observe(observation) for builder, observation in pairs])
         layout = self._remote.layout
-        self._beside = _memory(self._builders, layout) | _before(self._builders, layout)
+        if layout is None or layout.given is None:  # else whoever follows the episodes has these
+            self._beside = _memory(self._builders, layout) | _before(self._builders, layout)
         return rows
 
     def _send(self) -> int:
         first = self._pairs[0][0]
-        return self._remote.ask({"obs": self._rows, **self._beside}, explore=first.explore, evaluation=not first.sent)
+        mine = set(map(id, self._builders))
+        others = [b for b in self._flow.builders.values() if id(b) not in mine and (b.t0 or b.steps or b.asked)]
+        return self._remote.ask(
+            {"obs": self._rows, **self._beside}, explore=first.explore, evaluation=not first.sent,
+            places=self._places(), anew=not others and not any(b.t0 or b.steps for b in self._builders),
+        )  # fmt: skip
+
+    def _places(self) -> list[Place]:
+        """Where the rows belong, if the service wants to know."""
+        if not self._remote.follows:
+            return []
+        if len(self._builders) > MAX_PLACES:
+            raise EpisodeError(f"{len(self._builders)} episodes in one request; at most {MAX_PLACES}: ask twice")
+        return [place_of(builder) for builder in self._builders]
 
     @property
     def due(self) -> float:
@@ -223,16 +266,36 @@ class PendingActions:
         if self._answer is not None and self._answer.code == OVER_CREDIT:
             self._answer, self._again_at = None, now + self._pause
             self._pause = min(2 * self._pause, AGAIN_MOST)
+        elif self._answer is not None and self._answer.code == FOLLOWS:
+            self._follow()
+            self._answer, self._again_at = None, now
         if now >= self._again_at:
             self._again_at, self._request = math.inf, self._send()
         if self._answer is None:
             self._flow.look_if_due()
         return self._answer is not None
 
+    def shown(self, builder: FragmentBuilder) -> bool:
+        """Let an episode that is asked for have what the runner has made of its newest observation, if that is known:
+        its fragment may leave then."""
+        answer = self._answer or self._remote.answers.get(self._request)
+        if answer is None or SEEN not in answer.arrays:
+            return False
+        i = self._builders.index(builder)
+        builder.saw(answer.arrays[SEEN][i])
+        builder.rewarded(float(answer.arrays[SEEN_REWARD][i]))
+        return True
+
+    def _follow(self) -> None:
+        """The service wants to know which episodes these are, and has what came before."""
+        self._remote.follows = True
+        self._beside = {}
+
     def results(self, timeout: float | None = None) -> Any:
         """What `env.step` wants, a row for each episode: an array, or dicts and tuples of them. Waits, and says why in
         the log every 5 s. Raises EpisodeError for a request that the service refuses, and the second time; PolicyError
-        when it can't act; ConnectionTimeout after `timeout` seconds, and then it may be called again."""
+        when it can't act; RemovedError when who followed the episode is gone; ConnectionTimeout after `timeout`
+        seconds, and then it may be called again."""
         if self.taken:
             raise EpisodeError("this action has been taken already, or was given up: ask for the next one")
         if not self.done():
@@ -241,8 +304,7 @@ class PendingActions:
         answer = self._answer
         assert answer is not None
         if answer.code:
-            error = PolicyError if answer.code == "failed" else EpisodeError
-            raise error(f"the action service refuses ({answer.code}): {answer.text}")
+            raise refusal(answer)
         return self._adopt(answer)
 
     def forget(self) -> None:
@@ -256,6 +318,8 @@ class PendingActions:
         self.taken = True
         for builder, _ in self._pairs:
             builder.asked = False
+        for builder in self._builders:
+            builder.asks = None
         self._flow.reserved -= self._counted
 
     def _told(self, answer: Answer) -> Chosen:
@@ -274,6 +338,11 @@ class PendingActions:
         # Said where it was not asked by: in an episode's first step, and when another policy came.
         lookback = int(arrays[LOOKBACK][0]) if LOOKBACK in arrays else layout.lookback
         told = layout._replace(dist_inputs=dist_inputs.shape[1], state=state, lookback=lookback)
+        seen, given = arrays.get(SEEN), layout.given or layout.obs
+        if seen is not None:
+            told = told._replace(obs=Row(seen.shape[1:], seen.dtype), given=given)
+        elif layout.given is not None:
+            told = told._replace(obs=given, given=None)
         if told != layout:
             layout = remote.layout = told._replace(starts=())
         return Chosen(actions, logps, dist_inputs, before, after, layout)
@@ -283,9 +352,22 @@ class PendingActions:
         flow, chosen = self._flow, self._told(answer)
         before, after, layout = chosen.before, chosen.after, chosen.layout
         actions, logps, dist_inputs = chosen.actions, chosen.logps.tolist(), chosen.dist_inputs
+        seen = answer.arrays.get(SEEN)
+        rewards = answer.arrays.get(SEEN_REWARD)
+        for builder in self._builders:  # before any of them takes its step
+            if builder.t0 + builder.steps and builder.follows != (layout.given is not None):
+                raise RemovedError(
+                    f"episode '{builder.episode}' has begun in a training that handles observations in another way "
+                    f"than the one that goes on: abandon this episode, and start another one"
+                )
         for i, builder in enumerate(self._builders):
+            forget_looked(builder)
             builder.observe(self._rows[i])
-            if not builder.steps or builder.origin is not answer.origin or builder.layout is not layout:
+            if builder.follows and seen is not None and rewards is not None:
+                builder.saw(seen[i])
+                builder.rewarded(float(rewards[i]))
+            other = builder.origin is not answer.origin or builder.layout is not layout
+            if not builder.steps or other or (builder.follows and builder.full):
                 # Other weights chose than those of the steps before, or these have left meanwhile.
                 if builder.steps:
                     flow.cut(builder, "no")
@@ -293,10 +375,163 @@ class PendingActions:
                     builder.began = flow.connection.clock()
                 builder.begin(layout, "acted", answer.origin, flow.length(layout, "acted", builder))
                 builder.observe(self._rows[i])
+                if seen is not None:
+                    builder.saw(seen[i])
+                    flow.judge(builder, layout)
             if builder.fresh and before:
                 builder.remember([before[STATE_IN + name][i] for name in after])
             builder.act(actions[i], logps[i], dist_inputs[i], [array[i] for array in after.values()])
         return chosen.env_actions(answer)
+
+
+class PendingSeen:
+    """What the runner that follows an episode makes of its newest observation, where no action is wanted: the episode
+    has ended, or its fragment is to leave before there is room for another step."""
+
+    def __init__(self, remote: RemotePolicy, builder: FragmentBuilder, end: End = "no") -> None:
+        """The builder has been given the observation."""
+        self._remote = remote
+        self._builder = builder
+        self._place = place_of(builder, end)
+        self._arrays, self._how = self._to_ask()
+        self._request = 0
+        self._again_at = 0.0
+        self._answer: Answer | None = None
+
+    @property
+    def of_now(self) -> bool:
+        """Whether it is still about the episode's newest observation."""
+        return self._place.t == self._builder.t0 + self._builder.steps
+
+    def done(self) -> bool:
+        """Whether it is there. Never waits. Raises RefusedError."""
+        remote = self._remote
+        remote.look()
+        if self._answer is None and self._request:
+            self._answer = remote.answers.pop(self._request, None)
+        if self._answer is not None and self._answer.code == OVER_CREDIT:
+            self._answer, self._request, self._again_at = None, 0, time.monotonic() + AGAIN
+        if not self._request and remote.room and time.monotonic() >= self._again_at:
+            builder = self._builder
+            self._request = remote.ask(
+                self._arrays, explore=builder.explore, evaluation=not builder.sent, places=[self._place], acts=False,
+                **self._how,
+            )  # fmt: skip
+        return self._answer is not None
+
+    def take(self) -> None:
+        """It is the builder's. Raises as `PendingActions.results` does."""
+        answer = self._answer
+        assert answer is not None
+        if answer.code:
+            raise refusal(answer)
+        try:
+            self._store(answer.arrays)
+        except KeyError:
+            raise RemovedError("nobody follows this episode any more: abandon it, and start another one") from None
+
+    def forget(self) -> None:
+        """It isn't wanted any more."""
+        if self._request and self._answer is None:
+            self._remote.session.forget(self._request)
+            self._remote.answers.pop(self._request, None)
+
+    def _to_ask(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """The request's columns, and what else it says."""
+        return {"obs": self._builder.given[np.newaxis]}, {}
+
+    def _store(self, arrays: dict[str, NDArray[Any]]) -> None:
+        seen, reward = arrays[SEEN][0], float(arrays[SEEN_REWARD][0])
+        self._builder.saw(seen)
+        self._builder.rewarded(reward)
+
+
+class Ending:
+    """The end of an episode, for callers that go on meanwhile: where a runner follows the episode it is to say first
+    what it makes of the last observation. `done()` says whether `result()` would wait."""
+
+    def __init__(self, flow: Flow, builder: FragmentBuilder, end: End) -> None:
+        """The builder has been given the observation."""
+        self._flow = flow
+        self._builder = builder
+        self._end = end
+        self._looked: PendingSeen | None = None
+        self._until = time.monotonic() + FOLLOWER_ANSWERS
+        self.taken = False
+        if builder.steps and builder.follows:
+            forget_looked(builder)
+            self._looked = flow.look_through(builder, end)
+        else:
+            self._cut()
+
+    @property
+    def due(self) -> float:
+        """When `done()` has something to do though nothing has come, on the monotonic clock."""
+        return self._until
+
+    def done(self) -> bool:
+        """Whether `result()` would return, or raise, at once. Never waits. Raises RefusedError."""
+        return self.taken or self._looked is None or self._looked.done() or time.monotonic() >= self._until
+
+    def result(self) -> None:
+        """The fragment leaves. Raises RemovedError, and abandons the episode, where nobody follows it any more, or its
+        runner doesn't answer for 10 s."""
+        looked, remote = self._looked, self._flow.remote
+        if self.taken or looked is None:
+            return
+        try:
+            if not self.done() and remote is not None:
+                left = max(0.0, self._until - time.monotonic())
+                self._flow.wait(looked.done, remote.why, left, at=remote.connection)
+            if not looked.done():
+                raise ConnectionTimeout("no answer has come")
+            looked.take()
+        except ConnectionTimeout as e:
+            where = f"episode '{self._builder.episode}'"
+            raise RemovedError(f"the runner that follows {where} doesn't answer: {e}") from None
+        else:
+            self._cut()
+        finally:
+            looked.forget()
+            if not self.taken:
+                self.give_up()
+
+    def give_up(self) -> None:
+        """Abandon the episode: what isn't sent yet is discarded and counted."""
+        if not self.taken:
+            self.taken = True
+            self._flow.abandon(self._builder)
+            self._leave()
+
+    def _cut(self) -> None:
+        self.taken = True
+        if self._builder.steps:
+            self._flow.cut(self._builder, self._end)
+        self._leave()
+
+    def _leave(self) -> None:
+        self._builder.limit = 0
+        self._flow.builders.pop(self._builder.episode, None)
+
+
+def forget_looked(builder: FragmentBuilder) -> None:
+    """What was asked of this episode's newest observation isn't wanted any more."""
+    if builder.looked is not None:
+        builder.looked.forget()
+        builder.looked = None
+
+
+def place_of(builder: FragmentBuilder, end: End = "no") -> Place:
+    """Where the newest observation of this episode belongs."""
+    return Place(builder.episode, builder.t0 + builder.steps, builder.told_reward, end)
+
+
+def refusal(answer: Answer) -> EpisodeError | PolicyError:
+    """What to raise for an answer without actions."""
+    error: dict[str, type[EpisodeError | PolicyError]] = {
+        "failed": PolicyError, LOST: RemovedError, "no_module": RemovedError,
+    }  # fmt: skip
+    return error.get(answer.code, EpisodeError)(f"the action service refuses ({answer.code}): {answer.text}")
 
 
 def packed_for_env(arrays: dict[str, NDArray[Any]], packing: Packing, rows: int) -> NDArray[np.uint8]:

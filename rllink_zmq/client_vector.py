@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rllink_zmq.arrays import Array
 from rllink_zmq.client_flow import Flow
 from rllink_zmq.client_remote import Answer, Pairs, PendingActions, request
-from rllink_zmq.errors import EpisodeError
+from rllink_zmq.errors import EpisodeError, VectorError
 from rllink_zmq.fragments_block import BlockBuilder
 from rllink_zmq.messages import STARTS, STATE_IN
 from rllink_zmq.policy_batch import BatchPolicy
@@ -191,6 +191,12 @@ class PendingColumns(PendingActions):
             if block.fresh.any():
                 self._beside[STARTS] = block.fresh.copy()
         return rows
+
+    def _follow(self) -> None:
+        raise VectorError(
+            "runners follow each episode of this policy, which the vector form doesn't serve: use an episode for each "
+            "world, with get_actions for all of them (drive_vector does)"
+        )
 
     def _adopt(self, answer: Answer) -> Any:
         flow, block, chosen = self._flow, self._block, self._told(answer)

@@ -5,6 +5,7 @@ None of them blocks on a client: one that has to wait doesn't stop the others, a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -16,8 +17,11 @@ import numpy as np
 from rllink_zmq.client import Client, Episode, HasFlow
 from rllink_zmq.client_flow import WAIT_SLICE, Waiting, listen
 from rllink_zmq.client_policy import PolicyReader
-from rllink_zmq.client_remote import PendingAction
+from rllink_zmq.client_remote import Ending, PendingAction
+from rllink_zmq.errors import RemovedError
 from rllink_zmq.fragments import FragmentBuilder, Origin
+
+log = logging.getLogger("rllink_zmq")
 
 TURN_STEPS, TURN_SECONDS = 16, 0.005
 """What one client takes before the next has its turn, and `stop` is looked at."""
@@ -127,7 +131,7 @@ def drive_many(
                     waiting.say(_why(busy), now)
                 _wake(blocked, WAIT_SLICE)
         for seat in active:
-            seat.cut_off()
+            seat.cut_off(stopped=True)
     finally:
         for seat in all_seats:
             seat.leave()
@@ -191,6 +195,7 @@ class _Seat:
         self._episode: Episode | None = None
         self._observation: Any = None
         self._asked: PendingAction | None = None
+        self._ending: Ending | None = None
         self._idle = Idle(client)
 
     @property
@@ -201,8 +206,10 @@ class _Seat:
     @property
     def due(self) -> float:
         """When to try again though nothing has come: a request that is to be sent again, or an evaluation to begin."""
-        if self._asked is not None:
-            return self._asked.due
+        if self._asked is not None or self._ending is not None:
+            pending = self._asked or self._ending
+            assert pending is not None
+            return pending.due
         flow, episode = self.client.flow, self._episode
         begins = episode is not None and not episode.steps and episode.builder.evaluation is not None
         return flow.evaluation_due if begins and flow.remote is not None else float("inf")
@@ -210,14 +217,27 @@ class _Seat:
     def why(self) -> str:
         """What it waits for."""
         flow = self.client.flow
-        return flow.remote.why() if flow.remote is not None and self._asked is not None else flow.why("acted")
+        waits = self._asked is not None or self._ending is not None
+        return flow.remote.why() if flow.remote is not None and waits else flow.why("acted")
 
     @property
     def done(self) -> bool:
         return self._episode is None and (self._episodes_left <= 0 or self._steps_left <= 0)
 
     def turn(self) -> None:
-        """Take some steps, fewer where it would have to wait."""
+        """Take some steps, fewer where it would have to wait. An episode that can't go on is left."""
+        try:
+            self._turn()
+        except RemovedError as e:
+            log.warning("%s", e)
+            self.leave()
+
+    def _turn(self) -> None:
+        if self._ending is not None:
+            if not self._ending.done():
+                return self._block()
+            self._ended(self._ending)
+            return None
         episode = self._episode
         if self._training_enabled is False:
             self.client.flow.look_if_due()
@@ -243,10 +263,11 @@ class _Seat:
             tally.steps += 1
             self._steps_left -= 1
             if terminated or truncated:
-                episode.finish(observation, truncated=not terminated)
-                tally.ended(episode.episode_return)
-                self._episodes_left -= 1
-                self._episode = None
+                ending = episode.ending(observation, truncated=not terminated)
+                if not ending.done():
+                    self._ending = ending
+                    return self._block()
+                self._ended(ending)
                 break
             if self._steps_left <= 0 or time.monotonic() >= until:
                 break
@@ -256,6 +277,16 @@ class _Seat:
         if self.done:
             self.client.flow.look()  # nobody calls it any more: what is queued leaves now
         return None
+
+    def _ended(self, ending: Ending) -> None:
+        self._ending = None
+        ending.result()
+        assert self._episode is not None
+        self._tally.ended(self._episode.episode_return)
+        self._episodes_left -= 1
+        self._episode = None
+        if self.done:
+            self.client.flow.look()  # nobody calls it any more: what is queued leaves now
 
     def _act(self, episode: Episode, observation: Any) -> Any:
         """The action, or None if it would have to be waited for."""
@@ -275,7 +306,8 @@ class _Seat:
         """Whether it is to evaluate, and can't go on with what it does: training stands still meanwhile."""
         episode, client = self._episode, self.client
         trains = self._training_enabled is None and episode is not None and episode.training_enabled
-        return trains and self._asked is None and client.evaluates and client.flow.credit <= 0
+        unsent = episode is not None and episode.builder.follows and episode.builder.steps
+        return trains and self._asked is None and client.evaluates and client.flow.credit <= 0 and not unsent
 
     def _serve_instead(self) -> None:
         """Leave the episode that waits, as it is, and begin another one."""
@@ -286,15 +318,20 @@ class _Seat:
         self.blocked = True
         self.origin = self.client.flow.reader.origin
 
-    def cut_off(self) -> None:
-        """End the episode where it is. What is evaluated ends by itself, or doesn't count."""
+    def cut_off(self, *, stopped: bool = False) -> None:
+        """End the episode where it is. What is evaluated ends by itself, or doesn't count; and what a runner follows is
+        left as it is where the loop was `stopped`: that runner may be gone, too."""
         self._asked = None
-        if self._episode is not None and self._episode.steps and self._episode.training_enabled:
-            self._episode.end_episode(self._observation, truncated=True)
+        if self._ending is not None and not stopped:
+            self._ended(self._ending)
+        episode = self._episode
+        unended = episode is not None and episode.steps and episode.training_enabled
+        if episode is not None and unended and not (stopped and episode.builder.follows):
+            episode.end_episode(self._observation, truncated=True)
         self.leave()
 
     def leave(self) -> None:
-        self._asked = None
+        self._asked = self._ending = None
         if self._episode is not None:
             self._episode.abandon()
             self._episode = None

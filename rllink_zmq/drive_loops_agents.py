@@ -295,7 +295,10 @@ class _Seat:
             tally.steps += 1
             self._steps_left -= 1
             if outcome.over or episode.all_ended(*_turn(outcome)):
-                episode.finish(*_turn(outcome))
+                ending = episode.ending(*_turn(outcome))
+                while not ending.done():
+                    yield from self._pause("waits")
+                ending.result()
                 tally.ended(episode.episode_return)
                 self._episodes_left -= 1
                 if self._episodes_left <= 0:
@@ -318,7 +321,8 @@ class _Seat:
     def _may_serve(self, episode: AgentsEpisode) -> bool:
         """Whether it is to evaluate, and can't go on with what it does: training stands still meanwhile."""
         trains = self._training_enabled is None and episode.training_enabled
-        return trains and self._client.evaluates and self._client.flow.credit <= 0
+        unsent = episode.builder.follows and episode.builder.steps
+        return trains and self._client.evaluates and self._client.flow.credit <= 0 and not unsent
 
 
 def _why(flow: AgentsFlow) -> str:

@@ -5,6 +5,7 @@ As those of `drive_loops` they never block on a client.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -16,9 +17,11 @@ from gymnasium.vector import AutoresetMode
 
 from rllink_zmq.client import Client, Episode
 from rllink_zmq.client_flow import WAIT_SLICE, Waiting, listen
-from rllink_zmq.client_remote import PendingActions
+from rllink_zmq.client_remote import Ending, PendingActions
 from rllink_zmq.drive_loops import Idle, Stop, Summary, Tally
-from rllink_zmq.errors import SettingsError, VectorError
+from rllink_zmq.errors import RemovedError, SettingsError, VectorError
+
+log = logging.getLogger("rllink_zmq")
 
 
 def drive_vector(
@@ -80,7 +83,7 @@ def drive_vectors(
                 waiting.say(busy[0].why, now)
             listen([lane.flow for lane in active], WAIT_SLICE)
         for lane in lanes:
-            lane.cut_off()
+            lane.cut_off(count, stopped=True)
     finally:
         for lane in lanes:
             lane.leave()
@@ -114,7 +117,8 @@ class _Lane:
         )
 
     def _of_episodes(self) -> _Vector:
-        return _Vector(self._client, self._envs, self._mode, self._seed, self._training_enabled)
+        seed, self._seed = self._seed, None
+        return _Vector(self._client, self._envs, self._mode, seed, self._training_enabled)
 
     @property
     def done(self) -> bool:
@@ -132,23 +136,25 @@ class _Lane:
         """One step of all environments, unless it would have to wait."""
         episodes, steps = tally.episodes, tally.steps
         try:
-            if not self._vector.ready():
-                return False
-            self._vector.step(tally)
-        except VectorError:
+            moved = self._vector.ready()
+            if moved:
+                self._vector.step(tally)
+        except (VectorError, RemovedError) as e:
+            if isinstance(e, RemovedError):
+                log.warning("%s", e)
             self._vector.leave()
             self._vector = self._of_episodes()
             return True
         self._episodes_left -= tally.episodes - episodes
         self._steps_left -= tally.steps - steps
         if self.done:
-            self.cut_off()
+            self.cut_off(tally)
             self.flow.look()  # nobody calls it any more: what is queued leaves now
-        return True
+        return moved
 
-    def cut_off(self) -> None:
+    def cut_off(self, tally: Tally, *, stopped: bool = False) -> None:
         """End all episodes where they are."""
-        self._vector.cut_off()
+        self._vector.cut_off(tally, stopped=stopped)
 
     def leave(self) -> None:
         self._vector.leave()
@@ -225,7 +231,7 @@ class _Columns:
             self._resting = ended
         self._observations = observations
 
-    def cut_off(self) -> None:
+    def cut_off(self, tally: Tally, *, stopped: bool = False) -> None:
         """End all episodes where they are."""
         self._asked = None
         if self._vector.open:
@@ -257,6 +263,9 @@ class _Vector:
         self._actions = _blank_actions(space, envs.num_envs)
         self._episodes: list[Episode | None] = [self._start() for _ in range(envs.num_envs)]
         self._asked: PendingActions | None = None
+        self._endings: list[tuple[Episode, Ending]] = []
+        self._to_start: list[int] = []
+        self._tally = Tally()
         self._idle = Idle(client)
         self.idle = False
         if not training_enabled:
@@ -277,6 +286,11 @@ class _Vector:
 
     def ready(self) -> bool:
         """Whether there is room for a step of all, and something to do."""
+        if self._endings:
+            self._end_those(self._tally)
+            self._begin_those()
+            if self._endings:
+                return False
         self.idle = not self._training_enabled and self._rests()
         return not self.idle and self._ready(*self._acting())
 
@@ -317,6 +331,7 @@ class _Vector:
 
     def step(self, tally: Tally) -> None:
         """One step of all environments."""
+        self._tally = tally
         at, episodes = self._acting()
         if episodes and self._asked is not None:
             asked, self._asked = self._asked, None
@@ -331,30 +346,64 @@ class _Vector:
             episode.log_returns(float(rewards[i]))
             if terminated[i] or truncated[i]:
                 last = _at(infos["final_obs"], i) if self._mode is AutoresetMode.SAME_STEP else observations[i]
-                episode.finish(last, truncated=not terminated[i])
-                tally.ended(episode.episode_return)
+                self._endings.append((episode, episode.ending(last, truncated=not terminated[i])))
                 ended[i] = True
+        self._end_those(tally)
         if self._mode is AutoresetMode.DISABLED and ended.any():
             observations = self._each(self._envs.reset(options={"reset_mask": ended})[0])
         later = self._mode is AutoresetMode.NEXT_STEP
-        for i in range(len(self._episodes)):
+        for i, before in enumerate(self._episodes):
             if ended[i]:
-                self._episodes[i] = None if later else self._start()
-            elif self._episodes[i] is None:
-                self._episodes[i] = self._start()
+                self._episodes[i] = None
+            if before is None or (ended[i] and not later):
+                self._to_start.append(i)
         self._observations = observations
+        self._begin_those()
 
-    def cut_off(self) -> None:
-        """End all episodes where they are."""
+    def _begin_those(self) -> None:
+        """Where others are still ending these have to wait: a client has so many episodes and no more."""
+        if not self._endings:
+            for i in self._to_start:
+                self._episodes[i] = self._start()
+            self._to_start = []
+
+    def _end_those(self, tally: Tally, *, wait: bool = False) -> None:
+        """Count the episodes that have ended: where a runner follows them, when it has said what it saw at the end."""
+        waiting = []
+        for episode, ending in self._endings:
+            if not (wait or ending.done()):
+                waiting.append((episode, ending))
+                continue
+            try:
+                ending.result()
+            except RemovedError as e:
+                log.warning("%s", e)
+            else:
+                tally.ended(episode.episode_return)
+        self._endings = waiting
+
+    def cut_off(self, tally: Tally, *, stopped: bool = False) -> None:
+        """End all episodes where they are. What a runner follows is left as it is where the loop was `stopped`: that
+        runner may be gone, too."""
         if self._asked is not None:
             self._asked.forget()
             self._asked = None
+        if not stopped:
+            self._end_those(tally, wait=True)
         for i, episode in enumerate(self._episodes):
-            if episode is not None and episode.open and episode.steps and self._training_enabled:
-                episode.end_episode(self._observations[i], truncated=True)
+            if episode is None or not (episode.open and episode.steps and self._training_enabled):
+                continue
+            if not (stopped and episode.builder.follows):
+                try:
+                    episode.end_episode(self._observations[i], truncated=True)
+                except RemovedError as e:
+                    log.warning("%s", e)
         self.leave()
 
     def leave(self) -> None:
+        for _, ending in self._endings:
+            ending.give_up()
+        self._endings, self._to_start = [], []
         for episode in self._episodes:
             if episode is not None:
                 episode.abandon()

@@ -9,7 +9,7 @@
     ├── PolicyError          a policy that can't be exported, loaded, fed or that has no weights yet
     ├── EpisodeError         a call out of order, or data that doesn't fit the spaces (also a `ValueError`)
     │   ├── VectorError      a policy that the vector form of a client can't serve
-    │   └── RemovedError     the policy of an agent was removed while its episode went on
+    │   └── RemovedError     what an episode went on with is gone: an agent's policy, or who followed the episode
     ├── SpaceError           a Gymnasium space that this package can't carry (also a `ValueError`)
     └── SettingsError        a setting out of its range, an address that can't be used (also a `ValueError`)
 
@@ -56,8 +56,8 @@ class VectorError(EpisodeError):
 
 
 class RemovedError(EpisodeError):
-    """The policy by which an agent acts was removed from the training, or is another agent's now: the episode can't go
-    on, and the next one can."""
+    """The policy by which an agent acts was removed from the training, or is another agent's now, or the runner that
+    followed the episode is gone: this one can't go on, and the next one can."""
 
 
 class SpaceError(RllinkError, ValueError):

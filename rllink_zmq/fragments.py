@@ -67,7 +67,8 @@ class Layout(NamedTuple):
     `dist_inputs`: numbers of a row of `action_dist_inputs`. `packing`: of observations that are packed. `state`: the
     memory of a recurrent policy; `starts`: what it begins an episode with, if that is known.
     `lookback`: earlier observations that the policy looks at. `actions`: how actions of several parts are packed, and
-    `env_actions` as the environment wants them; `choices` says nothing of them."""
+    `env_actions` as the environment wants them; `choices` says nothing of them. `given`: what the environment's
+    observations are like (`packing` is theirs), where fragments have in their place what a runner made of them."""
 
     obs: Row
     action: Row
@@ -79,6 +80,12 @@ class Layout(NamedTuple):
     lookback: int = 0
     actions: Packing | None = None
     env_actions: Packing | None = None
+    given: Row | None = None
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the policy, or what stands before it, looks at earlier steps."""
+        return bool(self.lookback or self.given is not None)
 
     def like(self, other: Layout) -> bool:
         """Whether rows of one are rows of the other, whatever the memory starts with."""
@@ -105,8 +112,7 @@ class Layout(NamedTuple):
 
 def layout_of_spaces(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Layout:
     """The layout of actions that a simulator chose itself. Raises `SpaceError` for spaces that don't travel."""
-    packing = packing_of(observation_space)
-    observed = Row((packing.nbytes,), np.dtype(np.uint8)) if packing else _row(observation_space)
+    observed, packing = observed_as(observation_space)
     actions = action_packing(action_space)
     if actions is not None:
         acted = Row((actions.nbytes,), np.dtype(np.uint8))
@@ -115,6 +121,12 @@ def layout_of_spaces(observation_space: gym.Space[Any], action_space: gym.Space[
     return Layout(
         observed, acted, choices_of(action_space), 0, packing, actions=actions, env_actions=env_packing(action_space)
     )
+
+
+def observed_as(space: gym.Space[Any]) -> tuple[Row, Packing | None]:
+    """How an observation of `space` travels. Raises `SpaceError`."""
+    packing = packing_of(space)
+    return (Row((packing.nbytes,), np.dtype(np.uint8)) if packing else _row(space)), packing
 
 
 def _row(space: gym.Space[Any]) -> Row:
@@ -164,8 +176,9 @@ class FragmentBuilder:
     `explore` says whether its actions are drawn (None = as the trainer's evaluation does); `dropping`: this fragment
     is; `evaluation`: it goes to an evaluation, if the episode begins with these weights or newer ones. `state`: the
     policy's memory before the next step, in the layout's order; `fresh`: no step has been taken with it. `asked`: an
-    action has been asked for, and its observation is the newest one. For whoever keeps the time: `began`: when the
-    first step was taken; `timings`: of this fragment, as in FRAGMENT. `width`: steps that are taken at once.
+    action has been asked for, and its observation is the newest one; `asks`: what has asked for it; `looked`: what asks
+    for what a runner makes of the newest observation, where no action is wanted. For whoever keeps the time: `began`:
+    when the first step was taken; `timings`: of this fragment, as in FRAGMENT. `width`: steps that are taken at once.
     """
 
     width = 1
@@ -180,7 +193,7 @@ class FragmentBuilder:
         self._where = f"episode '{episode}'"
         self._layout: Layout | None = None
         self._rows = FIRST_ROWS
-        self._reward = 0.0
+        self._reward = self._cut_reward = 0.0
         self._before = 0.0
         self.kind: Kind = "logged"
         self.origin = Origin("", 0)
@@ -195,6 +208,9 @@ class FragmentBuilder:
         self.state: tuple[Array, ...] = ()
         self._states: tuple[Array, ...] = ()
         self._past: Before | None = None
+        self._given: Array | None = None
+        self.looked: Any = None
+        self.asks: Any = None
 
     def begin(self, layout: Layout, kind: Kind, origin: Origin, limit: int) -> None:
         """Start the next fragment, of at most `limit` >= 1 steps. An observation that ended the last one is kept."""
@@ -204,8 +220,9 @@ class FragmentBuilder:
         if layout.state or self._states:
             self._begin_state(layout, rows)
         self._layout, self.kind, self.origin, self.limit = layout, kind, origin, limit
-        self._shape, self._dtype, self._packing = obs.shape, obs.dtype, layout.packing
-        self._float = obs.dtype.kind == "f"
+        given = layout.given or obs
+        self._shape, self._dtype, self._packing = given.shape, given.dtype, layout.packing
+        self._float = given.dtype.kind == "f"
         self._few = self._float and obs.size <= FEW and len(obs.shape) == 1
         self._zeros = np.zeros(obs.size, obs.dtype)
         self._obs: Array = np.empty((rows + 1, *obs.shape), obs.dtype)
@@ -223,7 +240,8 @@ class FragmentBuilder:
         """Store the observation that the next action is chosen by, and return it in the layout's dtype.
 
         Raises `EpisodeError` for another shape, a dtype that doesn't cast, NaN or infinity, and for another observation
-        than the one that has ended the last fragment.
+        than the one that has ended the last fragment. Where a runner is to see it first (`follows`) it is stored by
+        `saw`.
         """
         steps = self.steps
         if (
@@ -235,12 +253,11 @@ class FragmentBuilder:
                 observation = self._pack(self._packing, observation)
             else:
                 observation = self._cast(observation, "observation", self._shape, self._dtype)
+        if self.follows:
+            return self._take(observation)
         if not steps and self.t0:
             if not np.array_equal(self._obs[0], observation):
-                raise EpisodeError(
-                    f"{self._where}: another observation of step {self.t0} has been given already and is on its way "
-                    f"as the last one of a fragment: call again with that one"
-                )
+                self._given_before()
             return cast(Array, self._obs[0])
         self._obs[steps] = observation
         if self._few:
@@ -250,6 +267,48 @@ class FragmentBuilder:
         if not finite and not np.isfinite(self._obs[steps]).all():
             self._not_finite("observation", self._obs[steps])
         return cast(Array, observation)
+
+    def _given_before(self) -> NoReturn:
+        raise EpisodeError(
+            f"{self._where}: another observation of step {self.t0} has been given already and is on its way as the "
+            f"last one of a fragment: call again with that one"
+        )
+
+    def _take(self, observation: Array) -> Array:
+        """Keep the newest observation as it was given."""
+        if self._float and not np.isfinite(observation).all():
+            self._not_finite("observation", observation)
+        if not self.steps and self.t0 and self._given is not None and not np.array_equal(self._given, observation):
+            self._given_before()
+        self._given = observation.copy()
+        return self._given
+
+    @property
+    def follows(self) -> bool:
+        """Whether runners follow this episode: fragments have what they have seen."""
+        return self._layout is not None and self._layout.given is not None
+
+    def saw(self, seen: Array) -> None:
+        """What a runner has made of the newest observation."""
+        self._obs[self.steps] = seen
+
+    def rewarded(self, reward: float) -> float:
+        """What a runner has made of the last action's reward; how much more that is. One whose fragment is cut is as it
+        is."""
+        if not self.steps or reward == self._reward:
+            return 0.0
+        more = reward - self._reward
+        self._reward = reward
+        self._rewards[self.steps - 1] = reward
+        self.episode_return += more
+        return more
+
+    def once_more(self) -> None:
+        """The newest observation is the last one again."""
+        if self.follows:
+            self._obs[self.steps] = self._obs[self.steps - 1]
+        else:
+            self.observe(self._obs[self.steps - 1])
 
     def act(
         self, action: Any, logp: float, dist_inputs: NDArray[np.float32], state: Sequence[NDArray[Any]] = ()
@@ -325,6 +384,11 @@ class FragmentBuilder:
         return self._reward
 
     @property
+    def told_reward(self) -> float:
+        """The last action's reward, also where its fragment has been cut."""
+        return self._reward if self.steps else self._cut_reward
+
+    @property
     def layout(self) -> Layout | None:
         """Of the fragment being built."""
         return self._layout
@@ -332,6 +396,11 @@ class FragmentBuilder:
     def seen(self, row: int) -> Array:
         """Observation `row` of the fragment being built."""
         return cast(Array, self._obs[row])
+
+    @property
+    def given(self) -> Array:
+        """The newest observation, as it was given."""
+        return cast(Array, self._obs[self.steps]) if self._given is None else self._given
 
     # ---- memory
 
@@ -438,6 +507,7 @@ class FragmentBuilder:
             arrays = {name: array.copy() for name, array in arrays.items()}
         cut = Cut(self.origin, self.t0, steps, self._before, arrays)
         self._before = return_after
+        self._cut_reward = self._reward
         self.t0 += steps
         if self._layout is not None and self._layout.lookback:
             self.steps = steps

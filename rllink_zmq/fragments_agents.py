@@ -11,13 +11,14 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from rllink_zmq.arrays import Array
 from rllink_zmq.errors import EpisodeError, RemovedError
 from rllink_zmq.fragments import Before, Cut, End, FragmentBuilder, Kind, Layout, Origin, Row
-from rllink_zmq.messages import MAX_AGENTS_STEPS, AgentId, AgentRows
+from rllink_zmq.messages import MAX_AGENTS_STEPS, AgentId, AgentRows, Told
 
 log = logging.getLogger("rllink_zmq")
 
@@ -68,6 +69,7 @@ def whole(layouts: Iterable[Layout]) -> Layout:
         Row((rest,), byte),
         dist_inputs=sum(layout.dist_inputs for layout in layouts),
         lookback=lookback,
+        given=next((layout.given for layout in layouts if layout.given is not None), None),
     )
 
 
@@ -92,8 +94,8 @@ class _Agent:
 
     @property
     def newest(self) -> Array:
-        """Its last observation."""
-        return self.rows.seen(self.rows.steps - self.acted)
+        """Its last observation, as it was given."""
+        return self.rows.given if self.rows.follows else self.rows.seen(self.rows.steps - self.acted)
 
 
 class AgentsBuilder(FragmentBuilder):
@@ -102,7 +104,7 @@ class AgentsBuilder(FragmentBuilder):
     For each env step: `observe` a `Turn`, then `took` for each agent that acts, then `stepped`, then `rewards`.
     `steps`, `t0` and `limit` count env steps. `cast`: agent -> how it takes part, of this episode; `known`: all that
     the simulator may have; `failures`: why others do not; `crew`: whatever `cast` was made of; `counts_as`: the version
-    by which the fragment's lag is counted.
+    by which the fragment's lag is counted. `observed`: who was given an observation in the newest turn.
     """
 
     origin: AgentsOrigin
@@ -118,6 +120,9 @@ class AgentsBuilder(FragmentBuilder):
         self.counts_as = 0
         self.agents: dict[AgentId, _Agent] = {}
         self.ended: dict[AgentId, End] = {}
+        self.observed: frozenset[AgentId] = frozenset()
+        self._told_ends: dict[AgentId, int] = {}
+        self._ends: dict[AgentId, tuple[int, Told]] = {}
         self._seen = -1
         self._warned = False
 
@@ -151,6 +156,11 @@ class AgentsBuilder(FragmentBuilder):
         turn: Turn = observation
         now = self.t0 + self.steps
         again = self._seen == now
+        if again and self.follows and turn.observations.keys() - self.ended.keys() != self.observed - self.ended.keys():
+            raise EpisodeError(
+                f"{self._where}: other agents had observations in env step {now} before, and the runner that follows "
+                f"the episode has been told: call again with those"
+            )
         new: list[AgentId] = []
         try:
             for name, value in turn.observations.items():
@@ -173,6 +183,7 @@ class AgentsBuilder(FragmentBuilder):
                 agent.times.append(now)
             agent.acted = False
         self._seen = now
+        self.observed = frozenset(turn.observations)
         for flags, end in ((turn.terminateds, "terminated"), (turn.truncateds, "truncated")):
             for name, flag in flags.items():
                 if flag and name != ALL:
@@ -218,7 +229,8 @@ class AgentsBuilder(FragmentBuilder):
             return False
         ended = {name for flags in (turn.terminateds, turn.truncateds) for name, flag in flags.items() if flag}
         ended |= self.ended.keys()
-        present = self.agents.keys() | turn.observations.keys()
+        # Where a runner follows the episode RLlib's has ended then, whoever comes with that step.
+        present = self.agents.keys() | (set() if self.follows and self.agents else turn.observations.keys())
         return present <= ended and bool(present or self.ended)
 
     def _enter(self, name: AgentId) -> None:
@@ -256,12 +268,14 @@ class AgentsBuilder(FragmentBuilder):
             return
         if agent.acted:
             # What a terminated agent would have seen is never used: as RLlib does, the last one once more.
-            agent.rows.observe(agent.newest)
+            agent.rows.once_more()
             agent.times.append(self.t0 + self.steps)
             agent.acted = False
         agent.end = self.ended[name] = end
         if not agent.rows.steps and not agent.rows.t0:
             del self.agents[name]  # it has never acted
+        else:
+            self._ends[name] = self.t0 + self.steps, Told(name, agent.module, agent.rows.told_reward, end)
 
     def finish(self, end: End) -> None:
         """The episode is over, for all agents; `observe` was given the turn with which it is."""
@@ -279,6 +293,36 @@ class AgentsBuilder(FragmentBuilder):
     def rows_of(self, agents: Iterable[AgentId]) -> list[Array]:
         """The newest observation of each."""
         return [self.agents[name].newest for name in agents]
+
+    # ---- for a service that follows the episode
+
+    def newly_observed(self) -> dict[str, list[AgentId]]:
+        """Module -> its agents that were given an observation in the newest turn."""
+        found: dict[str, list[AgentId]] = {}
+        for name, agent in self.agents.items():
+            if name in self.observed:
+                found.setdefault(agent.module, []).append(name)
+        return found
+
+    def told(self) -> list[Told]:
+        """What the newest turn has brought of each agent, to be told now. An end is told in one env step, which may be
+        a later one."""
+        now = self.t0 + self.steps
+        news = [
+            Told(name, agent.module, agent.rows.told_reward)
+            for name, agent in self.agents.items()
+            if name in self.observed and agent.end == "no"
+        ]
+        for name, (t, end) in self._ends.items():
+            if self._told_ends.setdefault(name, now) == now:
+                news.append(end if t == now else msgspec.structs.replace(end, t=t))
+        return news
+
+    def saw_of(self, name: AgentId, seen: Array, reward: float) -> None:
+        """What a runner has made of this agent's newest observation, and of the reward before it."""
+        rows = self.agents[name].rows
+        rows.saw(seen)
+        self.episode_return += rows.rewarded(reward)
 
     def memories(self, agents: Sequence[AgentId]) -> list[Array]:
         """What the module that acts for these remembers of each: (n, *shape) arrays, in its layout's order."""
@@ -306,7 +350,7 @@ class AgentsBuilder(FragmentBuilder):
                 f"{self._where}: agent {name!r} acts by the recurrent policy '{agent.module}', which would not "
                 f"remember an action of the simulator's: let it act (get_action)"
             )
-        if agent.rows.layout is not None and agent.rows.layout.lookback:
+        if agent.rows.layout is not None and agent.rows.layout.looks_back:
             raise EpisodeError(
                 f"{self._where}: agent {name!r} acts by the policy '{agent.module}', which looks at earlier "
                 f"observations: let it act (get_action)"

@@ -35,6 +35,8 @@ class BlockBuilder:
     of a builder is as `FragmentBuilder` has it: `steps` counts the env steps of all worlds, `limit` a block's rows.
     """
 
+    follows = False
+
     def __init__(self, episode: str, width: int) -> None:
         self.episode = episode
         self.width = width
@@ -427,7 +429,7 @@ class BlockBuilder:
 
 def refuse(layout: Layout) -> None:
     """Raises `VectorError` for a policy that columns of worlds can't serve."""
-    if layout.lookback:
+    if layout.looks_back:
         raise VectorError(
             "the policy looks at earlier observations, which the vector form doesn't serve: use an episode for each "
             "world, with get_actions for all of them (drive_vector does)"

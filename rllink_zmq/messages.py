@@ -26,6 +26,8 @@ MAX_SEGMENTS = 4096
 MAX_NUMBERS = 65_536
 MAX_ROWS = 65_536
 """Observations of one ACT."""
+MAX_PLACES = 4096
+"""Episodes that one ACT is about, where a service follows them."""
 MAX_RUNNERS = 1024
 MAX_AGENTS = 255
 """Of an environment: their spaces are a Dict's."""
@@ -51,6 +53,11 @@ STEPS_BEFORE, LOOKBACK = "steps_before", "lookback"
 ACT), how many there are (in each row of an ACT), and how many are wanted (in ACTION)."""
 STARTS = "starts"
 """The column of ACT that says which rows are the first of an episode."""
+FOLLOWS, LOST = "follows", "lost"
+"""Codes of ACTION: the request has to say which episodes it is about; nobody follows this one."""
+SEEN, SEEN_REWARD = "seen", "seen_reward"
+"""Columns of ACTION where runners follow episodes: the observations as the policy has seen them, and what the runner's
+connectors have left of the rewards of the steps before."""
 MAX_SPACE_BYTES = 64 * 1024 * 1024
 """One observation or action."""
 MAX_PARTS = 256
@@ -192,6 +199,28 @@ class AgentRows(_Part, array_like=True, frozen=True):
     end: End
     return_so_far: Finite
     first: Version = -1
+
+
+class Place(_Part, array_like=True, frozen=True):
+    """Where an observation belongs, for a service that follows the episode: it is the one before the episode's step
+    `t`. `reward`: of the step before. `end`: whether the episode has ended with it."""
+
+    episode: Annotated[str, Meta(min_length=1, max_length=64)]
+    t: Count
+    reward: Finite = 0.0
+    end: End = "no"
+
+
+class Told(_Part, array_like=True, frozen=True):
+    """What an env step has brought an agent of an episode that a service follows: its reward since its last
+    observation, and whether it has ended; `t`: with which env step, if that was an earlier one, in which nobody was
+    given an observation. `module`: by which it acts."""
+
+    agent: AgentId
+    module: Annotated[str, Meta(min_length=1, max_length=MAX_MODULE_ID)]
+    reward: Finite = 0.0
+    end: End = "no"
+    t: Version = -1
 
 
 class Claim(_Part, array_like=True, frozen=True):
@@ -547,7 +576,11 @@ class CONFIG(_Message, tag="CONFIG", frozen=True):
 class ACT(_Message, tag="ACT", frozen=True):
     """reader -> broker -> service, header and frames unchanged: an action for each of `rows` observations. `request`
     rises in a session. `explore`: draw it, else the most likely one; None = as training does, or `evaluation`.
-    `module`: which of several is to act; `agents`: then, the agent of each row, one for each or none."""
+    `module`: which of several is to act; `agents`: then, the agent of each row, one for each or none.
+    `places`: for a service that follows episodes: where each row belongs. Of several agents one, of the env step that
+    the request is about, and `told` of all agents that it has brought anything; columns are `<module>/...` then.
+    `acts`: actions are wanted, or only what the policy would see. `follower`: which service follows these episodes, as
+    its answers have told; none = any may begin to."""
 
     session: Session
     request: Annotated[int, Meta(ge=1, lt=1 << 53)]
@@ -557,11 +590,17 @@ class ACT(_Message, tag="ACT", frozen=True):
     evaluation: bool = False
     module: ModuleId = ""
     agents: Annotated[tuple[AgentId, ...], Meta(max_length=MAX_AGENTS)] = ()
+    places: Annotated[tuple[Place, ...], Meta(max_length=MAX_PLACES)] = ()
+    told: Annotated[tuple[Told, ...], Meta(max_length=MAX_AGENTS)] = ()
+    acts: bool = True
+    follower: Annotated[bytes, Meta(max_length=16)] = b""
 
 
 class ACTION(_Message, tag="ACTION", frozen=True):
     """service -> broker -> reader, header and frames unchanged: the answer to `request` of `session`, by the weights
-    `version` of `run`. Or why there is none: `code` and `text`."""
+    `version` of `run`. Or why there is none: `code` and `text`. `modules`: the version of each module whose agents
+    a request with `told` has rows of: columns are `<module>/...` then, of as many rows as agents.
+    `follower`: which service follows these episodes."""
 
     session: Session
     request: Count
@@ -570,6 +609,8 @@ class ACTION(_Message, tag="ACTION", frozen=True):
     columns: Columns = ()
     code: Annotated[str, Meta(max_length=64)] = ""
     text: Text = ""
+    modules: Versions = {}
+    follower: Annotated[bytes, Meta(max_length=16)] = b""
 
 
 class BYE(_Message, tag="BYE", frozen=True):

@@ -161,7 +161,8 @@ class PolicyManifest(Struct, frozen=True):
     numbers are not all `noise`.
     `remote_only`: why this policy can't run but where the learner's modules are; there is no graph then. `connectors`:
     bytes at the end of a version's, which are the state of such a policy's connectors. `state`: the memory of a
-    recurrent policy. `lookback`: how many steps before the newest observation such connectors look at. `epsilon`: (env
+    recurrent policy. `lookback`: how many steps before the newest observation such connectors look at. `seen`: runners
+    follow the episodes of this policy, and this is the space of what fragments have for observations. `epsilon`: (env
     steps sampled in the training, value) in rising order, linear in between: the input of an epsilon-greedy graph."""
 
     format: Literal[1]
@@ -187,6 +188,7 @@ class PolicyManifest(Struct, frozen=True):
     env_action_parts: Annotated[tuple[Tensor, ...], Meta(max_length=256)] = ()
     noise_runs: Annotated[tuple[NoiseRun, ...], Meta(max_length=256)] = ()
     epsilon: Annotated[tuple[EpsilonPoint, ...], Meta(max_length=1024)] = ()
+    seen: Space | None = None
 
     @property
     def weights_bytes(self) -> int:

@@ -37,10 +37,12 @@ from rllink_zmq.messages import (
     Column,
     Hello,
     Message,
+    Place,
     ReaderHello,
     Segment,
     SimulatorHello,
     Spaces,
+    Told,
 )
 
 
@@ -440,10 +442,17 @@ class ReaderSession(Endpoint):
         evaluation: bool = False,
         module: str = "",
         agents: Sequence[AgentId] = (),
+        places: Sequence[Place] = (),
+        told: Sequence[Told] = (),
+        acts: bool = True,
+        follower: bytes = b"",
     ) -> int:
         """Ask for actions for `rows` observations, and return the request's number."""
         self._request += 1
-        message = ACT(self.session, self._request, rows, columns, explore, evaluation, module, tuple(agents))
+        message = ACT(
+            self.session, self._request, rows, columns, explore, evaluation, module, tuple(agents), tuple(places),
+            tuple(told), acts, follower,
+        )  # fmt: skip
         self.open_acts[self._request] = Outgoing(message, body)
         if self.state is State.LIVE:
             self._say(message, now, body)

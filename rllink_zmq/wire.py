@@ -210,14 +210,20 @@ def _named(message: FRAGMENT, module: str) -> str:
 def _check_rows(message: ACT | ACTION, size: int) -> None:
     columns = message.columns
     rows = message.rows if type(message) is ACT else (columns[0].shape[:1] or (0,))[0] if columns else 0
+    # Of several modules, each with rows of its own.
+    parts = message.told if isinstance(message, ACT) else message.modules
     claimed = 0
     for column in columns:
         claimed += column_bytes(column)
-        if not column.shape or column.shape[0] != rows:
+        if not column.shape or (column.shape[0] != rows and not parts):
             raise ProtocolError(
                 f"column '{column.name}' of request {message.request} must have {rows} rows, its shape is "
                 f"{list(column.shape)}"
             )
+    if type(message) is ACT and parts and (told := sum(column.shape[0] for column in columns)) != rows:
+        raise ProtocolError(
+            f"the columns of request {message.request} must have {rows} rows together, they have {told}"
+        )
     if type(message) is ACT and message.agents and len(message.agents) != rows:
         raise ProtocolError(f"request {message.request} of {rows} rows names {len(message.agents)} agents")
     if len(columns) > 1 and len({column.name for column in columns}) < len(columns):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import numpy as np
 from fake_training import RUNS, until
 from numpy.typing import NDArray
@@ -59,6 +60,21 @@ class Service:
             "action_dist_inputs": np.stack([actions, 1 - actions], axis=1).astype(np.float32),
         }
 
+    def reply(self, message: ACT, arrays: dict[str, NDArray[Any]]) -> tuple[ACTION, dict[str, NDArray[Any]]]:
+        """The header of an answer, but for what all have, and its columns."""
+        rows = arrays.pop("obs")
+        self.beside.append({name: array.copy() for name, array in arrays.items()})
+        self.asked.append((message.request, rows))
+        self.how.append((message.explore, message.evaluation))
+        self.modules.append(message.module)
+        told = ACTION(message.session, message.request)
+        refuses = self.refuses or ("no_module" if self.versions and message.module not in self.versions else "")
+        return (self.refused(told, refuses), {}) if refuses else (told, self.answer(message, rows))
+
+    @staticmethod
+    def refused(told: ACTION, code: str) -> ACTION:
+        return msgspec.structs.replace(told, code=code, text="no such thing")
+
     def _work(self) -> None:
         session = self.session
         self._connection.open()
@@ -69,26 +85,14 @@ class Service:
                 continue
             asked, session.asked = session.asked, {}
             for message, body in asked.values():
-                arrays = from_body(message.columns, body)
-                rows = arrays.pop("obs")
-                self.beside.append({name: array.copy() for name, array in arrays.items()})
-                self.asked.append((message.request, rows))
-                self.how.append((message.explore, message.evaluation))
-                self.modules.append(message.module)
-                now = time.monotonic()
-                refuses = self.refuses or ("no_module" if self.versions and message.module not in self.versions else "")
-                if refuses:
-                    session.answer(
-                        ACTION(message.session, message.request, code=refuses, text="no such thing"), (), now
-                    )
-                    continue
-                answer = self.answer(message, rows)
-                if self.lookback:
-                    answer[LOOKBACK] = np.full(len(rows), self.lookback, np.int32)
+                header, answer = self.reply(message, from_body(message.columns, body))
+                if self.lookback and "actions" in answer:
+                    answer[LOOKBACK] = np.full(message.rows, self.lookback, np.int32)
                 columns, buffers = to_buffers(answer)
                 version = self.versions.get(message.module, self.version)
-                header = ACTION(message.session, message.request, session.my_run, version, columns)
-                session.answer(header, buffers, now)
+                if not header.code:
+                    header = msgspec.structs.replace(header, run=session.my_run, version=version, columns=columns)
+                session.answer(header, buffers, time.monotonic())
             self._connection.flush()
         self._connection.close()
 

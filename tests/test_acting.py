@@ -16,6 +16,7 @@ from rllink_zmq.messages import (
     WELCOME,
     Column,
     ObserverHello,
+    Place,
     ReaderHello,
     ServiceHello,
 )
@@ -155,6 +156,78 @@ def test_a_service_that_hangs_comes_last_until_it_answers(bench: Bench) -> None:
     assert [asks(bench, "s1", n)[0][0] for n in (2, 3)] == ["b2", "b2"], "though b1 has nothing to do"
     answers(bench, "b1", "s1", 1)
     assert asks(bench, "s1", 4)[0][0] == "b1"
+
+
+def follows(bench: Bench, name: str, request: int, by: str = "") -> str:
+    """Which service a request about an episode that is followed goes to; `by` which it is already."""
+    follower = session(by) if by else b""
+    message = ACT(session(name), request, 1, COLUMNS, places=(Place("e", request),), follower=follower)
+    ((to, sent),) = messages_with_routes(bench.send(name, message, b"a"))
+    assert sent == message
+    return to
+
+
+def messages_with_routes(said: Said) -> list[tuple[str, Any]]:
+    return [(to, message) for to, message in said if isinstance(message, ACT)]
+
+
+def test_requests_about_followed_episodes_stay_with_one_service(bench: Bench) -> None:
+    """Whatever that has to do; and each service follows as many readers as the others do."""
+    for name in ("b2", "b3"):
+        serves(bench, name)
+    for name in ("s2", "s3", "s4"):
+        reads(bench, name)
+    mine = {name: follows(bench, name, 1) for name in ("s1", "s2", "s3")}
+    assert set(mine.values()) == {"b1", "b2", "b3"}
+    for name, service in mine.items():
+        answers(bench, service, name, 1)
+        assert [follows(bench, name, n, service) for n in (2, 3, 4)] == [service] * 3
+        for n in (2, 3, 4):
+            answers(bench, service, name, n)
+    assert asks(bench, "s4", 1, rows=8)[0][0] == "b1"
+    assert asks(bench, "s4", 2)[0][0] == "b2", "others go where there is least to do"
+    assert follows(bench, next(n for n, s in mine.items() if s == "b1"), 5, "b1") == "b1"
+    assert follows(bench, "s4", 3) in mine.values(), "who is new is followed, too"
+
+
+def test_readers_whose_episodes_begin_are_followed_by_who_has_the_fewest(bench: Bench) -> None:
+    for name in ("s2", "s3", "s4"):
+        reads(bench, name)
+    for name in ("s1", "s2", "s3", "s4"):
+        assert follows(bench, name, 1) == "b1", "there is no other one"
+        answers(bench, "b1", name, 1)
+    serves(bench, "b2")
+    assert [follows(bench, name, 2) for name in ("s1", "s2", "s3", "s4")] == ["b2", "b2", "b1", "b1"]
+    assert follows(bench, "s3", 3) == "b1", "what it has asked for stays together"
+
+
+def test_a_broker_that_has_just_started_knows_who_follows(bench: Bench) -> None:
+    """From the request itself."""
+    serves(bench, "b2")
+    assert [follows(bench, "s1", n, by) for n, by in ((1, "b2"), (2, "b1"))] == ["b2", "b1"]
+
+
+@pytest.mark.parametrize("how", ["lost", "bye", "hangs"])
+def test_where_the_service_is_gone_another_one_follows(bench: Bench, how: str) -> None:
+    serves(bench, "b2")
+    assert follows(bench, "s1", 1, "b1") == "b1"
+    said = {
+        "lost": lambda: bench.unreachable("b1"),
+        "bye": lambda: bench.bye("b1"),
+        "hangs": lambda: bench.wait(bench.broker.settings.act_patience + 1.1),
+    }[how]()
+    assert [to for to, _ in messages_with_routes(said)] == ["b2"]
+    answers(bench, "b2", "s1", 1)
+    assert follows(bench, "s1", 2, "b2") == "b2"
+
+
+def test_a_service_that_greets_again_follows_as_before(bench: Bench) -> None:
+    serves(bench, "b2")
+    assert follows(bench, "s1", 1, "b1") == "b1"
+    said = bench.hello("b1/again", ServiceHello(RUN))
+    assert [to for to, _ in messages_with_routes(said)] == ["b1/again"], "it has the episode"
+    bench.send("b1/again", ACTION(session("s1"), 1, RUN, 0, COLUMNS), b"a")
+    assert follows(bench, "s1", 2, "b1") == "b1/again"
 
 
 def test_a_long_queue_that_moves_is_not_computed_twice(bench: Bench) -> None:

@@ -22,12 +22,12 @@ from rllink_zmq.fragments_agents import AgentsBuilder, AgentsOrigin, Member, Tur
 from rllink_zmq.messages import AgentId
 from rllink_zmq.policy import Policy
 from rllink_zmq.policy_agents import unpack_crew
+from rllink_zmq.rllib.actors import ModuleActor
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.export_connectors import check_agents_connectors
 from rllink_zmq.rllib.flattening import FlattenedAgents
 from rllink_zmq.rllib.multi_agent_episodes import MultiAgentEpisodeBuilder
 from rllink_zmq.rllib.multi_agent_policies import CrewManifest, crew_of
-from rllink_zmq.rllib.service import ModuleActor
 from rllink_zmq.rllib.trainable import check_trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")

@@ -52,14 +52,14 @@ from rllink_zmq.fragments import Before
 from rllink_zmq.fragments_agents import AgentsBuilder, AgentsOrigin, Member, Turn, whole
 from rllink_zmq.messages import ACT, BEFORE, OBS_BEFORE, STEPS_BEFORE, AgentId, Column
 from rllink_zmq.rllib import attach
+from rllink_zmq.rllib.actors import PipelineActor
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.multi_agent_episodes import MultiAgentEpisodeBuilder
 from rllink_zmq.rllib.multi_agent_policies import CrewManifest, crew_of, stand_in
 from rllink_zmq.rllib.multi_agent_runner import ZmqMultiAgentEnvRunner
-from rllink_zmq.rllib.pipelines import pipeline_of, seen_spaces, state_bytes
+from rllink_zmq.rllib.pieces import pipeline_of, seen_spaces, state_bytes
 from rllink_zmq.rllib.pipelines_agents import AgentsConnectors, AgentsPipelines, agents_of
 from rllink_zmq.rllib.rewriting import Filters, UnknownFilter
-from rllink_zmq.rllib.service import PipelineActor
 from rllink_zmq.rllib.service_agents import AgentsActService
 from rllink_zmq.rllib.trainable import check_trainable
 from rllink_zmq.session_runner import Lease
@@ -100,8 +100,15 @@ class Shared(MultiAgentObservationPreprocessor):
     """All see what all see."""
 
     def preprocess(self, observations: Any, episode: Any) -> Any:
-        mean = np.mean(list(observations.values()), axis=0)
+        mean = np.mean(list(observations.values()), axis=0) if observations else None
         return dict.fromkeys(observations, mean)
+
+
+class Others(MultiAgentObservationPreprocessor):
+    """Fails for an agent that is alone."""
+
+    def preprocess(self, observations: Any, episode: Any) -> Any:
+        return {agent: observation + observations["b"] for agent, observation in observations.items()}
 
 
 class Turned(ConnectorV2):
@@ -386,15 +393,35 @@ def test_a_fragment_of_a_filter_that_nobody_knows_is_stale_and_teaches_nothing()
 @pytest.mark.parametrize(
     ("made", "text"),
     [
-        (lambda: config(NUMBERS, Shared), "the policy 'p': the env-to-module piece Shared looks at other agents"),
+        (lambda: config(NUMBERS, Shared), "the env-to-module piece Shared looks at other agents"),
         (lambda: config(NUMBERS, Steps), "piece Steps looks at other agents, further back than 16 steps, or at"),
+        (lambda: config(NUMBERS, Others), "the connectors fail where an agent is alone in its episode"),
+        (
+            lambda: config(NUMBERS, to_env=Apart),
+            "module-to-env piece Apart looks at other agents, or more of an episode",
+        ),
     ],
 )
-def test_a_piece_that_no_runner_can_act_behind_is_refused_by_its_name(made: Callable[[], Any], text: str) -> None:
+def test_what_a_request_cannot_feed_is_named_at_start(made: Callable[[], Any], text: str) -> None:
+    """And runners follow episodes then, with all of their modules."""
     mine = made()
-    modules = mine.get_multi_rl_module_spec(spaces=dict.fromkeys(("p", "q"), (NUMBERS, ACTIONS))).build()
-    with pytest.raises(PolicyError, match=text):
-        crew_of(mine, modules)
+    manifest = CrewManifest.of(crew_of(mine, modules_of(mine)))
+    assert all(text in about.remote_only and about.seen is not None for about in manifest.modules.values())
+    assert {about.action_dist_inputs for about in manifest.modules.values()} == {3}
+
+
+def modules_of(mine: PPOConfig) -> Any:
+    torch.manual_seed(5)
+    return mine.get_multi_rl_module_spec(spaces=dict.fromkeys(("p", "q"), (NUMBERS, ACTIONS))).build()
+
+
+def test_a_piece_that_fails_among_all_agents_is_refused_by_its_name() -> None:
+    for mine, text in (
+        (config(NUMBERS, to_env=Raising), "in the piece Raising: ValueError: no such actuator"),
+        (config(NUMBERS, Raising), "in the piece Raising: ValueError: no such actuator"),
+    ):
+        with pytest.raises(PolicyError, match=text):
+            crew_of(mine, modules_of(mine))
 
 
 def test_a_piece_for_a_single_agent_is_refused_in_words() -> None:
@@ -557,21 +584,6 @@ class NeedsAnEnv(ConnectorV2):
 
     def __call__(self, *, batch: Any, **kwargs: Any) -> Any:
         return batch
-
-
-@pytest.mark.parametrize(
-    ("piece", "text"),
-    [(Apart, "piece Apart looks at other agents"), (Raising, "in the piece Raising: ValueError: no such actuator")],
-)
-def test_a_module_to_env_piece_is_refused_by_its_name(piece: type, text: str) -> None:
-    mine = config(NUMBERS, to_env=piece)
-    modules = mine.get_multi_rl_module_spec(spaces=dict.fromkeys(("p", "q"), (NUMBERS, ACTIONS))).build()
-    with torch.no_grad():
-        for module in modules.values():
-            for parameter in module.parameters():
-                parameter.zero_()  # all agents' most likely action is the first one
-    with pytest.raises(PolicyError, match=text):
-        crew_of(mine, modules)
 
 
 def test_a_piece_that_needs_an_environment_is_refused_in_words() -> None:

@@ -227,9 +227,18 @@ class Noting:
     def start_episode(self, **options):
         seen = []
         self.seen.append(seen)
-        note = SimpleNamespace(log_returns=lambda reward: None, abandon=lambda: None, steps=1, episode_return=0.0)
+        builder = SimpleNamespace(follows=False)
+        note = SimpleNamespace(
+            log_returns=lambda reward: None, abandon=lambda: None, steps=1, episode_return=0.0, builder=builder
+        )  # fmt: skip
         note.open = True
-        note.finish = note.end_episode = lambda observation, truncated: seen.append((observation, "end"))
+        note.end_episode = lambda observation, truncated: seen.append((observation, "end"))
+
+        def ending(observation, truncated):
+            seen.append((observation, "end"))
+            return SimpleNamespace(done=lambda: True, result=lambda: None)
+
+        note.ending = ending
         note.seen = seen
         return note
 

@@ -22,9 +22,9 @@ from ray.rllib.utils.spaces.space_utils import unsquash_action
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.policy import Policy, pack_policy, unpack_policy
 from rllink_zmq.policy_batch import BatchPolicy
+from rllink_zmq.rllib.actors import ModuleActor
 from rllink_zmq.rllib.exploration import draw, epsilon_at, epsilon_schedule
 from rllink_zmq.rllib.export import export_policy, weights_body
-from rllink_zmq.rllib.service import ModuleActor
 
 OBS = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
 THREE = gym.spaces.Discrete(3)

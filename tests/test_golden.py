@@ -53,6 +53,7 @@ from rllink_zmq.messages import (
     Handed,
     Message,
     ObserverHello,
+    Place,
     Present,
     ReaderHello,
     RunnerHello,
@@ -60,6 +61,7 @@ from rllink_zmq.messages import (
     ServiceHello,
     SimulatorHello,
     Spaces,
+    Told,
     TrainerHello,
 )
 
@@ -421,6 +423,38 @@ EXAMPLES = (
         "Actions of the module `walker` for two of its agents.",
         ACT(READER, 9, 2, (Column("obs", "<f4", (2, 1)),), module="walker", agents=("left", 4)),
         (np.array([[0.5], [-0.5]], "<f4").tobytes(),),
+    ),
+    Example(
+        "ACT about a followed episode",
+        "reader -> broker -> service",
+        "Step 3 of the episode `e-1` has ended it; what would the policy see of its last observation?",
+        ACT(READER, 10, 1, (Column("obs", "<f4", (1, 1)),), places=(Place("e-1", 3, 0.5, "terminated"),), acts=False),
+        (np.array([[0.25]], "<f4").tobytes(),),
+    ),
+    Example(
+        "ACT about a followed episode of several agents",
+        "reader -> broker -> service",
+        "Env step 1: `left` has ended without another observation, agent 4 is to act.",
+        ACT(
+            READER, 11, 1, (Column("walker/obs", "<f4", (1, 1)),), agents=(4,), places=(Place("e-1", 1),),
+            told=(Told("left", "walker", -1.0, "terminated"), Told(4, "walker", 0.5)),
+        ),
+        (np.array([[0.25]], "<f4").tobytes(),),
+    ),
+    Example(
+        "ACTION for several agents",
+        "service -> broker -> reader",
+        "What the policy saw of agent 4, and its action, by version 3 of `walker`.",
+        ACTION(
+            READER, 11, RUN, 3,
+            (Column("walker/seen", "<f4", (1, 1)), Column("walker/actions", "<i8", (1,)),
+             Column("walker/action_logp", "<f4", (1,)), Column("walker/action_dist_inputs", "<f4", (1, 2))),
+            modules={"walker": 3},
+        ),
+        (
+            np.array([[0.125]], "<f4").tobytes() + np.array([1], "<i8").tobytes()
+            + np.array([-0.5, 0.25, 0.75], "<f4").tobytes(),
+        ),
     ),
     Example(
         "ACTION",

@@ -19,9 +19,9 @@ from rllink_zmq.drive_loops_vector import _blank_actions, _put
 from rllink_zmq.errors import EpisodeError, PolicyError, ProtocolError, SpaceError
 from rllink_zmq.fragments import FragmentBuilder, Origin, layout_of_spaces
 from rllink_zmq.policy import Policy, pack_policy, unpack_policy
+from rllink_zmq.rllib.actors import ModuleActor
 from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import export_policy, weights_body
-from rllink_zmq.rllib.service import ModuleActor
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -22,11 +22,12 @@ from rllink_zmq.drive_loops import drive
 from rllink_zmq.drive_loops_vector import drive_vector
 from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.policy import unpack_policy
+from rllink_zmq.rllib.actors import ModuleActor
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.export_connectors import own_flattening
 from rllink_zmq.rllib.pipelines import Pipelines
 from rllink_zmq.rllib.policies import policy_of
-from rllink_zmq.rllib.service import ActService, ModuleActor
+from rllink_zmq.rllib.service import ActService
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

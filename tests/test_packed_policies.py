@@ -22,9 +22,9 @@ from rllink_zmq.errors import PolicyError, ProtocolError
 from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.packing import Packing
 from rllink_zmq.policy import Policy, pack_policy, unpack_policy
+from rllink_zmq.rllib.actors import ModuleActor
 from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import export_policy, weights_body
-from rllink_zmq.rllib.service import ModuleActor
 from rllink_zmq.session_runner import Lease
 
 pytestmark = [

@@ -30,15 +30,16 @@ from rllink_zmq.fragments import Before, Cut, FragmentBuilder, Origin, Row, Stat
 from rllink_zmq.messages import FRAGMENT, STATE_IN, STATE_OUT
 from rllink_zmq.packing import Packing
 from rllink_zmq.policy import Policy, PolicyManifest, unpack_policy
+from rllink_zmq.rllib.actors import ModuleActor, PipelineActor
 from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import connectors_state, weights_body
 from rllink_zmq.rllib.export_connectors import check_connectors, own_flattening
 from rllink_zmq.rllib.flattening import Came
-from rllink_zmq.rllib.pipelines import Pipelines, has_own_connectors, pipeline_of, state_bytes
+from rllink_zmq.rllib.pieces import has_own_connectors, pipeline_of, state_bytes
+from rllink_zmq.rllib.pipelines import Pipelines
 from rllink_zmq.rllib.policies import policy_of
 from rllink_zmq.rllib.rewriting import Filters, FragmentConnectors
 from rllink_zmq.rllib.runner import Held, ZmqEnvRunner
-from rllink_zmq.rllib.service import ModuleActor, PipelineActor
 from rllink_zmq.rllib.states import from_bytes, to_bytes
 from rllink_zmq.session_runner import Lease
 from rllink_zmq.wire import check_body
@@ -125,6 +126,51 @@ class Turned(ConnectorV2):
     def __call__(self, *, batch: Any, **kwargs: Any) -> Any:
         acted = batch[Columns.ACTIONS]
         batch[Columns.ACTIONS] = {key: [1 - action for action in actions] for key, actions in acted.items()}
+        return batch
+
+
+class ByReturn(ConnectorV2):
+    """Module-to-env: another action where the return is below zero."""
+
+    def __call__(self, *, batch: Any, episodes: Any, **kwargs: Any) -> Any:
+        for episode in self.single_agent_episode_iterator(episodes):
+            if episode.get_return() < 0:
+                key = (episode.id_,)
+                batch[Columns.ACTIONS][key] = [1 - action for action in batch[Columns.ACTIONS][key]]
+        return batch
+
+
+class Drawn(ConnectorV2):
+    """Module-to-env: any action."""
+
+    def __call__(self, *, batch: Any, **kwargs: Any) -> Any:
+        acted = batch[Columns.ACTIONS]
+        batch[Columns.ACTIONS] = {key: [DISCRETE.sample() for _ in actions] for key, actions in acted.items()}
+        return batch
+
+
+class Explores(Drawn):
+    """Any action, where actions are drawn."""
+
+    def __call__(self, *, batch: Any, explore: bool, **kwargs: Any) -> Any:
+        return super().__call__(batch=batch) if explore else batch
+
+
+class AddsLength(SingleAgentObservationPreprocessor):
+    """In place."""
+
+    def preprocess(self, observation: Any, episode: Any) -> Any:
+        observation += np.float32(len(episode))
+        return observation
+
+
+class Doubles(ConnectorV2):
+    """Each reward counts twice."""
+
+    def __call__(self, *, batch: Any, episodes: Any, **kwargs: Any) -> Any:
+        for episode in self.single_agent_episode_iterator(episodes):
+            if len(episode):
+                episode.set_rewards(at_indices=-1, new_data=2 * episode.get_rewards(-1))
         return batch
 
 
@@ -565,14 +611,40 @@ def test_filters_are_known_by_version_for_a_while() -> None:
         (BOX, Steps, "Steps looks further back than 16 steps, or at what is neither an observation"),
         (gym.spaces.Box(0, 1, (10, 10, 1)), lambda: FrameStackingEnvToModule(num_frames=18), "FrameStacking looks fu"),
         (BOX, Counting, "Counting changes its state with what it sees"),
-        (BOX, Broken, "piece Broken fails for one observation: ValueError: no such sensor"),
-        (BOX, Opaque, r"state\['Opaque'\]\['lock'\] is a object, which can't travel"),
+        (BOX, Opaque, "state['Opaque']['lock'] is a object, which can't travel"),
     ],
 )
-def test_what_cannot_work_is_named_at_start(space: gym.Space[Any], piece: Any, text: str) -> None:
-    made = config(space, *(piece if isinstance(piece, tuple) else (piece,)))
-    with pytest.raises(PolicyError, match=text):
-        policy_of(made, module_of(made) if piece is not Opaque else module_of(config(space, Halved)))
+def test_what_a_request_cannot_feed_is_named_at_start(space: gym.Space[Any], piece: Any, text: str) -> None:
+    """And runners follow episodes then."""
+    made = config(space, piece)
+    manifest = unpack_policy(policy_of(made, module_of(made)))[0]
+    assert text in manifest.remote_only and manifest.seen is not None
+
+
+@pytest.mark.parametrize("to_env", [ByReturn, Drawn, Explores])
+def test_a_module_to_env_piece_that_looks_back_is_found(to_env: type) -> None:
+    """And one that draws: it may remember what it has drawn. Also where it does so only as actions are drawn."""
+    made = config(BOX, to_env=to_env)
+    manifest = unpack_policy(policy_of(made, module_of(made)))[0]
+    assert f"piece {to_env.__name__} looks at more of an episode" in manifest.remote_only
+    assert manifest.seen is not None
+
+
+def test_a_piece_that_works_in_place_is_found() -> None:
+    made = config(BOX, AddsLength)
+    assert "piece AddsLength looks further back" in unpack_policy(policy_of(made, module_of(made)))[0].remote_only
+
+
+def test_a_piece_that_sets_rewards_is_found() -> None:
+    made = config(BOX, Doubles)
+    manifest = unpack_policy(policy_of(made, module_of(made)))[0]
+    assert "piece Doubles sets rewards" in manifest.remote_only and manifest.seen is not None
+
+
+def test_what_cannot_work_is_named_at_start() -> None:
+    made = config(BOX, Broken)
+    with pytest.raises(PolicyError, match="piece Broken fails for one observation: ValueError: no such sensor"):
+        policy_of(made, module_of(made))
 
 
 def test_a_filter_of_each_runners_own_is_refused() -> None:

@@ -42,6 +42,8 @@ PARTS: dict[str, type] = {
     "Column": messages.Column,
     "Segment": messages.Segment,
     "AgentRows": messages.AgentRows,
+    "Place": messages.Place,
+    "Told": messages.Told,
     "Claim": messages.Claim,
     "Handed": messages.Handed,
     "Assigned": messages.Assigned,
@@ -116,6 +118,8 @@ def described(kind: inspect.Type) -> str:
                 return "reason"
             return f"str {kind.min_length} .. {kind.max_length}" if kind.min_length else f"str <= {kind.max_length}"
         case inspect.BytesType():
+            if kind.min_length is None:
+                return f"bytes <= {kind.max_length}"
             assert kind.min_length == kind.max_length
             return f"bytes {kind.max_length}"
         case inspect.LiteralType():
@@ -138,7 +142,7 @@ def default(field: inspect.Field) -> str:
     if field.required:
         return "required"
     value = field.default if field.default is not NODEFAULT else field.default_factory()
-    return "nil" if value is None else json.dumps(value)
+    return "nil" if value is None else json.dumps(value.decode() if isinstance(value, bytes) else value)
 
 
 def rows_of(cls: type) -> list[tuple[str, str, str]]:

@@ -29,10 +29,10 @@ from rllink_zmq.fragments_block import BlockBuilder
 from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.policy import Policy, unpack_policy
 from rllink_zmq.policy_batch import BatchPolicy
+from rllink_zmq.rllib.actors import ModuleActor
 from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import export_policy, weights_body
 from rllink_zmq.rllib.recurrent import Memory
-from rllink_zmq.rllib.service import ModuleActor
 from rllink_zmq.session_runner import Lease
 from rllink_zmq.wire import pack, unpack
 

@@ -25,9 +25,10 @@ from rllink_zmq.drive_loops_vector import drive_vector
 from rllink_zmq.errors import EpisodeError, PolicyError
 from rllink_zmq.messages import ACT
 from rllink_zmq.policy import Policy, unpack_policy
+from rllink_zmq.rllib.actors import ModuleActor
 from rllink_zmq.rllib.export import export_policy, weights_body
 from rllink_zmq.rllib.recurrent import Memory
-from rllink_zmq.rllib.service import ActService, ModuleActor
+from rllink_zmq.rllib.service import ActService
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

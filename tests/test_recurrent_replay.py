@@ -23,9 +23,9 @@ from test_recurrent import CALLS, STEPS, Rllib, Simulated, learned_from, sampled
 
 from rllink_zmq.arrays import from_body
 from rllink_zmq.policy import Policy, unpack_policy
+from rllink_zmq.rllib.actors import ModuleActor
 from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.recurrent import Memory
-from rllink_zmq.rllib.service import ModuleActor
 from rllink_zmq.session_runner import Lease
 
 pytestmark = [

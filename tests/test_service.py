@@ -21,8 +21,9 @@ from rllink_zmq.arrays import to_buffers
 from rllink_zmq.errors import ProtocolError, RllinkError
 from rllink_zmq.messages import ACT, Column
 from rllink_zmq.policy import Policy, PolicyManifest, unpack_policy
+from rllink_zmq.rllib.actors import ModuleActor
 from rllink_zmq.rllib.export import export_policy, weights_body
-from rllink_zmq.rllib.service import ActService, ModuleActor
+from rllink_zmq.rllib.service import ActService
 from rllink_zmq.wire import check_body
 
 pytestmark = [

@@ -23,9 +23,9 @@ from rllink_zmq.client_remote import Answer, RemotePolicy
 from rllink_zmq.errors import PolicyError
 from rllink_zmq.messages import AgentId
 from rllink_zmq.policy_agents import Crew, CrewModule, Draw, pack_crew
+from rllink_zmq.rllib.actors import ModuleActor
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.multi_agent_policies import CrewManifest, crew_of
-from rllink_zmq.rllib.service import ModuleActor
 from rllink_zmq.rllib.service_agents import AgentsActService
 from rllink_zmq.spaces import agents_to_wire
 

@@ -32,14 +32,15 @@ from rllink_zmq.fragments_block import BlockBuilder
 from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.policy import Policy, unpack_policy
 from rllink_zmq.policy_batch import BatchPolicy
+from rllink_zmq.rllib.actors import ModuleActor
 from rllink_zmq.rllib.attach import attach
 from rllink_zmq.rllib.episodes import EpisodeBuilder
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.export_connectors import own_flattening
-from rllink_zmq.rllib.pipelines import Pipelines, has_own_connectors
+from rllink_zmq.rllib.pieces import has_own_connectors
+from rllink_zmq.rllib.pipelines import Pipelines
 from rllink_zmq.rllib.policies import policy_of
 from rllink_zmq.rllib.rewriting import Filters, FragmentConnectors
-from rllink_zmq.rllib.service import ModuleActor
 from rllink_zmq.session_runner import Lease
 
 pytestmark = [

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zmq
 from processes import REAL_RAY, balanced, rllink, simulators, status, until
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.connectors.env_to_module import FlattenObservations, PrevActionsPrevRewards
+from ray.rllib.connectors.connector_v2 import ConnectorV2
 from small_ppo import only_staleness, ppo
 
 from rllink_zmq.errors import PolicyError
@@ -87,11 +88,14 @@ def test_a_second_trainer_and_a_simulator_with_other_spaces_are_refused_in_words
     assert "the trainer's observation space is Box" in told and "start the simulator with" in told
 
 
+class Broken(ConnectorV2):
+    def __call__(self, **kwargs: Any) -> Any:
+        raise ValueError("no such sensor")
+
+
 def test_a_policy_that_nobody_can_compute_is_refused_with_the_piece_and_what_to_do(addresses: dict[str, str]) -> None:
-    config = ppo(runners=0).env_runners(
-        env_to_module_connector=lambda *_: [PrevActionsPrevRewards(n_prev_actions=20), FlattenObservations()]
-    )
-    with pytest.raises(PolicyError, match=r"PrevActionsPrevRewards looks further back than 16 steps.* leave .* out"):
+    config = ppo(runners=0).env_runners(env_to_module_connector=lambda *_: Broken())
+    with pytest.raises(PolicyError, match="piece Broken fails for one observation: ValueError: no such sensor"):
         attach(config, addresses["backend"]).build_algo()
 
 

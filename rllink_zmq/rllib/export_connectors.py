@@ -12,7 +12,7 @@ from rllink_zmq.errors import PolicyError
 from rllink_zmq.messages import AgentId
 from rllink_zmq.rllib.export_actions import REMOTE
 from rllink_zmq.rllib.flattening import Flattening, agents_flattening_of, flattening_of
-from rllink_zmq.rllib.pipelines import own_pieces
+from rllink_zmq.rllib.pieces import own_pieces
 
 
 def check_connectors(config: AlgorithmConfig) -> Flattening | None:

@@ -26,13 +26,16 @@ from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.messages import MAX_MODULE_ID, MAX_MODULES, AgentId
 from rllink_zmq.policy import PolicyManifest, pack_policy
 from rllink_zmq.policy_agents import NOBODY, Crew, CrewModule, Draw, manifests, pack_crew, unpack_crew
+from rllink_zmq.rllib.actors import ModuleActor
 from rllink_zmq.rllib.export import export_policy
 from rllink_zmq.rllib.export_connectors import check_agents_connectors
 from rllink_zmq.rllib.flattening import Flattening
-from rllink_zmq.rllib.pipelines import pipeline_of, seen_spaces
+from rllink_zmq.rllib.following import lookback_of
+from rllink_zmq.rllib.following_agents import try_following_agents
+from rllink_zmq.rllib.pieces import pipeline_of, seen_spaces
+from rllink_zmq.rllib.pipelines import NeedsEpisode
 from rllink_zmq.rllib.pipelines_agents import AgentsPipelines, agents_of
-from rllink_zmq.rllib.policies import remote_manifest
-from rllink_zmq.rllib.service import ModuleActor
+from rllink_zmq.rllib.policies import followed, remote_manifest
 from rllink_zmq.rllib.settings import explores, style_of
 from rllink_zmq.rllib.trainable import NO_MEMORY_OF_AGENTS
 from rllink_zmq.spaces import agents_to_wire, to_wire
@@ -99,16 +102,20 @@ def crew_of(config: AlgorithmConfig, module: MultiRLModule, exported: dict[bytes
     ids = sorted(map(str, module.keys()))
     check_module_ids(ids)
     draws, failures = ask_mapping(config, agents, ids)
+    acting = {name: acts_for(i, agents, [draw.modules for draw in draws]) for i, name in enumerate(ids)}
+    acting = {name: mine or stand_in(config, module[name]) for name, mine in acting.items()}
+    if around is not None:
+        casts = [
+            {agent: ids[i] for agent, i in zip(agents, draw.modules, strict=True) if i != NOBODY} for draw in draws
+        ]
+        behind = _behind_connectors(config, module, around, acting, casts, why)
     blobs: list[bytes] = []
     places: dict[bytes, int] = {}
     modules = []
     for name in ids:
-        mine = acts_for(ids.index(name), agents, [draw.modules for draw in draws])
-        mine = mine or stand_in(config, module[name])
-        sees = _spaces_of(name, mine, observation_spaces, action_spaces, flattenings)
-        if around is not None and mine:
-            cast = {agent: ids[i] for agent, i in zip(agents, draws[0].modules, strict=True) if i != NOBODY}
-            blob = _behind_connectors(config, module, name, around.of(name, mine), cast, why)
+        sees = _spaces_of(name, acting[name], observation_spaces, action_spaces, flattenings)
+        if around is not None and acting[name]:
+            blob = behind[name]
         else:
             blob = _export(config, module, name, sees, exported)
         modules.append(CrewModule(name, places.setdefault(blob, len(places)), is_trained(config, name)))
@@ -286,24 +293,57 @@ def _export(
 def _behind_connectors(
     config: AlgorithmConfig,
     module: MultiRLModule,
-    name: str,
-    pipelines: AgentsPipelines,
-    cast: Mapping[AgentId, str],
+    around: AgentsPipelines,
+    agents: Mapping[str, Sequence[AgentId]],
+    casts: Sequence[Mapping[AgentId, str]],
     why: str,
-) -> bytes:
-    """The blob of a module that runners alone act by, behind connectors of the user's own. Raises `PolicyError`, with
-    the piece that no runner could act behind."""
-    _check_memory(config, module, name)
+) -> dict[str, bytes]:
+    """The blobs of modules that runners alone act by, behind connectors of the user's own. `agents`: for whom each may
+    act; `casts`: who acts by which, in several episodes. Raises `PolicyError`, with the piece that no runner could act
+    behind."""
+    told: dict[str, dict[str, Any]] = {}
     try:
-        inputs = pipelines.check_agents(module, cast)
-        manifest = remote_manifest(
-            module[name].unwrapped(), pipelines.observation_space, pipelines.action_space, why,
-            action_dist_inputs=inputs, explores=explores(config)[0], evaluation_explores=explores(config)[1],
-            connectors=pipelines.room(config), lookback=pipelines.lookback,
-        )  # fmt: skip
-    except PolicyError as error:
-        raise PolicyError(f"the policy '{name}': {error}") from error
-    return pack_policy(manifest, b"")
+        for name, mine in agents.items():
+            _check_memory(config, module, name)
+            pipelines = around.of(name, mine) if mine else None
+            if pipelines is None:
+                continue
+            inputs = pipelines.check_agents(module, casts[0])
+            connectors = pipelines.room(config)
+            told[name] = {
+                "action_dist_inputs": inputs, "connectors": connectors, "lookback": pipelines.lookback,
+            }  # fmt: skip
+    except PolicyError as error:  # perhaps a piece fails because it looks for other agents
+        logger.warning("the policy '%s': %s", name, error)
+        # The same whatever policies there are: another reason would be another policy.
+        needs = isinstance(error, NeedsEpisode)
+        why = followed(why, error if needs else "the connectors fail where an agent is alone in its episode")
+        stand_ins = [
+            {**casts[0], mine[0]: name}
+            for name, mine in agents.items()
+            if mine and all(name not in cast.values() for cast in casts)
+        ]
+        spaces, inputs_of = try_following_agents(config, module, [*casts, *stand_ins])
+        told = {
+            name: {
+                "action_dist_inputs": inputs_of[name], "lookback": lookback_of(config),
+                "seen": to_wire(spaces[mine[0]]),
+            }
+            for name, mine in agents.items()
+            if mine
+        }  # fmt: skip
+    blobs = {}
+    for name, about in told.items():
+        sees = around.of(name, agents[name])
+        try:
+            manifest = remote_manifest(
+                module[name].unwrapped(), sees.observation_space, sees.action_space, why,
+                explores=explores(config)[0], evaluation_explores=explores(config)[1], **about,
+            )  # fmt: skip
+        except PolicyError as error:
+            raise PolicyError(f"the policy '{name}': {error}") from error
+        blobs[name] = pack_policy(manifest, b"")
+    return blobs
 
 
 def _check_memory(config: AlgorithmConfig, module: MultiRLModule, name: str) -> None:

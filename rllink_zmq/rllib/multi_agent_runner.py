@@ -26,15 +26,18 @@ from ray.rllib.utils.typing import ResultDict, StateDict
 
 from rllink_zmq.messages import FRAGMENT, AgentId
 from rllink_zmq.policy import PolicyManifest
+from rllink_zmq.rllib.actors import ModuleActor, PipelineActor
 from rllink_zmq.rllib.audit import runner_log
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.flattening import FlattenedAgents
+from rllink_zmq.rllib.following import lookback_of
+from rllink_zmq.rllib.following_agents import FollowedAgents, FollowingAgents, seen_of
 from rllink_zmq.rllib.link import RunnerLink
 from rllink_zmq.rllib.multi_agent_episodes import AgentsFinished, MultiAgentEpisodeBuilder
 from rllink_zmq.rllib.multi_agent_policies import CrewManifest, connectors_of, is_trained, stand_in
 from rllink_zmq.rllib.pipelines_agents import AgentsConnectors, AgentsPipelines, agents_of
 from rllink_zmq.rllib.runner import Held, ZmqEnvRunner
-from rllink_zmq.rllib.service import MAX_ROWS, ModuleActor, PipelineActor
+from rllink_zmq.rllib.service import MAX_ROWS
 from rllink_zmq.rllib.service_agents import AgentsActService
 from rllink_zmq.rllib.settings import counts_agent_steps, explores, longest_chunk, trainer_terms
 
@@ -64,15 +67,22 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
         config = self.config
         evaluates, modules = config.in_evaluation, self._modules
         self._flattenings, own = connectors_of(config)
+        observation_spaces, action_spaces = agents_of(config)
+        manifest: Any = self._manifest
+        seen = {} if manifest is None else seen_of(manifest.modules, manifest.agents)
+        self._seen: FollowedAgents | None = None
         connectors: AgentsConnectors | None = None
-        if own:
+        if seen:
+            observation_spaces |= seen
+            self._seen = FollowedAgents(config, observation_spaces, lookback_of(config))
+        elif own:
             learns = None if evaluates else self._env_to_module
             connectors = AgentsConnectors(config, modules, learns, None if evaluates else self._filters)
         self._behind = connectors
         return MultiAgentEpisodeBuilder(
-            *agents_of(config), modules, config.policy_mapping_fn,
+            observation_spaces, action_spaces, modules, config.policy_mapping_fn,
             float("inf") if evaluates else longest_chunk(config),
-            FlattenedAgents(self._flattenings) if connectors is None else connectors,
+            self._seen or connectors or FlattenedAgents(self._flattenings),
             None if evaluates else runner_log(self.settings.audit),
             needs_logp=trainer_terms(config).needs_logp,
         )  # fmt: skip
@@ -99,6 +109,11 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
 
     # ---- weights
 
+    @property
+    def _follows(self) -> bool:
+        manifest: Any = self._manifest
+        return _follows(manifest)
+
     def _take_manifest(self, manifest: Any) -> None:
         self._versions: dict[str, int] = {}
         self._frozen: dict[str, int] = {}
@@ -107,7 +122,12 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
 
     def _know(self, manifest: Any) -> None:
         assert isinstance(manifest, CrewManifest)
+        before: Any = self._manifest
         self._manifest = manifest  # type: ignore[assignment]
+        if _follows(manifest) or _follows(before):
+            self._builder = self._make_builder()  # of what runners have seen, or of what simulators have
+        if self._seen is not None:
+            self._seen.recast(manifest.modules)
         self._builder.dist_inputs = {name: each.action_dist_inputs for name, each in manifest.modules.items()}
         if self._behind is not None:
             self._behind.recast({name: each.lookback for name, each in manifest.modules.items()})
@@ -148,12 +168,19 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
                 name: self._actor(name, about, manifest.agents[name], around, sampled)
                 for name, about in manifest.modules.items()
             }
+            following = None
+            if self._follows:
+                agents = {name: mine or stand_in(config, self._modules[name]) for name, mine in manifest.agents.items()}
+                following = FollowingAgents(
+                    config, actors, agents, self._env_to_module, self._following, self._device, sampled
+                )
         except Exception as e:  # a module of the user's that can't be copied, say
             logger.warning("runner %s computes no single actions: %s: %s", self.worker_index, type(e).__name__, e)
             return
         self._service = AgentsActService(
             settings.broker, link.run, link.session.name, actors, max_rows=settings.act_rows or MAX_ROWS,
             max_wait=settings.act_wait_s, explores=explores(config)[0], rounds=self._rules.style == "round",
+            following=following,
         )  # fmt: skip
         link.on_left = self._service.stop
 
@@ -227,6 +254,11 @@ class ZmqMultiAgentEnvRunner(ZmqEnvRunner):
             )
         self._finished.clear()
         return self.metrics.reduce()
+
+
+def _follows(manifest: CrewManifest | None) -> bool:
+    """Whether runners follow the episodes of these modules."""
+    return manifest is not None and any(about.seen is not None for about in manifest.modules.values())
 
 
 def _by_agent(

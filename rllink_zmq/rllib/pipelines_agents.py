@@ -1,18 +1,17 @@
 """The connectors that a user configured, of several agents: around the module that acts for some of them.
 
 A request is of one module, and names the agent of each row. To the pieces each row is an episode in which this agent
-alone takes part: a piece that looks at other agents is found out at start, and refused by its name.
+alone takes part: a piece that looks at other agents is found out at start, and runners follow the episodes then.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Self
 
 import gymnasium as gym
-import torch
 import tree  # dm_tree, which RLlib needs
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.connectors.common.agent_to_module_mapping import AgentToModuleMapping
@@ -21,19 +20,11 @@ from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
-from rllink_zmq.errors import PolicyError
 from rllink_zmq.messages import AgentId
+from rllink_zmq.rllib.drawn import counted_from_0, moderate, seeded
 from rllink_zmq.rllib.exploration import forward
-from rllink_zmq.rllib.pipelines import (
-    Moment,
-    Pipelines,
-    counted_from_0,
-    moderate,
-    same,
-    seeded,
-    seen_spaces,
-    state_bytes,
-)
+from rllink_zmq.rllib.pieces import seen_spaces, state_of
+from rllink_zmq.rllib.pipelines import Moment, Pipelines
 from rllink_zmq.rllib.rewriting import Filters, FragmentConnectors
 
 TRIED_AGENTS = 16
@@ -49,9 +40,17 @@ class AgentsPipelines(Pipelines):
 
     _NOT_BROUGHT = "at other agents, "
 
-    def __init__(self, config: AlgorithmConfig, device: Any = None, *, module: Any = None, learns: Any = None) -> None:
+    def __init__(
+        self,
+        config: AlgorithmConfig,
+        device: Any = None,
+        *,
+        module: Any = None,
+        learns: Any = None,
+        lives: Any = None,
+    ) -> None:
         self._observation_spaces, self._action_spaces = agents_of(config)
-        super().__init__(config, device, module=module, learns=learns)
+        super().__init__(config, device, module=module, learns=learns, lives=lives)
         self._config, self._device = config, device
         self._room: list[int] = []  # of all copies
         self._module_id = ""
@@ -111,47 +110,14 @@ class AgentsPipelines(Pipelines):
             self._around = {id(module): modules}
             inputs = self.check(module, agent)
             lookback = max(lookback, self.lookback)
-            self._check_to_env(modules, agent)
         self.lookback = lookback
         self._others, self._around = {}, {}
         return inputs
 
-    def _check_to_env(self, modules: MultiRLModule, agent: AgentId) -> None:
-        """Raises `PolicyError`, with its name, for a module-to-env piece that does something else where other agents
-        act, too."""
-        samples = [tree.map_structure(moderate, seeded(self.observation_space).sample()) for _ in range(3)]
-        alone, again = self._begun(samples[0], agent), self._begun(samples[1], agent)
-        among = self._past_begun(samples[2], agent)
-        for other in (again, among):
-            self._call_alike(other, alone)
-        made = [self._to_env_of(modules, episode) for episode in (alone, again, among)]
-        for (name, one), (_, twice), (_, mine) in zip(*made, strict=True):
-            if same(one, twice) and not same(one, mine):
-                raise PolicyError(
-                    f"the module-to-env piece {name} looks at other agents, and a request to the action service is of "
-                    f"one policy's agents: have the environment do what it does, and leave {name} out"
-                )
+    _MORE = "other agents, or more of an episode"
 
-    def _to_env_of(self, modules: MultiRLModule, episode: Any) -> list[tuple[str, Any]]:
-        """What each module-to-env piece of the user's makes of an episode's first actions, for its first agent."""
-        shared: dict[str, Any] = {}
-        found = []
-        with torch.no_grad():
-            batch = self.to_module(
-                rl_module=modules, batch={}, episodes=[episode], explore=False, shared_data=shared
-            )  # fmt: skip
-            out = {name: dict(forward(modules[name], each, False, 0)) for name, each in batch.items()}
-            for piece in self.to_env.connectors:
-                name = type(piece).__name__
-                try:
-                    out = piece(rl_module=modules, batch=out, episodes=[episode], explore=False, shared_data=shared)
-                except Exception as error:  # a user's piece may raise anything
-                    raise PolicyError(
-                        f"the module-to-env piece {name} fails: {type(error).__name__}: {error}"
-                    ) from error
-                if not type(piece).__module__.startswith("ray.rllib."):
-                    found.append((name, copy.deepcopy(self._items_of(out, episode))))
-        return found
+    def _forward(self, shown: Any, batch: Any) -> Any:
+        return {name: dict(forward(shown[name], each, False, 0)) for name, each in batch.items()}
 
     # ---- episodes of one agent
 
@@ -159,13 +125,17 @@ class AgentsPipelines(Pipelines):
         return self._new({whose: observation}, {})
 
     def _new(self, observations: dict[Any, Any], others: Mapping[AgentId, str]) -> MultiAgentEpisode:
-        episode = MultiAgentEpisode(
-            observation_space=self._observation_spaces,
-            action_space=self._action_spaces,
-            agent_to_module_mapping_fn=lambda agent, episode, **_: others.get(agent, self._module_id),
-        )
+        episode = self.episode_of(lambda agent: others.get(agent, self._module_id))
         episode.add_env_reset(observations=observations)
         return episode
+
+    def episode_of(self, module_of: Callable[[AgentId], str]) -> MultiAgentEpisode:
+        """One that hasn't begun yet, in which each agent acts by this module."""
+        return MultiAgentEpisode(
+            observation_space=self._observation_spaces,
+            action_space=self._action_spaces,
+            agent_to_module_mapping_fn=lambda agent, episode, **_: module_of(agent),
+        )
 
     def _go_on(self, episode: Any, moment: Moment, outputs: dict[str, Any]) -> None:
         agent = self._single(episode).agent_id
@@ -177,8 +147,12 @@ class AgentsPipelines(Pipelines):
         return single
 
     def _space_of(self, episode: Any) -> gym.Space[Any]:
-        """RLlib's pieces leave the spaces of all agents in the episode of one that they have rewritten."""
-        single = self._single(episode)
+        return self.space_of(episode, self._single(episode).agent_id)
+
+    def space_of(self, episode: MultiAgentEpisode, agent: AgentId) -> gym.Space[Any]:
+        """Of what the pieces have made of this agent's observations. RLlib's leave the spaces of all agents in the
+        episode of one that they have rewritten."""
+        single = episode.agent_episodes[agent]
         told = [single.observation_space, episode.observation_space]
         for piece in reversed(self._own):
             if any(space is piece.observation_space for space in told):
@@ -256,7 +230,7 @@ class AgentsConnectors:
         self.lookbacks: Mapping[str, int] = {}
         self._filters = filters
         self._seen = seen_spaces(config)
-        self._rewrites_by_version = filters is not None and learns is not None and bool(state_bytes(learns))
+        self._rewrites_by_version = filters is not None and learns is not None and bool(state_of(learns))
         self._pipelines = AgentsPipelines(config, module=modules, learns=learns)
         self._made: dict[tuple[AgentId, str], AgentConnectors] = {}
 

@@ -19,7 +19,9 @@ from rllink_zmq.fragments import layout_of_spaces
 from rllink_zmq.policy import PolicyManifest, Tensor, Weight, pack_policy
 from rllink_zmq.rllib.export import OPSET, export_policy
 from rllink_zmq.rllib.export_connectors import check_connectors
-from rllink_zmq.rllib.pipelines import Pipelines, pipeline_of
+from rllink_zmq.rllib.following import lookback_of, try_following
+from rllink_zmq.rllib.pieces import pipeline_of
+from rllink_zmq.rllib.pipelines import NeedsEpisode, Pipelines
 from rllink_zmq.rllib.recurrent import Memory
 from rllink_zmq.rllib.settings import explores
 from rllink_zmq.rllib.trainable import NO_MEMORY_IN_SAC
@@ -58,15 +60,25 @@ def _remote_policy(config: AlgorithmConfig, module: RLModule, why: str) -> bytes
     if isinstance(module, MultiRLModule) or not isinstance(module, TorchRLModule):
         raise PolicyError(f"{name} is not a single TorchRLModule: neither simulators nor runners can act by it")
     pipelines = Pipelines(config, learns=pipeline_of(config))
-    dist_inputs = pipelines.check(module)
-    return pack_policy(
-        remote_manifest(
-            module, config.observation_space, config.action_space, why,
-            action_dist_inputs=dist_inputs, explores=explores(config)[0], evaluation_explores=explores(config)[1],
-            connectors=pipelines.room(config), lookback=pipelines.lookback,
-        ),
-        b"",
+    more: dict[str, Any] = {}
+    try:
+        more["action_dist_inputs"] = pipelines.check(module)
+        more |= {"connectors": pipelines.room(config), "lookback": pipelines.lookback}
+    except NeedsEpisode as error:
+        seen, more["action_dist_inputs"] = try_following(config, module)
+        why = followed(why, error)
+        more |= {"lookback": lookback_of(config), "seen": to_wire(seen)}
+    manifest = remote_manifest(
+        module, config.observation_space, config.action_space, why, explores=explores(config)[0],
+        evaluation_explores=explores(config)[1], **more,
     )  # fmt: skip
+    return pack_policy(manifest, b"")
+
+
+def followed(why: str, because: PolicyError | str) -> str:
+    """Why simulators have to ask, and more than that."""
+    logger.warning("runners follow each episode that asks, and it ends where its runner does: %s", because)
+    return f"{why}; and runners follow its episodes: {because}"
 
 
 def remote_manifest(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import socket
+import threading
 import time
 from collections.abc import Collection, Sequence
 from itertools import pairwise
@@ -42,24 +44,23 @@ from ray.rllib.utils.metrics import (
 )
 from ray.rllib.utils.typing import ResultDict, StateDict
 
-from rllink_zmq.errors import ProtocolError, RllinkError
+from rllink_zmq.errors import PolicyError, ProtocolError, RllinkError
 from rllink_zmq.messages import FRAGMENT
 from rllink_zmq.policy import PolicyManifest
+from rllink_zmq.rllib.actors import ModuleActor, PipelineActor
 from rllink_zmq.rllib.audit import runner_log
 from rllink_zmq.rllib.episodes import Built, EpisodeBuilder, Finished, Piece, cut
 from rllink_zmq.rllib.evaluation import EvaluationLink
 from rllink_zmq.rllib.exploration import epsilon_schedule
 from rllink_zmq.rllib.export import weights_body
 from rllink_zmq.rllib.export_connectors import own_flattening
+from rllink_zmq.rllib.following import FollowedFragments, FollowingActor
 from rllink_zmq.rllib.link import RunnerLink
-from rllink_zmq.rllib.pipelines import (
-    Pipelines,
-    has_own_connectors,
-    state_bytes,
-)
+from rllink_zmq.rllib.pieces import has_own_connectors, state_bytes
+from rllink_zmq.rllib.pipelines import Pipelines
 from rllink_zmq.rllib.rewriting import Filters, FragmentConnectors, UnknownFilter
 from rllink_zmq.rllib.samples import Samples
-from rllink_zmq.rllib.service import MAX_ROWS, ActService, ModuleActor, PipelineActor
+from rllink_zmq.rllib.service import MAX_ROWS, ActService
 from rllink_zmq.rllib.settings import (
     LinkSettings,
     counts_agent_steps,
@@ -71,6 +72,7 @@ from rllink_zmq.rllib.settings import (
 )
 from rllink_zmq.sampling_evaluation import PAST, Wanted
 from rllink_zmq.session_runner import Lease
+from rllink_zmq.spaces import from_wire
 
 logger = logging.getLogger("rllink_zmq")
 
@@ -152,10 +154,11 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         self._service: ActService | None = None
         self._manifest: PolicyManifest | None = None
         self._run = ""
+        self._following = threading.Lock()
         self._rules = sampling_rules(self.config, self.num_workers, self.worker_index or 0)
         self._filters = Filters(min(trainer_terms(self.config).lag_limit + 2, FILTERS_KEPT))
         self._own_connectors = has_own_connectors(self.config)
-        self._connectors = state_bytes(self._env_to_module) if self._own_connectors else b""
+        self._connectors = self._connectors_now()
         self._builder = self._make_builder()
         self._finished: list[Finished] = []
         self._unusable_reasons: list[str] = []
@@ -174,12 +177,16 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         config, evaluates = self.config, self.config.in_evaluation
         # In evaluation nothing is cut into rows, nothing is learned, and the audit is of what is trained on.
         self._pipelines: Pipelines | None = None
-        connectors = None
-        if self._own_connectors:
+        connectors: Any = None
+        observation_space = config.observation_space
+        if self._manifest is not None and self._manifest.seen is not None:
+            observation_space = from_wire(self._manifest.seen)
+            connectors = FollowedFragments(observation_space, self._manifest.lookback)
+        elif self._own_connectors:
             self._pipelines = Pipelines(config, module=self.module, learns=None if evaluates else self._env_to_module)
             connectors = FragmentConnectors(self._pipelines, None if evaluates else self._filters)
         return EpisodeBuilder(
-            config.observation_space, config.action_space, self.module,
+            observation_space, config.action_space, self.module,
             float("inf") if evaluates else longest_chunk(config),
             None if evaluates else runner_log(self.settings.audit), connectors,
             needs_logp=trainer_terms(config).needs_logp, outputs=not epsilon_schedule(self.module),
@@ -226,7 +233,9 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         return self._link.session.session
 
     def _take_manifest(self, manifest: PolicyManifest) -> None:
-        self._manifest = manifest
+        before, self._manifest = self._manifest, manifest
+        if manifest.seen != (None if before is None else before.seen):
+            self._builder = self._make_builder()  # of what runners have seen, or of what simulators have
         self._builder.dist_inputs = manifest.action_dist_inputs
         if self._pipelines is not None:
             self._pipelines.lookback = manifest.lookback
@@ -241,8 +250,12 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             return link.pool.sampled
 
         try:
-            if manifest.remote_only:
-                actor: ModuleActor = PipelineActor(
+            if manifest.seen is not None:
+                actor: ModuleActor = FollowingActor(
+                    self.module, manifest, config, self._env_to_module, self._following, self._device, sampled
+                )
+            elif manifest.remote_only:
+                actor = PipelineActor(
                     self.module,
                     manifest,
                     Pipelines(config, self._device, lookback=manifest.lookback),
@@ -302,7 +315,8 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
 
     def connectors(self) -> StateDict:
         """The part of a state that is of the env-to-module connectors."""
-        return {COMPONENT_ENV_TO_MODULE_CONNECTOR: self._env_to_module.get_state()}
+        with self._following:
+            return {COMPONENT_ENV_TO_MODULE_CONNECTOR: copy.deepcopy(self._env_to_module.get_state())}
 
     # ---- sampling
 
@@ -510,7 +524,10 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
         not_components: str | Collection[str] | None = None,
         **kwargs: Any,
     ) -> StateDict:
-        return self.kin.get_state(self, components, not_components=not_components, **kwargs)
+        with self._following:
+            state: StateDict = self.kin.get_state(self, components, not_components=not_components, **kwargs)
+            # What pieces keep may change as soon as they see the next observation.
+            return copy.deepcopy(state) if self._follows else state
 
     def set_state(self, state: StateDict) -> None:
         """RLlib's states; weights are offered to the broker. Unlike RLlib's own runner this one follows a version
@@ -526,12 +543,13 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             if isinstance(weights, ray.ObjectRef):
                 weights = ray.get(weights)
             state = {**state, COMPONENT_RL_MODULE: weights}
-        self.kin.set_state(self, state)
+        with self._following:
+            self.kin.set_state(self, state)
         alone = not self.worker_index and not self.num_workers and COMPONENT_RL_MODULE in state
         if self._own_connectors and (alone or COMPONENT_ENV_TO_MODULE_CONNECTOR in state):
             # As all runners have it now; until the next one it only learns here what is merged then. Alone it is told
             # nothing, and has learned all that there is.
-            self._connectors = state_bytes(self._env_to_module)
+            self._connectors = self._connectors_now()
         if COMPONENT_RL_MODULE in state:
             if isinstance(self._link, EvaluationLink):
                 self._link.begins()
@@ -542,6 +560,20 @@ class ZmqEnvRunner(EnvRunner, Checkpointable):
             self._offer(self.held)
             if restored and self.on_restored is not None:
                 self.on_restored()
+
+    @property
+    def _follows(self) -> bool:
+        """Whether runners follow the episodes of this training."""
+        return self._manifest is not None and self._manifest.seen is not None
+
+    def _connectors_now(self) -> bytes:
+        """The connectors' state, if it travels with the weights."""
+        if not self._own_connectors or self._follows:
+            return b""
+        try:
+            return state_bytes(self._env_to_module)
+        except PolicyError:
+            return b""  # then runners follow episodes, and nobody else needs it
 
     def _hold(self, weights: StateDict) -> Held:
         return Held(self._weights_seq_no, weights, self._connectors)

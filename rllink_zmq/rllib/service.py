@@ -2,58 +2,42 @@
 
 It has a connection and a thread of its own: it answers while `sample()` waits and while the learner learns, and a
 fragment never stands in front of a request. Its weights are the published ones, under the numbers that simulators know;
-a batch is of one version. It acts as RLlib's own runner does: the module's `forward_exploration` or
-`forward_inference`, RLlib's distribution (`GetActions`) and the env's action (`NormalizeAndClipActions`).
+a batch is of one version.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-import gymnasium as gym
 import numpy as np
-import torch
-import tree  # dm_tree, which RLlib needs
 from numpy.typing import NDArray
-from ray.rllib.core.columns import Columns
-from ray.rllib.core.rl_module.rl_module import RLModule
 
 from rllink_zmq import __version__
-from rllink_zmq.arrays import column_of, from_body
-from rllink_zmq.errors import ProtocolError, RllinkError
+from rllink_zmq.arrays import column_of, from_body, to_buffers
+from rllink_zmq.errors import ProtocolError
 from rllink_zmq.fragments import Before
 from rllink_zmq.messages import (
     ACT,
     ACTION,
     ACTIONS_BEFORE,
     BEFORE,
+    FOLLOWS,
     LOOKBACK,
+    LOST,
     OBS_BEFORE,
     REWARDS_BEFORE,
     STARTS,
     STATE_IN,
-    STATE_OUT,
     STEPS_BEFORE,
-    AgentId,
     Column,
 )
-from rllink_zmq.packing import packing_of
-from rllink_zmq.packing_actions import action_packing, env_packing
-from rllink_zmq.policy import PolicyManifest
-from rllink_zmq.rllib import exploration
-from rllink_zmq.rllib.checking import check_rows
-from rllink_zmq.rllib.export import connectors_state
-from rllink_zmq.rllib.export_actions import ForEnv
-from rllink_zmq.rllib.flattening import Flattening
-from rllink_zmq.rllib.pipelines import Pipelines
-from rllink_zmq.rllib.recurrent import Memory
+from rllink_zmq.rllib.actors import ModuleActor
+from rllink_zmq.rllib.following import Followed, FollowingActor, Follows, LostError
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import ServiceSession
-from rllink_zmq.spaces import from_wire
 from rllink_zmq.transport import Connection, Subscription, beside
 from rllink_zmq.transport_thread import ConnectionThread
 from rllink_zmq.weights import STALLED, Wanted
@@ -70,6 +54,9 @@ is for a whole round of steps there is no such wait."""
 
 NEWS_INTERVAL = 0.05
 """Seconds between two looks for newer weights while nobody asks."""
+
+
+SAY_WHICH = "runners follow the episodes of this training: 'places' say which the request is about"
 
 
 def _said(columns: dict[str, tuple[str, tuple[int, ...]]]) -> str:
@@ -91,212 +78,6 @@ class OwnPolicy(Wanted):
         """Version and body of this run's newest weights."""
         held = self.weights
         return (held.version, held.data) if held is not None and held.run == self.run else None
-
-
-class ModuleActor:
-    """A copy of `module` that acts, on `device` (the runner's GPU, say). `version`: its weights', -1 before the first.
-    `sampled()`: env steps that the training has sampled, by which DQN's epsilon goes. `flattening`: the
-    FlattenObservations before the module. Not for two threads at once."""
-
-    def __init__(
-        self,
-        module: RLModule,
-        manifest: PolicyManifest,
-        action_space: gym.Space[Any],
-        normalize: bool,
-        clip: bool,
-        device: Any = "cpu",
-        sampled: Callable[[], int] = lambda: 0,
-        flattening: Flattening | None = None,
-    ) -> None:
-        self.manifest = manifest
-        self._sampled = sampled
-        self._flattening = flattening
-        self.version = -1
-        self._device = torch.device(device)
-        self._module: Any = copy.deepcopy(module.unwrapped()).to(self._device)
-        self._module.eval()
-        self._state = self._module.state_dict()
-        self._action_space = action_space
-        self._actions = action_packing(action_space)
-        self._env_actions = env_packing(action_space)
-        spaces = [part.space for part in self._actions.parts] if self._actions else [action_space]
-        self._for_env = [ForEnv(space, normalize, clip) for space in spaces]
-        self._packing = None if manifest.packed is None else packing_of(from_wire(manifest.packed))
-        self.memory = Memory(self._module)
-        self.dtype = np.dtype(manifest.observation.dtype)
-        self.shape = manifest.observation.shape
-
-    def apply(self, version: int, body: bytes) -> None:
-        """Act with these weights from now on. `body`: the manifest's, back to back. Raises RllinkError for another
-        size."""
-        if len(body) != self.manifest.weights_bytes:
-            raise RllinkError(f"weights {version} have {len(body)} bytes, expected {self.manifest.weights_bytes}")
-        self.version = -1  # what fails in the middle leaves no version at all
-        offset = 0
-        with torch.no_grad():
-            for weight in self.manifest.weights:
-                count = int(np.prod(weight.shape, dtype=np.int64))
-                sent = np.frombuffer(body, np.dtype(weight.dtype).newbyteorder("<"), count, offset)
-                self._state[weight.name].copy_(torch.from_numpy(sent.reshape(weight.shape).copy()))
-                offset += weight.nbytes
-        self.version = version
-
-    def act(
-        self,
-        observations: NDArray[Any],
-        explore: bool,
-        state: Sequence[NDArray[Any]] | None = None,
-        starts: NDArray[np.bool_] | None = None,
-        earlier: Sequence[Before | None] | None = None,
-        agents: Sequence[AgentId] | None = None,
-    ) -> dict[str, NDArray[Any]]:
-        """Columns of an answer for (B, *shape) observations of the policy's dtype.
-
-        `state`: a recurrent module's memory before the step, (B, *shape) each, in the manifest's order; in rows that
-        `starts` an episode it is the initial one, whatever is given. None = all rows start. `earlier`: for each row the
-        steps before it, for who looks at them; None where there are none. `agents`: whose each row is, for who asks.
-        """
-        before = self.memory.starts(len(observations))
-        if state is not None:
-            goes_on = np.ones(len(observations), bool) if starts is None else ~starts
-            for array, given in zip(before, state, strict=True):
-                array[goes_on] = given[goes_on]
-        given_on = [torch.from_numpy(array).to(self._device) for array in before]
-        columns = self._compute(observations, explore, given_on, earlier, agents)
-        if state is None or (starts is not None and starts.any()):
-            # Who begins is told with what.
-            columns |= {STATE_IN + name: array for name, array in zip(self.memory.names, before, strict=True)}
-        return columns
-
-    def not_finite(self, observations: NDArray[Any]) -> NDArray[np.bool_]:
-        """(B,): which of (B, *shape) observations hold NaN or infinity."""
-        arrays = [observations] if self._packing is None else self._packing.arrays(observations)
-        bad = np.zeros(len(observations), bool)
-        for array in arrays:
-            if array.dtype.kind == "f":
-                bad |= ~np.isfinite(array.reshape(len(array), -1)).all(1)
-        return bad
-
-    @property
-    def agents(self) -> Collection[AgentId]:
-        """Whose rows it must be told of; nobody's, where one is like another."""
-        return ()
-
-    def misfit_before(self, before: Before) -> str:
-        """Why steps can't have come before; '' if they can."""
-        if self.not_finite(before.observations).any():
-            return f"'{OBS_BEFORE}' holds NaN or infinity"
-        if not np.isfinite(before.rewards).all():
-            return f"'{REWARDS_BEFORE}' holds NaN or infinity"
-        try:
-            check_rows(ACTIONS_BEFORE, before.actions, self._action_space, self._actions, actions=True)
-        except ProtocolError as error:
-            return str(error)
-        return ""
-
-    @property
-    def lookback(self) -> int:
-        """How many earlier observations it looks at."""
-        return self.manifest.lookback
-
-    def _compute(
-        self,
-        observations: NDArray[Any],
-        explore: bool,
-        before: Sequence[torch.Tensor],
-        earlier: Sequence[Before | None] | None,
-        agents: Sequence[AgentId] | None,
-    ) -> dict[str, NDArray[Any]]:
-        with torch.no_grad():
-            batch = self.memory.batch(self._given(observations), before)
-            module = self._module
-            out, after = self.memory.answer(exploration.forward(module, batch, explore, self._sampled()))
-            dist_inputs = out[Columns.ACTION_DIST_INPUTS]
-            if Columns.ACTIONS in out:
-                actions, logp = out[Columns.ACTIONS], out[Columns.ACTION_LOGP]
-            else:
-                drawn_from = module.get_exploration_action_dist_cls().from_logits(dist_inputs)
-                if explore:
-                    actions = drawn_from.sample()
-                else:
-                    greedy = module.get_inference_action_dist_cls().from_logits(dist_inputs).to_deterministic()
-                    actions = greedy.sample()
-                logp = drawn_from.logp(actions)
-            columns = {"action_logp": logp, "action_dist_inputs": dist_inputs}
-            columns |= self._acted(actions, len(dist_inputs))
-            columns |= {STATE_OUT + name: array for name, array in zip(self.memory.names, after, strict=True)}
-            return {name: np.ascontiguousarray(torch.as_tensor(array).cpu().numpy()) for name, array in columns.items()}
-
-    def _acted(self, actions: Any, rows: int) -> dict[str, Any]:
-        """The columns of actions that were drawn: an array, or dicts and tuples of them."""
-        if self._actions is None or self._env_actions is None:
-            columns = {"actions": actions}
-            if self._for_env[0].transforms:
-                columns["env_actions"] = self._for_env[0](actions.cpu())
-            return columns
-        packed = self._actions.join(tree.map_structure(lambda tensor: tensor.cpu().numpy(), actions), rows)
-        parts = [
-            for_env(torch.from_numpy(array)).numpy() if for_env.transforms else array
-            for for_env, array in zip(self._for_env, self._actions.arrays(packed), strict=True)
-        ]
-        return {"actions": packed, "env_actions": self._env_actions.join(self._env_actions.structure(parts), rows)}
-
-    def _given(self, observations: NDArray[Any]) -> Any:
-        """(B, *shape) as the module takes them."""
-        arrays = [observations] if self._packing is None else self._packing.arrays(observations)
-        tensors = [torch.from_numpy(array).to(self._device) for array in arrays]
-        if self._flattening is not None:
-            return self._flattening(tensors)
-        return tensors[0] if self._packing is None else self._packing.structure(tensors)
-
-
-class PipelineActor(ModuleActor):
-    """Acts behind the connectors that the user configured, by RLlib's own pipelines. `on_state(version, state)`: told
-    of the state that these have at each version."""
-
-    def __init__(
-        self,
-        module: RLModule,
-        manifest: PolicyManifest,
-        pipelines: Pipelines,
-        device: Any = "cpu",
-        on_state: Callable[[int, bytes], None] | None = None,
-        sampled: Callable[[], int] = lambda: 0,
-    ) -> None:
-        super().__init__(module, manifest, pipelines.action_space, False, False, device, sampled)
-        self._pipelines = pipelines
-        self._on_state = on_state
-
-    @property
-    def agents(self) -> Collection[AgentId]:
-        return self._pipelines.agents
-
-    def apply(self, version: int, body: bytes) -> None:
-        super().apply(version, body)
-        self.version = -1
-        state = connectors_state(self.manifest, body)
-        self._pipelines.set_state(state)
-        self.version = version
-        if self._on_state is not None:
-            self._on_state(version, state)
-
-    def _compute(
-        self,
-        observations: NDArray[Any],
-        explore: bool,
-        before: Sequence[torch.Tensor],
-        earlier: Sequence[Before | None] | None,
-        agents: Sequence[AgentId] | None,
-    ) -> dict[str, NDArray[Any]]:
-        pipelines = self._pipelines
-        newest = pipelines.each(observations)
-        befores = earlier or [None] * len(newest)
-        histories = [pipelines.history(before, one) for before, one in zip(befores, newest, strict=True)]
-        columns, after = pipelines.act(
-            self._module, histories, explore, self.memory, before, self._sampled(), agents if self.agents else None
-        )
-        return columns | {STATE_OUT + name: array for name, array in zip(self.memory.names, after, strict=True)}
 
 
 class ActService:
@@ -388,13 +169,22 @@ class ActService:
         fit: list[ACT] = []
         bodies: list[Sequence[Buffer]] = []
         for message, body in batch:
-            why = self._misfit(message, body)
+            if actor.manifest.seen is not None and not message.places:
+                self._refuse(message, FOLLOWS, SAY_WHICH, now)
+                continue
+            try:
+                why = self._misfit(message, body)
+            except (ProtocolError, ValueError, IndexError) as e:  # columns that don't belong together
+                why = f"columns that don't fit each other: {e}"
             if why:
                 self._refuse(message, "malformed", why, now)
                 continue
             fit.append(message)
             bodies.append(body)
         if not fit:
+            return
+        if isinstance(actor, FollowingActor):
+            self._answer_followed(list(zip(fit, bodies, strict=True)), actor, explore, now)
             return
         rows = sum(message.rows for message in fit)
         try:
@@ -415,10 +205,7 @@ class ActService:
                 for one in zip(fit, bodies, strict=True):
                     self._answer([one], explore, now)
                 return
-            logger.warning("the module can't act: %s: %s", type(e).__name__, e)
-            text = f"{type(e).__name__}: {e}"[:1000]
-            for message in fit:
-                self._say(message, ACTION(message.session, message.request, code="failed", text=text), b"", now)
+            self._failed(fit, e, now)
             return
         self.batches += 1
         self.rows += rows
@@ -437,6 +224,67 @@ class ActService:
             answer = b"".join(array[first:last].tobytes() for array in arrays.values())
             self._give(message, self._columns_of(arrays, message.rows), answer, now)
             first = last
+
+    def _answer_followed(self, batch: Sequence[Asked], following: Follows, explore: bool, now: float) -> None:
+        """Answer requests about episodes that are followed, those of one kind together; what is wanted to be seen
+        comes first, and of each episode one request at a time."""
+        kinds: dict[tuple[bool, bool], list[tuple[ACT, Sequence[Followed]]]] = {}
+        taken: set[tuple[bytes, str]] = set()
+        later: list[Asked] = []
+        for message, body in batch:
+            keys = {(message.session, place.episode) for place in message.places}
+            if keys & taken:
+                later.append((message, body))
+                continue
+            taken |= keys
+            try:
+                if len(keys) < len(message.places):
+                    raise ProtocolError("'places' names an episode twice")
+                episodes = following.follow(message, body)
+            except LostError as e:
+                self._refuse(message, LOST, f"{e}: abandon this episode, and begin another one", now)
+            except ProtocolError as e:
+                self._refuse(message, e.code, str(e), now)
+            except Exception as e:  # what RLlib's episode doesn't take
+                self._failed([message], e, now)
+            else:
+                kinds.setdefault((message.acts, message.evaluation), []).append((message, episodes))
+        for _, some in sorted(kinds.items()):
+            self._answer_kind(some, following, explore, now)
+        if later:
+            self._answer_followed(later, following, explore, now)
+
+    def _answer_kind(
+        self, some: Sequence[tuple[ACT, Sequence[Followed]]], following: Follows, explore: bool, now: float
+    ) -> None:
+        try:
+            answers = following.answer(some, explore)
+        except Exception as e:  # a user's module or piece may raise anything
+            if len(some) == 1:
+                self._failed([some[0][0]], e, now)
+                return
+            for one in some:  # perhaps for one of them alone
+                self._answer_kind([one], following, explore, now)
+            return
+        self.batches += 1
+        for (message, _), answer in zip(some, answers, strict=True):
+            self.rows += message.rows
+            columns, body = to_buffers(answer.columns)
+            told = ACTION(
+                message.session,
+                message.request,
+                self.run,
+                answer.version,
+                columns,
+                modules=dict(answer.modules),
+                follower=self.session.session,
+            )
+            self.session.answer(told, body, now)
+
+    def _failed(self, messages: Sequence[ACT], error: Exception, now: float) -> None:
+        logger.warning("the module can't act: %s: %s", type(error).__name__, error)
+        for message in messages:
+            self._refuse(message, "failed", f"{type(error).__name__}: {error}"[:1000], now)
 
     def _without(
         self, fit: Sequence[ACT], bodies: Sequence[Sequence[Buffer]], bad: NDArray[np.bool_], now: float
@@ -515,6 +363,10 @@ class ActService:
             return f"there is no module '{message.module}' here: leave it out"
         if actor.agents and not message.agents:
             return f"expected 'agents', whose each of the {message.rows} rows is: connectors may treat them differently"
+        if message.told:
+            return "this training has one agent, and the request tells of several: leave 'told' out"
+        if message.places and actor.manifest.seen is not None and len(message.places) != message.rows:
+            return f"expected 'places' of each of the {message.rows} rows, got {len(message.places)}"
         rest = message.columns[1:]
         if column.name != "obs" or (rest and not actor.memory and not actor.lookback):
             names = ", ".join(c.name for c in message.columns)

@@ -10,8 +10,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rllink_zmq.messages import ACT
-from rllink_zmq.rllib.service import ActService, Asked, ModuleActor
+from rllink_zmq.messages import ACT, FOLLOWS
+from rllink_zmq.rllib.actors import ModuleActor
+from rllink_zmq.rllib.following import Follows
+from rllink_zmq.rllib.service import SAY_WHICH, ActService, Asked
 from rllink_zmq.weights_agents import AgentsWanted
 
 logger = logging.getLogger("rllink_zmq")
@@ -22,16 +24,29 @@ other, and simulators cut their fragments at each switch."""
 
 
 class AgentsActService(ActService):
-    """Answers ACT for the modules of `actors`, by id. `actor`, `module`: the one that answers at the moment."""
+    """Answers ACT for the modules of `actors`, by id. `actor`, `module`: the one that answers at the moment.
+    `following`: acts by all of them at once, where episodes are followed."""
 
-    def __init__(self, address: str, run: str, name: str, actors: Mapping[str, ModuleActor], **options: Any) -> None:
+    def __init__(
+        self,
+        address: str,
+        run: str,
+        name: str,
+        actors: Mapping[str, ModuleActor],
+        *,
+        following: Follows | None = None,
+        **options: Any,
+    ) -> None:
         self.actors = dict(actors)
+        self._following = following
         self._topics = tuple(self.actors)
         self._fresh_since: float | None = None
         super().__init__(address, run, name, next(iter(self.actors.values())), **options)
 
     def _answerable(self) -> dict[tuple[bytes, int], Asked]:
         actors = self.actors
+        if self._following is not None:
+            return self.session.asked if all(actor.version >= 0 for actor in actors.values()) else {}
         return {
             key: asked
             for key, asked in self.session.asked.items()
@@ -39,6 +54,9 @@ class AgentsActService(ActService):
         }
 
     def _answer_all(self, batch: Sequence[Asked], now: float) -> None:
+        if self._following is not None:
+            self._follow_all(batch, self._following, now)
+            return
         parts: dict[str, list[Asked]] = {}
         for message, body in batch:
             if message.module in self.actors and (why := self._acts_no_more(message)):
@@ -50,6 +68,17 @@ class AgentsActService(ActService):
         for module, part in parts.items():
             self.module, self.actor = module, self.actors[module]
             super()._answer_all(part, now)
+
+    def _follow_all(self, batch: Sequence[Asked], following: Follows, now: float) -> None:
+        kinds: dict[bool, list[Asked]] = {}
+        for message, body in batch:
+            if not message.places:
+                self._refuse(message, FOLLOWS, SAY_WHICH, now)
+                continue
+            self.actor = next(iter(self.actors.values()))  # by which it is said whether an evaluation draws
+            kinds.setdefault(self._draws(message), []).append((message, body))
+        for explore, some in kinds.items():
+            self._answer_followed(some, following, explore, now)
 
     def _acts_no_more(self, message: ACT) -> str:
         """The mapping may have changed since the simulator heard of it: why the episode can't go on; '' if it can."""
