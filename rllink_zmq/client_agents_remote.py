@@ -234,6 +234,8 @@ class PendingAgents:
                 builder.began = flow.connection.clock()
             builder.begin(measure, "acted", origin, flow.length(measure, "acted", builder))
             builder.observe(self._turn)
+            if builder.follows:
+                flow.judge(builder, measure)
         if not builder.steps and versions:
             # Of those that act now: what others had answered with some time ago says nothing of their age.
             builder.counts_as = reader.counts_as(AgentsOrigin.of(run, max(versions.values()), versions))

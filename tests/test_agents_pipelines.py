@@ -43,7 +43,7 @@ from ray.rllib.env.multi_agent_env_runner import MultiAgentEnvRunner
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from test_agents_episodes import RUN, assert_same, sent, with_columns
-from test_pipelines import Steps
+from test_pipelines import Steps, Undoes
 
 from rllink_zmq.client_policy import layout_of_policy
 from rllink_zmq.client_remote import before_of
@@ -419,6 +419,7 @@ def test_a_piece_that_fails_among_all_agents_is_refused_by_its_name() -> None:
     for mine, text in (
         (config(NUMBERS, to_env=Raising), "in the piece Raising: ValueError: no such actuator"),
         (config(NUMBERS, Raising), "in the piece Raising: ValueError: no such actuator"),
+        (config(NUMBERS, Undoes), "the env-to-module piece Undoes changes actions that have been taken"),
     ):
         with pytest.raises(PolicyError, match=text):
             crew_of(mine, modules_of(mine))

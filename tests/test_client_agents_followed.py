@@ -181,6 +181,28 @@ def test_what_a_followed_episode_does_not_take(server: Server) -> None:
                 episode.end_episode({"left": seen(1)}, {ALL: True})
 
 
+def test_once_there_is_room_again_nothing_is_dropped_any_more(server: Server) -> None:
+    with world(server, fragment_steps=2, steps_ahead=4) as (fake, _):
+        fake.paused = True
+        with client(server, inference="remote", on_backpressure="drop") as mine, mine.start_episode() as episode:
+            session = mine.flow.session
+
+            def settled() -> bool:
+                mine.flow.look()
+                return not session.unsettled
+
+            for t in range(20):
+                episode.get_action({"left": seen(t)})
+            dropped = session.dropped["backpressure"][1]
+            fake.paused = False
+            for t in range(20):
+                until(settled, "there is room")
+                episode.get_action({"left": seen(t)})
+            episode.end_episode({"left": seen(20)}, {ALL: True})
+            until(lambda: fake.steps + session.dropped["backpressure"][1] == 40, "all is counted")
+            assert 10 <= dropped <= session.dropped["backpressure"][1] <= dropped + 2
+
+
 def test_rewards_are_what_the_runner_has_made_of_them(server: Server) -> None:
     with world(server, fragment_steps=2) as (fake, acting), client(server, inference="remote") as mine:
         acting.shapes = -2.0

@@ -366,12 +366,13 @@ def followed_before(observation: NDArray[Any]) -> tuple[Column, ...]:
     return tuple(Column(name, dtype, shape) for name, (dtype, shape) in shapes.items())
 
 
-def test_an_episode_that_begins_anew_has_nothing_of_the_one_before() -> None:
-    """Its name was used before, and the last one was looked at where this one acts."""
+@pytest.mark.parametrize("end", ["no", "terminated"])
+def test_an_episode_that_begins_anew_has_nothing_of_the_one_before(end: Any) -> None:
+    """Its name was used before, and the last one was looked at, or ended, where this one acts."""
     followed, alone = (Followed(config(BOX, Since), BOX) for _ in range(2))
     observations = samples(BOX, 4)
     followed.asked([observations[0]], [Place("e", 0)])
-    followed.asked([observations[1]], [Place("e", 1)], acts=False)
+    followed.asked([observations[1]], [Place("e", 1, 0.0, end)], acts=False)
     for one in (followed, alone):
         one.asked([observations[2]], [Place("e", 0)])
     mine, right = (one.asked([observations[3]], [Place("e", 1)]) for one in (followed, alone))

@@ -164,6 +164,16 @@ class AddsLength(SingleAgentObservationPreprocessor):
         return observation
 
 
+class Undoes(ConnectorV2):
+    """Makes another action of the last one."""
+
+    def __call__(self, *, batch: Any, episodes: Any, **kwargs: Any) -> Any:
+        for episode in self.single_agent_episode_iterator(episodes):
+            if len(episode):
+                episode.set_actions(at_indices=-1, new_data=1 - episode.get_actions(-1))
+        return batch
+
+
 class Doubles(ConnectorV2):
     """Each reward counts twice."""
 
@@ -633,6 +643,12 @@ def test_a_module_to_env_piece_that_looks_back_is_found(to_env: type) -> None:
 def test_a_piece_that_works_in_place_is_found() -> None:
     made = config(BOX, AddsLength)
     assert "piece AddsLength looks further back" in unpack_policy(policy_of(made, module_of(made)))[0].remote_only
+
+
+def test_a_piece_that_changes_actions_is_refused() -> None:
+    with pytest.raises(PolicyError, match="Undoes changes actions that have been taken"):
+        made = config(BOX, Undoes)
+        policy_of(made, module_of(made))
 
 
 def test_a_piece_that_sets_rewards_is_found() -> None:

@@ -110,6 +110,7 @@ class Follower(ABC):
             known = Followed(key)
             known.episode = self._begun(known, copy.deepcopy(brought))
             self._episodes[key] = known
+            self._ended.pop(key, None)  # the name is used again
         elif known is None:
             raise LostError(f"episode '{place.episode}' is not followed here (any more)")
         elif place.t > known.t and self._has_acted(known):
@@ -123,8 +124,8 @@ class Follower(ABC):
             known.t, known.acted, known.shown, known.looked = place.t, None, False, None
         elif place.t != known.t:
             raise LostError(f"episode '{place.episode}' is at step {known.t} here, not at {place.t}")
-        elif (place.reward, place.end) != (known.place.reward, known.place.end):
-            known.looked = None  # more was told of it, before the action was asked for again
+        elif self._tells_more(known, place, brought):
+            known.looked = None  # before the action was asked for again
         known.place, known.brought = place, brought
         known.heard = time.monotonic()
         self._episodes.move_to_end(key)
@@ -183,6 +184,10 @@ class Follower(ABC):
 
     def _may_cut(self, episode: Any) -> bool:
         return True
+
+    def _tells_more(self, known: Followed, place: Place, brought: Any) -> bool:
+        """Whether something else is told of a step than before."""
+        return (place.reward, place.end) != (known.place.reward, known.place.end)
 
     def _has_acted(self, known: Followed) -> bool:
         return known.acted is not None

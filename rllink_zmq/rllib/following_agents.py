@@ -75,6 +75,9 @@ class AgentsFollower(Follower):
         known.modules |= {told.agent: told.module for told in brought.told}
         known.observed = list(brought.observations)
 
+    def _tells_more(self, known: Followed, place: Place, brought: Brought) -> bool:
+        return list(brought.told) != list(known.brought.told)
+
     def _has_acted(self, known: Followed) -> bool:
         return True  # perhaps nobody was to act
 

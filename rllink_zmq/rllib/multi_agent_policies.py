@@ -33,7 +33,7 @@ from rllink_zmq.rllib.flattening import Flattening
 from rllink_zmq.rllib.following import lookback_of
 from rllink_zmq.rllib.following_agents import try_following_agents
 from rllink_zmq.rllib.pieces import pipeline_of, seen_spaces
-from rllink_zmq.rllib.pipelines import NeedsEpisode
+from rllink_zmq.rllib.pipelines import NeedsEpisode, RefusedPiece
 from rllink_zmq.rllib.pipelines_agents import AgentsPipelines, agents_of
 from rllink_zmq.rllib.policies import followed, remote_manifest
 from rllink_zmq.rllib.settings import explores, style_of
@@ -313,6 +313,8 @@ def _behind_connectors(
             told[name] = {
                 "action_dist_inputs": inputs, "connectors": connectors, "lookback": pipelines.lookback,
             }  # fmt: skip
+    except RefusedPiece:
+        raise
     except PolicyError as error:  # perhaps a piece fails because it looks for other agents
         logger.warning("the policy '%s': %s", name, error)
         # The same whatever policies there are: another reason would be another policy.

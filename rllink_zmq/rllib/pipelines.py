@@ -53,6 +53,10 @@ class NeedsEpisode(PolicyError):
     """A piece needs more of an episode than a request brings: a runner has to follow the episode."""
 
 
+class RefusedPiece(PolicyError):
+    """A piece does what neither a request nor an episode that is followed can do."""
+
+
 class Moment(NamedTuple):
     """An observation, and the step that led to it: what was done before (None = it doesn't matter), and its reward."""
 
@@ -472,6 +476,11 @@ class Pipelines:
                     return type(piece).__name__
                 if not same(list(self._single(past).rewards.data), rewards):
                     raise NeedsEpisode(f"the env-to-module piece {type(piece).__name__} sets rewards")
+                if not same(list(self._single(past).actions.data), [moment.action for moment in moments[1:]]):
+                    raise RefusedPiece(
+                        f"the env-to-module piece {type(piece).__name__} changes actions that have been taken, and "
+                        f"fragments have them as the simulator was told: leave that to a module-to-env piece"
+                    )
             if sample is not None:
                 # Of all signs and sizes: a piece may look at one of these alone.
                 reward = float(random.normal() * 10.0 ** random.integers(-1, 3))
@@ -537,4 +546,4 @@ def copied(moments: Sequence[Moment]) -> list[Moment]:
     return copy.deepcopy(list(moments))
 
 
-__all__ = ["Moment", "NeedsEpisode", "Pipelines"]
+__all__ = ["Moment", "NeedsEpisode", "Pipelines", "RefusedPiece"]
