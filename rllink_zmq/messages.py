@@ -593,7 +593,7 @@ class ACT(_Message, tag="ACT", frozen=True):
     places: Annotated[tuple[Place, ...], Meta(max_length=MAX_PLACES)] = ()
     told: Annotated[tuple[Told, ...], Meta(max_length=MAX_AGENTS)] = ()
     acts: bool = True
-    follower: Annotated[bytes, Meta(max_length=16)] = b""
+    follower: Annotated[bytes, Meta(min_length=0, max_length=16)] = b""
 
 
 class ACTION(_Message, tag="ACTION", frozen=True):
@@ -610,7 +610,7 @@ class ACTION(_Message, tag="ACTION", frozen=True):
     code: Annotated[str, Meta(max_length=64)] = ""
     text: Text = ""
     modules: Versions = {}
-    follower: Annotated[bytes, Meta(max_length=16)] = b""
+    follower: Annotated[bytes, Meta(min_length=0, max_length=16)] = b""
 
 
 class BYE(_Message, tag="BYE", frozen=True):

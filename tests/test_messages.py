@@ -121,7 +121,7 @@ def outside(kind: inspect.Type) -> list[Any]:
             short = ["a" * (kind.min_length - 1)] if kind.min_length else []
             return ["a" * (kind.max_length + 1), *short, *(["", "A", "a b", "a\n"] if kind.pattern else [])]
         case inspect.BytesType():
-            return [b"s" * (kind.max_length + 1), b"s" * (kind.min_length - 1)]
+            return [b"s" * (kind.max_length + 1), *([b"s" * (kind.min_length - 1)] if kind.min_length else [])]
         case inspect.LiteralType():
             return ["", "other"]
         case inspect.ListType() | inspect.VarTupleType():

@@ -118,7 +118,7 @@ def described(kind: inspect.Type) -> str:
                 return "reason"
             return f"str {kind.min_length} .. {kind.max_length}" if kind.min_length else f"str <= {kind.max_length}"
         case inspect.BytesType():
-            if kind.min_length is None:
+            if not kind.min_length:
                 return f"bytes <= {kind.max_length}"
             assert kind.min_length == kind.max_length
             return f"bytes {kind.max_length}"
