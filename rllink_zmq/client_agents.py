@@ -24,7 +24,8 @@ from rllink_zmq.client_agents_policy import AgentsReader
 from rllink_zmq.client_agents_remote import PendingAgents, RemoteAgents
 from rllink_zmq.client_episode import explores, logs_in_evaluation
 from rllink_zmq.client_flow import Flow
-from rllink_zmq.client_remote import Ending, Pairs, PendingSeen, forget_looked
+from rllink_zmq.client_followed import Ending, PendingSeen
+from rllink_zmq.client_remote import Pairs, forget_looked
 from rllink_zmq.compression import Compression, check_compression
 from rllink_zmq.errors import EpisodeError
 from rllink_zmq.fragments import End, FragmentBuilder, Kind, Layout, Origin

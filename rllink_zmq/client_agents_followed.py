@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rllink_zmq.client_agents_remote import Asked, PendingAgents, chosen_of
-from rllink_zmq.client_remote import PendingSeen, place_of
+from rllink_zmq.client_followed import PendingSeen
+from rllink_zmq.client_remote import place_of
 from rllink_zmq.errors import EpisodeError
 from rllink_zmq.fragments_agents import AgentsBuilder
 from rllink_zmq.messages import SEEN, SEEN_REWARD, AgentId

@@ -7,7 +7,8 @@ from types import TracebackType
 from typing import Any
 
 from rllink_zmq.client_flow import Flow
-from rllink_zmq.client_remote import Ending, PendingAction, PendingActions, forget_looked, request
+from rllink_zmq.client_followed import Ending
+from rllink_zmq.client_remote import PendingAction, PendingActions, forget_looked, request
 from rllink_zmq.errors import EpisodeError
 from rllink_zmq.fragments import End, FragmentBuilder, Kind
 from rllink_zmq.policy import Actions, Policy

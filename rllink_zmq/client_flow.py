@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 
 from rllink_zmq.arrays import to_buffers
 from rllink_zmq.audit import Log
+from rllink_zmq.client_followed import PendingSeen
 from rllink_zmq.client_policy import SWITCH_INTERVAL, PolicyReader
-from rllink_zmq.client_remote import Builder, Pairs, PendingSeen, RemotePolicy, forget_looked
+from rllink_zmq.client_remote import Builder, Pairs, RemotePolicy, forget_looked
 from rllink_zmq.compression import compress
 from rllink_zmq.errors import ConnectionTimeout, EpisodeError, PolicyError
 from rllink_zmq.fragments import Cut, End, FragmentBuilder, Kind, Layout, Origin, layout_of_spaces

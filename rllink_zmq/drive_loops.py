@@ -16,8 +16,9 @@ import numpy as np
 
 from rllink_zmq.client import Client, Episode, HasFlow
 from rllink_zmq.client_flow import WAIT_SLICE, Waiting, listen
+from rllink_zmq.client_followed import Ending
 from rllink_zmq.client_policy import PolicyReader
-from rllink_zmq.client_remote import Ending, PendingAction
+from rllink_zmq.client_remote import PendingAction
 from rllink_zmq.errors import RemovedError
 from rllink_zmq.fragments import FragmentBuilder, Origin
 

@@ -17,7 +17,8 @@ from gymnasium.vector import AutoresetMode
 
 from rllink_zmq.client import Client, Episode
 from rllink_zmq.client_flow import WAIT_SLICE, Waiting, listen
-from rllink_zmq.client_remote import Ending, PendingActions
+from rllink_zmq.client_followed import Ending
+from rllink_zmq.client_remote import PendingActions
 from rllink_zmq.drive_loops import Idle, Stop, Summary, Tally
 from rllink_zmq.errors import RemovedError, SettingsError, VectorError
 

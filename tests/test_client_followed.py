@@ -18,7 +18,7 @@ from fake_training import ACTIONS, OBSERVATIONS, Training, broker, training, unt
 from numpy.typing import NDArray
 
 from broker.server import Server
-from rllink_zmq import client_remote, connect
+from rllink_zmq import client_followed, connect
 from rllink_zmq.drive_loops import drive, drive_many
 from rllink_zmq.drive_loops_vector import drive_vector
 from rllink_zmq.errors import EpisodeError, RemovedError
@@ -126,7 +126,7 @@ def test_an_episode_that_nobody_follows_any_more_can_not_go_on(server: Server) -
 
 
 def test_a_runner_that_does_not_answer_at_the_end_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_remote, "FOLLOWER_ANSWERS", 0.1)
+    monkeypatch.setattr(client_followed, "FOLLOWER_ANSWERS", 0.1)
     with training(server), follower(server) as acting, connect(server.frontend, **SPACES) as client:
         with client.start_episode() as episode:
             episode.get_action(obs(0))
