@@ -62,24 +62,19 @@ class Acting(BrokerState):
     def _serve(self, request: Request, now: float, but: Service | None = None) -> None:
         """Give it to the service with the fewest observations to see to, or to the one that follows its episodes;
         `but`: not to this one."""
-        best: Service | None = None
         follower = self._follower(request, but) if request.follows else b""
         if follower and follower == self.returning:
             self.unserved[request.key] = request
             return
-        for service in self.services:
-            if service is but:
-                continue
-            if service.session == follower:
-                best = service
-                break
-            if best is None or self._busy(service, request) < self._busy(best, request):
-                best = service
+        able = [service for service in self.services if service is not but]
+        best = next((service for service in able if service.session == follower), None) if follower else None
+        if best is None:
+            best = min(able, key=lambda service: self._busy(service, request), default=None)
         if best is None:
             self.unserved[request.key] = request
             return
         if request.follows:
-            request.reader.follower = best.session
+            self._is_followed(request.reader, best.session)
         request.service, request.since = best, now
         best.open[request.key] = request
         best.rows += request.rows
@@ -91,17 +86,20 @@ class Acting(BrokerState):
         if request.follower or any(other.follows and other is not request for other in reader.requests.values()):
             return request.follower or reader.follower
         mine = [service for service in self.services if service.session == reader.follower and service is not but]
-        others = [self._followed(service) for service in self.services if service is not but]
-        # Each change of a reader's costs another one nothing, and none is needed where they are balanced.
-        return reader.follower if mine and self._followed(mine[0]) <= min(others) + 1 else b""
+        fewest = min((service.followed for service in self.services if service is not but), default=0)
+        # A change costs nothing where episodes begin, and none is needed where they are balanced.
+        return reader.follower if mine and mine[0].followed <= fewest + 1 else b""
 
-    def _followed(self, service: Service) -> int:
-        """How many readers' episodes a service follows."""
-        return sum(reader.follower == service.session for reader in self.readers.values())
+    def _is_followed(self, reader: Reader, by: bytes) -> None:
+        """From now on by this service; b'' = by none."""
+        if reader.follower != by:
+            for service in self.services:
+                service.followed += (service.session == by) - (service.session == reader.follower)
+            reader.follower = by
 
     def _busy(self, service: Service, request: Request) -> tuple[bool, int, int]:
         """How much a service has to do. What follows an episode is to do so for long: then it goes by how many do."""
-        return service.late, self._followed(service) if request.follows else 0, service.rows
+        return service.late, service.followed if request.follows else 0, service.rows
 
     def _action(self, service: Peer, message: ACTION, event: Received, now: float) -> None:
         if not isinstance(service, Service):
@@ -143,6 +141,7 @@ class Acting(BrokerState):
     def _asker_lost(self, reader: Reader) -> None:
         for request in list(reader.requests.values()):
             self._close(request)
+        self._is_followed(reader, b"")
         if self.readers.get(reader.session) is reader:
             del self.readers[reader.session]
 
@@ -163,7 +162,8 @@ class Acting(BrokerState):
             patience = self.settings.act_patience
             if now - service.answered <= patience:
                 continue
-            for request in [r for r in service.open.values() if now - r.since > patience]:
+            # Another one knows nothing of episodes that this one follows.
+            for request in [r for r in service.open.values() if now - r.since > patience and not r.follower]:
                 service.late = True
                 self._withdraw(request)
                 self.acts["moved"] += 1
@@ -179,6 +179,7 @@ class Acting(BrokerState):
                 assert served != (self.unserved.get(request.key) is request)
         for service in self.services:
             assert service.state is peers.State.LIVE and service.run == self.run
+            assert service.followed == sum(reader.follower == service.session for reader in self.readers.values())
             assert service.rows == sum(r.rows for r in service.open.values())
             assert all(r.reader.requests.get(r.key[1]) is r for r in service.open.values())
         assert self.act_bytes == sum(reader.act_bytes for reader in self.readers.values()) >= 0

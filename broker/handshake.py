@@ -209,6 +209,7 @@ class Handshake(Duties):
         self._enter(service, hello, event.route, now)
         self._welcome(service)
         if role.run == self.run:
+            service.followed = sum(reader.follower == service.session for reader in self.readers.values())
             self.services.append(service)
             self._serve_all(now)
 

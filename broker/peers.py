@@ -226,9 +226,10 @@ class Reader(Peer):
 
 class Service(Peer):
     """Computes actions. `open`: the requests it has, oldest first; `rows`: their observations. `answered`: when it last
-    did. `late`: something had to be moved from it, and it has not answered since."""
+    did. `late`: something had to be moved from it, and it has not answered since. `followed`: how many readers it
+    follows the episodes of."""
 
-    __slots__ = ("answered", "late", "open", "rows", "run")
+    __slots__ = ("answered", "followed", "late", "open", "rows", "run")
 
     def __init__(self, session: bytes, now: float, run: str) -> None:
         super().__init__(session, now)
@@ -237,6 +238,7 @@ class Service(Peer):
         self.rows = 0
         self.answered = now
         self.late = False
+        self.followed = 0
 
 
 class Reports:

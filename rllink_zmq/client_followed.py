@@ -3,6 +3,7 @@ wanted, and how such an episode ends."""
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,12 @@ class PendingSeen:
             )  # fmt: skip
         return self._answer is not None
 
+    @property
+    def due(self) -> float:
+        """When `done` has something to do, if nothing comes."""
+        session = self._remote.session
+        return session.next_deadline() if self._request else min(session.next_deadline(), self._again_at or math.inf)
+
     def take(self) -> None:
         """It is the builder's. Raises as `PendingActions.results` does."""
         answer = self._answer
@@ -104,11 +111,14 @@ class Ending:
     @property
     def due(self) -> float:
         """When `done()` has something to do though nothing has come, on the monotonic clock."""
-        return self._until
+        return self._until if self._looked is None else min(self._until, self._looked.due)
 
     def done(self) -> bool:
         """Whether `result()` would return, or raise, at once. Never waits. Raises RefusedError."""
-        return self.taken or self._looked is None or self._looked.done() or time.monotonic() >= self._until
+        if self.taken or self._looked is None or self._flow.closed or self._looked.done():
+            return True
+        self._flow.look_if_due()
+        return time.monotonic() >= self._until
 
     def result(self) -> None:
         """The fragment leaves. Raises RemovedError, and abandons the episode, where nobody follows it any more, or its
@@ -116,10 +126,12 @@ class Ending:
         looked, remote = self._looked, self._flow.remote
         if self.taken or looked is None:
             return
+        if self._flow.closed:
+            self.give_up()
+            return
         try:
             if not self.done() and remote is not None:
-                left = max(0.0, self._until - time.monotonic())
-                self._flow.wait(looked.done, remote.why, left, at=remote.connection)
+                self._flow.wait(self.done, remote.why, at=remote.connection)
             if not looked.done():
                 raise ConnectionTimeout("no answer has come")
             looked.take()

@@ -197,6 +197,7 @@ class _Seat:
         self._observation: Any = None
         self._asked: PendingAction | None = None
         self._ending: Ending | None = None
+        self._counts = True  # an episode that ends by itself does
         self._idle = Idle(client)
 
     @property
@@ -280,11 +281,12 @@ class _Seat:
         return None
 
     def _ended(self, ending: Ending) -> None:
-        self._ending = None
+        self._ending, counts, self._counts = None, self._counts, True
         ending.result()
         assert self._episode is not None
-        self._tally.ended(self._episode.episode_return)
-        self._episodes_left -= 1
+        if counts:
+            self._tally.ended(self._episode.episode_return)
+            self._episodes_left -= 1
         self._episode = None
         if self.done:
             self.client.flow.look()  # nobody calls it any more: what is queued leaves now
@@ -323,16 +325,20 @@ class _Seat:
         """End the episode where it is. What is evaluated ends by itself, or doesn't count; and what a runner follows is
         left as it is where the loop was `stopped`: that runner may be gone, too."""
         self._asked = None
-        if self._ending is not None and not stopped:
-            self._ended(self._ending)
         episode = self._episode
-        unended = episode is not None and episode.steps and episode.training_enabled
+        unended = episode is not None and self._ending is None and episode.steps and episode.training_enabled
         if episode is not None and unended and not (stopped and episode.builder.follows):
-            episode.end_episode(self._observation, truncated=True)
+            self._ending, self._counts = episode.ending(self._observation, truncated=True), False
+            self.client.flow.connection.flush()
+        if self._ending is not None and not stopped:
+            if not self._ending.done():
+                self._block()  # its next turns see to it
+                return
+            self._ended(self._ending)
         self.leave()
 
     def leave(self) -> None:
-        self._asked = self._ending = None
+        self._asked, self._ending, self._counts = None, None, True
         if self._episode is not None:
             self._episode.abandon()
             self._episode = None

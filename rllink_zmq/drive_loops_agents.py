@@ -306,7 +306,12 @@ class _Seat:
                 return
             if self._steps_left <= 0:
                 if episode.training_enabled and episode.waiting <= outcome.observations.keys():
-                    episode.finish(outcome.observations, outcome.terminateds, {**outcome.truncateds, ALL: True})
+                    ending = episode.ending(
+                        outcome.observations, outcome.terminateds, {**outcome.truncateds, ALL: True}
+                    )
+                    while not ending.done():
+                        yield from self._pause("waits")
+                    ending.result()
                 return
             if time.monotonic() >= self._until:
                 yield from self._pause("goes on")

@@ -145,7 +145,7 @@ class _Lane:
                 log.warning("%s", e)
             self._vector.leave()
             self._vector = self._of_episodes()
-            return True
+            moved = True
         self._episodes_left -= tally.episodes - episodes
         self._steps_left -= tally.steps - steps
         if self.done:
@@ -315,7 +315,8 @@ class _Vector:
     def why(self) -> str:
         """What it waits for."""
         flow = self._client.flow
-        return flow.remote.why() if flow.remote is not None and self._asked is not None else flow.why("acted")
+        waits = self._asked is not None or self._endings
+        return flow.remote.why() if flow.remote is not None and waits else flow.why("acted")
 
     def _ready(self, at: list[int], episodes: list[Episode]) -> bool:
         """Whether `step` will not wait; with the service: its answer is there."""
@@ -391,14 +392,18 @@ class _Vector:
             self._asked = None
         if not stopped:
             self._end_those(tally, wait=True)
+        cut = []
         for i, episode in enumerate(self._episodes):
             if episode is None or not (episode.open and episode.steps and self._training_enabled):
                 continue
             if not (stopped and episode.builder.follows):
-                try:
-                    episode.end_episode(self._observations[i], truncated=True)
-                except RemovedError as e:
-                    log.warning("%s", e)
+                cut.append(episode.ending(self._observations[i], truncated=True))
+        for ending in cut:  # all of them have been asked about
+            try:
+                ending.result()
+            except RemovedError as e:
+                log.warning("%s", e)
+        self._client.flow.connection.flush()
         self.leave()
 
     def leave(self) -> None:

@@ -193,7 +193,7 @@ class FragmentBuilder:
         self._where = f"episode '{episode}'"
         self._layout: Layout | None = None
         self._rows = FIRST_ROWS
-        self._reward = self._cut_reward = 0.0
+        self._reward = self._told = 0.0
         self._before = 0.0
         self.kind: Kind = "logged"
         self.origin = Origin("", 0)
@@ -297,7 +297,7 @@ class FragmentBuilder:
         is."""
         if not self.steps or reward == self._reward:
             return 0.0
-        more = reward - self._reward
+        more = self._number(reward, "reward") - self._reward
         self._reward = reward
         self._rewards[self.steps - 1] = reward
         self.episode_return += more
@@ -329,7 +329,7 @@ class FragmentBuilder:
         if self._states:
             self.remember(state, steps + 1)
             self.fresh = False
-        self._reward = 0.0
+        self._reward = self._told = 0.0
         self.steps = steps + 1
 
     def fitting(self, action: Any, logp: float | None) -> tuple[Any, float | None]:
@@ -353,7 +353,7 @@ class FragmentBuilder:
             self._grow()
         self._logp[steps] = 0.0 if logp is None else logp
         self._actions[steps] = action
-        self._reward = 0.0
+        self._reward = self._told = 0.0
         self.steps = steps + 1
 
     def reward(self, reward: Any) -> None:
@@ -375,6 +375,7 @@ class FragmentBuilder:
         if not -FLOAT32_MAX <= total <= FLOAT32_MAX:  # as NaN isn't
             self._number(total, "reward")
         self._reward = total
+        self._told += value
         self._rewards[steps - 1] = total
         self.episode_return += value
 
@@ -385,8 +386,8 @@ class FragmentBuilder:
 
     @property
     def told_reward(self) -> float:
-        """The last action's reward, also where its fragment has been cut."""
-        return self._reward if self.steps else self._cut_reward
+        """The last action's reward as the simulator has logged it, also where its fragment has been cut."""
+        return self._told
 
     @property
     def layout(self) -> Layout | None:
@@ -507,7 +508,6 @@ class FragmentBuilder:
             arrays = {name: array.copy() for name, array in arrays.items()}
         cut = Cut(self.origin, self.t0, steps, self._before, arrays)
         self._before = return_after
-        self._cut_reward = self._reward
         self.t0 += steps
         if self._layout is not None and self._layout.lookback:
             self.steps = steps

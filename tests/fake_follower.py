@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from fake_service import Service
+from fake_service import Reply, Service
 from numpy.typing import NDArray
 
 from broker.server import Server
@@ -19,7 +19,7 @@ class Follower(Service):
     """Knows how far each episode is, and what it was told on its way (`heard`: t, the first number of the observation,
     reward, end, whether an action was wanted). Sees the square of that number, and a count of what it has seen of the
     episode. `forgets`: it knows nothing any more. `shapes`: what
-    it makes of rewards. `holds_ends`: it says nothing of last observations."""
+    it makes of rewards. `holds_ends`: it says nothing of last observations; `held_ends`: how often."""
 
     def __init__(self, backend: str, **options: Any) -> None:
         super().__init__(backend, **options)
@@ -27,19 +27,21 @@ class Follower(Service):
         self.lookback = 2
         self.shapes = 1.0
         self.holds_ends = False
+        self.held_ends = 0
         self._at: dict[tuple[bytes, str], int] = {}
 
     def forgets(self) -> None:
         """It is another one from now on."""
         self._at.clear()
 
-    def reply(self, message: ACT, arrays: dict[str, NDArray[Any]]) -> tuple[ACTION, dict[str, NDArray[Any]]]:
+    def reply(self, message: ACT, arrays: dict[str, NDArray[Any]]) -> Reply | None:
         told = ACTION(message.session, message.request)
         if not message.places:
             return self.refused(told, FOLLOWS), {}
         rows = arrays["obs"]
         if self.holds_ends and message.places[0].end != "no":
-            return self.refused(told, "over_credit"), {}
+            self.held_ends += 1
+            return None
         for place, row in zip(message.places, rows, strict=True):
             key = message.session, place.episode
             at = self._at.get(key, -1)
@@ -66,7 +68,7 @@ class AgentsFollower(Follower):
         self.ended_at: dict[Any, int] = {}
         self.told: list[tuple[int, list[Any], dict[Any, tuple[float, str]], bool]] = []
 
-    def reply(self, message: ACT, arrays: dict[str, NDArray[Any]]) -> tuple[ACTION, dict[str, NDArray[Any]]]:
+    def reply(self, message: ACT, arrays: dict[str, NDArray[Any]]) -> Reply | None:
         told = ACTION(message.session, message.request)
         if self.refuses:
             return self.refused(told, self.refuses), {}

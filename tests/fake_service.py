@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -20,6 +20,8 @@ from rllink_zmq.messages import ACT, ACTION, LOOKBACK
 from rllink_zmq.session import State
 from rllink_zmq.session_runner import ServiceSession
 from rllink_zmq.transport import Connection
+
+Reply: TypeAlias = tuple[ACTION, dict[str, NDArray[Any]]]
 
 
 class Service:
@@ -60,8 +62,8 @@ class Service:
             "action_dist_inputs": np.stack([actions, 1 - actions], axis=1).astype(np.float32),
         }
 
-    def reply(self, message: ACT, arrays: dict[str, NDArray[Any]]) -> tuple[ACTION, dict[str, NDArray[Any]]]:
-        """The header of an answer, but for what all have, and its columns."""
+    def reply(self, message: ACT, arrays: dict[str, NDArray[Any]]) -> Reply | None:
+        """The header of an answer, but for what all have, and its columns; None = no answer."""
         rows = arrays.pop("obs")
         self.beside.append({name: array.copy() for name, array in arrays.items()})
         self.asked.append((message.request, rows))
@@ -85,7 +87,10 @@ class Service:
                 continue
             asked, session.asked = session.asked, {}
             for message, body in asked.values():
-                header, answer = self.reply(message, from_body(message.columns, body))
+                reply = self.reply(message, from_body(message.columns, body))
+                if reply is None:
+                    continue
+                header, answer = reply
                 if self.lookback and "actions" in answer:
                     answer[LOOKBACK] = np.full(message.rows, self.lookback, np.int32)
                 columns, buffers = to_buffers(answer)

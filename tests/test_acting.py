@@ -207,18 +207,26 @@ def test_a_broker_that_has_just_started_knows_who_follows(bench: Bench) -> None:
     assert [follows(bench, "s1", n, by) for n, by in ((1, "b2"), (2, "b1"))] == ["b2", "b1"]
 
 
-@pytest.mark.parametrize("how", ["lost", "bye", "hangs"])
+@pytest.mark.parametrize("how", ["lost", "bye"])
 def test_where_the_service_is_gone_another_one_follows(bench: Bench, how: str) -> None:
     serves(bench, "b2")
     assert follows(bench, "s1", 1, "b1") == "b1"
     said = {
         "lost": lambda: bench.unreachable("b1"),
         "bye": lambda: bench.bye("b1"),
-        "hangs": lambda: bench.wait(bench.broker.settings.act_patience + 1.1),
     }[how]()
     assert [to for to, _ in messages_with_routes(said)] == ["b2"]
     answers(bench, "b2", "s1", 1)
     assert follows(bench, "s1", 2, "b2") == "b2"
+
+
+def test_a_service_that_is_slow_keeps_the_episodes_that_it_follows(bench: Bench) -> None:
+    """They would be lost with another one. Those that only begin may begin there."""
+    serves(bench, "b2")
+    reads(bench, "s2")
+    assert (follows(bench, "s1", 1, "b1"), follows(bench, "s2", 1)) == ("b1", "b2")
+    said = bench.wait(bench.broker.settings.act_patience + 1.1)
+    assert [(to, message.session) for to, message in messages_with_routes(said)] == [("b1", session("s2"))]
 
 
 def test_a_service_that_greets_again_follows_as_before(bench: Bench) -> None:

@@ -18,7 +18,7 @@ from fake_training import ACTIONS, OBSERVATIONS, Training, broker, training, unt
 from numpy.typing import NDArray
 
 from broker.server import Server
-from rllink_zmq import client_followed, connect
+from rllink_zmq import client_followed, connect, drive_loops
 from rllink_zmq.drive_loops import drive, drive_many
 from rllink_zmq.drive_loops_vector import drive_vector
 from rllink_zmq.errors import EpisodeError, RemovedError
@@ -84,9 +84,11 @@ def test_a_fragment_is_of_one_version(server: Server) -> None:
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_where_there_is_no_room_all_steps_leave(server: Server, waits: bool) -> None:
-    """Also the last one: what the runner makes of the observation after it is asked for alone."""
+    """Also the last one: what the runner makes of the observation after it is asked for alone. It is told the reward as
+    it was logged, also then."""
     with training(server, fragment_steps=100, steps_ahead=4) as learner, follower(server) as acting:
         learner.paused = True
+        acting.shapes = 2.0
         with connect(server.frontend, **SPACES) as client, client.start_episode() as episode:
             for i in range(4):
                 episode.get_action(obs(i))
@@ -102,9 +104,10 @@ def test_where_there_is_no_room_all_steps_leave(server: Server, waits: bool) -> 
             episode.end_episode(obs(5))
             until(lambda: learner.steps == 5, "all is taken")
     rows = [(t0, seen, rewards) for t0, _, seen, rewards in taken(learner)]
-    assert rows[-1] == (4, [16, 25], [5]) and rows[-2][1][-1] == 16
-    assert [reward for _, _, rewards in rows for reward in rewards] == [1, 2, 3, 4, 5]
-    assert [(t, acts) for t, _, _, _, acts in acting.heard[episode.id]][4:6] == [(4, False), (4, True)]
+    assert rows[-1] == (4, [16, 25], [10]) and rows[-2][1][-1] == 16
+    assert [reward for _, _, rewards in rows for reward in rewards] == [2, 4, 6, 8, 10]
+    heard = acting.heard[episode.id][4:6]
+    assert [(t, reward, acts) for t, _, reward, _, acts in heard] == [(4, 4.0, False), (4, 4.0, True)]
 
 
 def test_an_episode_that_nobody_follows_any_more_can_not_go_on(server: Server) -> None:
@@ -286,19 +289,29 @@ def test_a_refused_batch_takes_no_step_of_any_episode(server: Server) -> None:
             until(lambda: learner.steps == 1, "its step is taken")
 
 
-def test_a_loop_goes_on_while_an_episode_ends(server: Server) -> None:
+def test_a_loop_goes_on_while_an_episode_ends(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runner doesn't say what it saw at the end: other clients have their turns, and the loop can be stopped."""
-    with training(server), follower(server) as acting:
+    with training(server, fragment_steps=2), follower(server) as acting:
         acting.holds_ends = True
         clients = [connect(server.frontend, **SPACES) for _ in range(2)]
         looked: list[float] = []
 
         def stop() -> bool:
-            looked.append(time.monotonic())
-            return len(looked) > 200
+            if acting.held_ends == 2:
+                looked.append(time.monotonic())
+            return len(looked) > 60
 
+        told: list[Any] = []
+
+        def listens(flows: Any, timeout: float) -> Any:
+            told.append(drive_loops_listen(flows, timeout))
+            return told[-1]
+
+        drive_loops_listen = drive_loops.listen
+        monkeypatch.setattr(drive_loops, "listen", listens)
         drive_many([(clients[0], Steps()), (clients[1], Steps())], stop=stop)
-        assert max(b - a for a, b in pairwise(looked)) < 5.0
+        assert max(b - a for a, b in pairwise(looked)) < client_followed.FOLLOWER_ANSWERS / 2
+        assert sum(map(bool, told[-40:])) < 20, "what has come is read, and it sleeps meanwhile"
         for client in clients:
             client.close(0.1)
 

@@ -215,7 +215,10 @@ class Noting:
 
     def __init__(self):
         session = SimpleNamespace(episodes=2)
-        self.flow = SimpleNamespace(session=session, remote=None, connections=[], look=lambda: None)
+        connection = SimpleNamespace(flush=lambda: None)
+        self.flow = SimpleNamespace(
+            session=session, remote=None, connections=[], look=lambda: None, connection=connection
+        )  # fmt: skip
         self.seen = []
 
     def vector(self, worlds):

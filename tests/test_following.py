@@ -24,6 +24,7 @@ from test_pipelines import BOX, DISCRETE, MIXED, Counting, Halved, Opaque, confi
 
 from rllink_zmq.arrays import from_body, to_buffers
 from rllink_zmq.client_policy import layout_of_policy
+from rllink_zmq.errors import PolicyError
 from rllink_zmq.fragments import Cut, FragmentBuilder, Origin
 from rllink_zmq.messages import ACT, ACTION, SEEN, SEEN_REWARD, STATE_IN, STATE_OUT, Column, Place, Told
 from rllink_zmq.policy import PolicyManifest, unpack_policy
@@ -390,6 +391,52 @@ def test_more_that_is_told_of_a_step_counts() -> None:
     mine, right = (one.asked([second], [Place("e", 1, 6.0)]) for one in (followed, alone))
     np.testing.assert_array_equal(mine[SEEN], right[SEEN])
     assert mine[SEEN_REWARD] == right[SEEN_REWARD] == [12.0]
+
+
+def test_who_ends_with_another_observation_than_was_asked_for_ends_with_that() -> None:
+    """The action for the one before was given up when it had come."""
+    followed, alone = (Followed(config(BOX, Since), BOX) for _ in range(2))
+    first, second, third = samples(BOX, 3)
+    for one in (followed, alone):
+        one.asked([first], [Place("e", 0)])
+    followed.asked([second], [Place("e", 1)])
+    end = Place("e", 1, 0.0, "terminated")
+    mine, right = (one.asked([third], [end], acts=False) for one in (followed, alone))
+    np.testing.assert_array_equal(mine[SEEN], right[SEEN])
+    assert not followed.actor._trains._episodes
+
+
+@pytest.mark.parametrize(("piece", "what"), [("Infinite", "a reward of inf"), ("Nowhere", "that holds NaN")])
+def test_what_is_not_finite_is_told_by_the_runner(piece: str, what: str) -> None:
+    """No fragment could bring it."""
+    followed = Followed(config(BOX, {"Infinite": Infinite, "Nowhere": Nowhere}[piece]), BOX)
+    first, second, third = samples(BOX, 3)
+    for t, one in enumerate((first, second)):
+        followed.asked([one], [Place("e", t, 1.0)])
+    with pytest.raises(PolicyError, match=what):
+        followed.asked([third], [Place("e", 2, 100.0)])
+
+
+class Infinite(ConnectorV2):
+    """Makes much of a large reward."""
+
+    def __call__(self, *, batch: Any, episodes: Any, **kwargs: Any) -> Any:
+        for episode in self.single_agent_episode_iterator(episodes):
+            if len(episode):
+                reward = episode.get_rewards(-1)
+                episode.set_rewards(at_indices=-1, new_data=float("inf") if reward > 99 else reward + 1)
+        return batch
+
+
+class Nowhere(ConnectorV2):
+    """And sees nothing then."""
+
+    def __call__(self, *, batch: Any, episodes: Any, **kwargs: Any) -> Any:
+        for episode in self.single_agent_episode_iterator(episodes):
+            seen = episode.get_observations(-1) + np.float32(len(episode))
+            lost = len(episode) and episode.get_rewards(-1) > 99
+            episode.set_observations(at_indices=-1, new_data=seen * np.float32("nan") if lost else seen)
+        return batch
 
 
 class Rewarding(ConnectorV2):

@@ -29,7 +29,7 @@ from ray.rllib.utils.spaces.space_utils import unbatch
 
 from rllink_zmq.arrays import Buffer, from_body
 from rllink_zmq.errors import PolicyError, ProtocolError, RllinkError
-from rllink_zmq.fragments import observed_as
+from rllink_zmq.fragments import FLOAT32_MAX, observed_as
 from rllink_zmq.messages import ACT, FRAGMENT, LOOKBACK, SEEN, SEEN_REWARD, STATE_IN, STATE_OUT, AgentId, Place
 from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib.actors import ModuleActor
@@ -105,7 +105,7 @@ class Follower(ABC):
         if ended is not None and ended.t == place.t:
             return ended  # the answer has been lost
         known = self._episodes.get(key)
-        if place.t == 0 and (known is None or known.t):
+        if place.t == 0 and (known is None or known.t or self._begins_anew(known, brought)):
             self._forget_old()
             known = Followed(key)
             known.episode = self._begun(known, copy.deepcopy(brought))
@@ -125,7 +125,7 @@ class Follower(ABC):
         elif place.t != known.t:
             raise LostError(f"episode '{place.episode}' is at step {known.t} here, not at {place.t}")
         elif self._tells_more(known, place, brought):
-            known.looked = None  # before the action was asked for again
+            known.looked = known.acted = None  # what was answered has been given up
         known.place, known.brought = place, brought
         known.heard = time.monotonic()
         self._episodes.move_to_end(key)
@@ -187,7 +187,12 @@ class Follower(ABC):
 
     def _tells_more(self, known: Followed, place: Place, brought: Any) -> bool:
         """Whether something else is told of a step than before."""
-        return (place.reward, place.end) != (known.place.reward, known.place.end)
+        told = (place.reward, place.end) == (known.place.reward, known.place.end)
+        return not (told and alike(brought, known.brought))
+
+    def _begins_anew(self, known: Followed, brought: Any) -> bool:
+        """Whether an episode begins that can't be the one that has begun under its name."""
+        return False
 
     def _has_acted(self, known: Followed) -> bool:
         return known.acted is not None
@@ -252,8 +257,7 @@ class SingleFollower(Follower):
 
     def _seen(self, known: Followed) -> dict[str, NDArray[Any]]:
         episode = known.episode
-        reward = episode.rewards.data[-1] if known.t else 0.0
-        return {SEEN: self._rows.of(episode.get_observations(-1)), SEEN_REWARD: np.array(reward, np.float64)}
+        return self._rows.both(episode.get_observations(-1), episode.rewards.data[-1] if known.t else 0.0)
 
     def _acted(
         self, episodes: Sequence[Followed], batch: Any, module: Any, explore: bool, sampled: int
@@ -284,6 +288,12 @@ def stacked(rows: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Whether two observations are the same."""
+    mine, its = tree.flatten(one), tree.flatten(other)
+    return len(mine) == len(its) and all(np.array_equal(a, b) for a, b in zip(mine, its, strict=True))
+
+
 class SeenRows:
     """How what the pieces make of an observation travels: `row`."""
 
@@ -296,6 +306,13 @@ class SeenRows:
             return self._packing.pack(seen, _cast)
         return _cast(seen, "an observation", self.row.shape, self.row.dtype)
 
+    def both(self, seen: Any, reward: Any) -> dict[str, NDArray[Any]]:
+        """With what they have left of the last reward. Raises `PolicyError` for what isn't finite, too: a fragment
+        could not bring it."""
+        if not abs(reward) <= FLOAT32_MAX:
+            raise PolicyError(f"the env-to-module pieces make a reward of {reward}: it must be a finite float32")
+        return {SEEN: self.of(seen), SEEN_REWARD: np.array(reward, np.float64)}
+
 
 def _cast(value: Any, what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     array = np.asarray(value)
@@ -305,6 +322,8 @@ def _cast(value: Any, what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -
         )
     if not np.can_cast(array.dtype, dtype, "same_kind"):
         raise PolicyError(f"the env-to-module pieces make {what} of {array.dtype}, and their space says {dtype}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise PolicyError(f"the env-to-module pieces make {what} that holds NaN or infinity")
     return array.astype(dtype)
 
 

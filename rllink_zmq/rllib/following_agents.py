@@ -19,7 +19,7 @@ from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 
 from rllink_zmq.arrays import Buffer, from_body
 from rllink_zmq.errors import PolicyError, ProtocolError
-from rllink_zmq.messages import ACT, SEEN, SEEN_REWARD, STATE_OUT, AgentId, Place, Told
+from rllink_zmq.messages import ACT, STATE_OUT, AgentId, Place, Told
 from rllink_zmq.policy import PolicyManifest
 from rllink_zmq.rllib.actors import ModuleActor
 from rllink_zmq.rllib.drawn import moderate, seeded
@@ -33,6 +33,7 @@ from rllink_zmq.rllib.following import (
     Follower,
     LostError,
     SeenRows,
+    alike,
     copy_state,
     longest_of,
     space_of,
@@ -76,7 +77,12 @@ class AgentsFollower(Follower):
         known.observed = list(brought.observations)
 
     def _tells_more(self, known: Followed, place: Place, brought: Brought) -> bool:
-        return list(brought.told) != list(known.brought.told)
+        mine, before = brought.observations, known.brought.observations  # who has ended may be left out now
+        told = set(brought.told) == set(known.brought.told) and place.end == known.place.end
+        return not (told and all(agent in before and alike(mine[agent], before[agent]) for agent in mine))
+
+    def _begins_anew(self, known: Followed, brought: Brought) -> bool:
+        return bool(brought.observations.keys() != known.brought.observations.keys())
 
     def _has_acted(self, known: Followed) -> bool:
         return True  # perhaps nobody was to act
@@ -121,8 +127,7 @@ class AgentsFollower(Follower):
             if agent in episodes:
                 single = episodes[agent]
                 reward = single.rewards.data[-1] if len(single.rewards) else 0.0
-                seen = self._rows[agent].of(single.get_observations(-1))
-                found[agent] = {SEEN: seen, SEEN_REWARD: np.array(reward, np.float64)}
+                found[agent] = self._rows[agent].both(single.get_observations(-1), reward)
         return found
 
     def _acted(
