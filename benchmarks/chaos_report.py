@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from rllink_zmq.audit import Entered, Handed, Records, Sent, Settled
 
 AFFECTED_WITHIN = 10.0
-"""Seconds before its death within which a session's last hand-over by a runner counts as that runner's."""
+"""Seconds before its death within which a runner that handed over fragments of a session counts as its runner."""
 PAUSE_WITHIN = 45.0
 
 Key = tuple[str, int]
@@ -74,16 +74,15 @@ class Book:
         """Those that a fault hit."""
         kind, pids = fault["kind"], set(fault["pids"])
         if kind in ("runner killed", "runner stopped") or kind.startswith("runner's link"):
-            return [s for s in self.ways if self._last_by(s, fault["began"]) in pids]
+            return [s for s in self.ways if pids & self._lately_by(s, fault["began"])]
         if kind == "simulators killed":
             return [s for s in self.ways if self.process.get(s) in pids]
         there = [s for s in self.ways if self.first_sent.get(s, fault["began"]) < fault["began"]]
         return [s for s in there if self.process.get(s) in pids] if kind.startswith("link") else there
 
-    def _last_by(self, session: str, before: float) -> int:
-        ways = self.ways[session]
-        i = bisect_left(ways, before, key=lambda w: w.handed)
-        return ways[i - 1].pid if i and ways[i - 1].handed > before - AFFECTED_WITHIN else 0
+    def _lately_by(self, session: str, before: float) -> set[int]:
+        """The runners that handed over its last fragments: those of one round go to several."""
+        return {w.pid for w in self.ways[session] if before - AFFECTED_WITHIN < w.handed <= before}
 
     def recovery(self, fault: dict[str, Any]) -> Recovery:
         """Until the next fragment of each session it hit that was handed over when it could be again."""
