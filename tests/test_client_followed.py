@@ -18,7 +18,7 @@ from fake_training import ACTIONS, OBSERVATIONS, Training, broker, training, unt
 from numpy.typing import NDArray
 
 from broker.server import Server
-from rllink_zmq import client_followed, connect, drive_loops
+from rllink_zmq import client_followed, connect
 from rllink_zmq.drive_loops import drive, drive_many
 from rllink_zmq.drive_loops_vector import drive_vector
 from rllink_zmq.errors import EpisodeError, RemovedError
@@ -289,31 +289,26 @@ def test_a_refused_batch_takes_no_step_of_any_episode(server: Server) -> None:
             until(lambda: learner.steps == 1, "its step is taken")
 
 
-def test_a_loop_goes_on_while_an_episode_ends(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runner doesn't say what it saw at the end: other clients have their turns, and the loop can be stopped."""
-    with training(server, fragment_steps=2), follower(server) as acting:
+def test_a_loop_goes_on_while_an_episode_ends(server: Server) -> None:
+    """The runner doesn't say what it saw at the end: other clients have their turns, the loop can be stopped, and it
+    sleeps meanwhile (one that didn't would go round some 50,000 times in that second)."""
+    with (
+        training(server, fragment_steps=2),
+        follower(server) as acting,
+        connect(server.frontend, **SPACES) as one,
+        connect(server.frontend, **SPACES) as other,
+    ):
         acting.holds_ends = True
-        clients = [connect(server.frontend, **SPACES) for _ in range(2)]
         looked: list[float] = []
 
         def stop() -> bool:
             if acting.held_ends == 2:
                 looked.append(time.monotonic())
-            return len(looked) > 60
+            return bool(looked) and looked[-1] - looked[0] > 1.0
 
-        told: list[Any] = []
-
-        def listens(flows: Any, timeout: float) -> Any:
-            told.append(drive_loops_listen(flows, timeout))
-            return told[-1]
-
-        drive_loops_listen = drive_loops.listen
-        monkeypatch.setattr(drive_loops, "listen", listens)
-        drive_many([(clients[0], Steps()), (clients[1], Steps())], stop=stop)
+        drive_many([(one, Steps()), (other, Steps())], stop=stop)
         assert max(b - a for a, b in pairwise(looked)) < client_followed.FOLLOWER_ANSWERS / 2
-        assert sum(map(bool, told[-40:])) < 20, "what has come is read, and it sleeps meanwhile"
-        for client in clients:
-            client.close(0.1)
+        assert len(looked) < 10_000
 
 
 def test_a_vector_that_is_cut_off_by_steps_ends_as_the_runner_saw_it(server: Server) -> None:
