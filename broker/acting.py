@@ -3,9 +3,9 @@
 - A request is stateless. While it has no answer it may go to another service: when its own is lost or leaves, or has
   answered nothing for `act_patience`; until it answers it comes last then. The first answer counts, later ones find no
   request.
-- Requests about episodes that a service follows name it, and go to it as long as it is there and answers: another one
-  knows nothing of them. Those about episodes that begin go where the fewest readers are followed, unless others of the
-  reader's go on.
+- Requests about episodes that a service follows name it, and go to it as long as it is there, however long it takes:
+  another one knows nothing of them. Those about episodes that begin go where the fewest readers are followed, unless
+  others of the reader's go on.
 - Who asks has a credit of requests and bytes. What is over it is answered at once, and costs the others nothing.
 - Nobody there: requests wait, within that credit. Who asked is told by time alone, and decides what to do.
 """

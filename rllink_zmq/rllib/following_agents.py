@@ -55,8 +55,7 @@ class Brought(NamedTuple):
 
 
 class AgentsFollower(Follower):
-    """Of several agents. `seen`: how what the pieces make of each agent's observations travels; `modules`: the ids of
-    those that act."""
+    """Of several agents. `seen`: how what the pieces make of each agent's observations travels."""
 
     pipelines: AgentsPipelines
 
