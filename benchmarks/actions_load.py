@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import measure
 import numpy as np
 import zmq
-from broker_load import _router, dealer, hello
+from broker_forwarders import router
+from broker_load import dealer, hello
 from msgspec.structs import replace
 from processes import questions
 
@@ -41,8 +42,8 @@ class Way(NamedTuple):
 def bare_loop(connection: Pipe) -> None:
     """A Python loop of two ROUTERs, plain integers as flags: requests to the one service, answers back."""
     context = zmq.Context()
-    front, front_address = _router(context, zmq.ROUTER, 0, 1000)
-    back, back_address = _router(context, zmq.ROUTER, 0, 100_000)
+    front, front_address = router(context, zmq.ROUTER, 0, 1000)
+    back, back_address = router(context, zmq.ROUTER, 0, 100_000)
     connection.send((front_address, back_address))
     sink = back.recv_multipart()[0]
     connection.send("connected")

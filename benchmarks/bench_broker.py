@@ -8,7 +8,8 @@ go back.
   that forwards the very same frames and does nothing else (nothing comes back through it). `tuned` is the same loop
   with the broker's own way of calling pyzmq.
 - large: 200 KB a fragment. Bytes/s on the wall against `zmq.proxy` (C; ROUTER in front, DEALER behind) with the same
-  frames, from the same senders to the same receiver, the same number on their way.
+  frames, from the same senders to the same receiver, the same number on their way. `bare broker`: the least that the
+  protocol asks of a broker in Python, without any books; as it waits for nothing smart, its CPU time is what counts.
 - core: `core.handle` alone, no sockets, 1,000 simulators against 10: FRAGMENT, TAKE, RETURNED, ticks, per fragment.
 """
 
@@ -23,6 +24,7 @@ from math import inf
 from typing import Any
 
 import measure
+from broker_forwarders import bare_broker, c_proxy, plain_loop, tuned_loop
 from broker_load import (
     LOADS,
     RUN,
@@ -32,14 +34,11 @@ from broker_load import (
     TAKE_OF,
     Way,
     body_of,
-    c_proxy,
     fragment,
     hello,
-    plain_loop,
     receiver,
     senders,
     trainer_hello,
-    tuned_loop,
 )
 from processes import SPAWN, Helper, broker, helpers
 
@@ -51,6 +50,9 @@ from rllink_zmq.session_runner import TrainerSession
 from rllink_zmq.transport import Connection
 from rllink_zmq.transport_thread import ConnectionThread
 from rllink_zmq.wire import check_body, parse_header
+
+FORWARDERS = {"plain loop": plain_loop, "tuned loop": tuned_loop, "zmq.proxy": c_proxy, "bare broker": bare_broker}
+BROKERS = ("broker", "bare broker")
 
 # ---- the core alone
 
@@ -136,10 +138,8 @@ class Core:
 def main() -> None:
     options = measure.options(__doc__)
     report = measure.Report("broker", options)
-    with broker() as addresses, helpers((plain_loop,), (tuned_loop,), (c_proxy,)) as forwarders:
-        _sockets(
-            report, options, addresses, dict(zip(("plain loop", "tuned loop", "zmq.proxy"), forwarders, strict=True))
-        )
+    with broker() as addresses, helpers(*((start,) for start in FORWARDERS.values())) as forwarders:
+        _sockets(report, options, addresses, dict(zip(FORWARDERS, forwarders, strict=True)))
     _core(report, options)
     report.show()
 
@@ -147,10 +147,10 @@ def main() -> None:
 def _sockets(
     report: measure.Report, options: argparse.Namespace, addresses: dict[str, Any], forwarders: dict[str, Helper]
 ) -> None:
-    ways = [Way("broker", addresses["frontend"], addresses["backend"])]
-    ways += [Way(name, *helper.ready) for name, helper in forwarders.items()]
+    ways = {"broker": Way(True, addresses["frontend"], addresses["backend"])}
+    ways |= {name: Way(name in BROKERS, *helper.ready) for name, helper in forwarders.items()}
     pids = {"broker": addresses["pid"], **{name: helper.pid for name, helper in forwarders.items()}}
-    index = {way.through: i for i, way in enumerate(ways)}
+    index = {name: i for i, name in enumerate(ways)}
     trainer = ConnectionThread(
         Connection(TrainerSession(os.urandom(16), trainer_hello(), b"-"), addresses["backend"]),
         lambda _: inf,
@@ -158,20 +158,29 @@ def _sockets(
     )
     trainer.start()
     received = SPAWN.Value("Q", 0, lock=False)
-    with helpers((receiver, ways, received)), helpers((senders, ways, received)) as (sending,):
+    ends = [(end, list(ways.values()), received) for end in (receiver, senders)]
+    with helpers(ends[0]) as (receiving,), helpers(ends[1]) as (sending,):
         for helper in forwarders.values():
             helper.answer()
+        load_pids = (receiving.pid, sending.pid)
 
         def run(name: str, load: str, number: int) -> dict[str, float]:
-            before = measure.cpu_seconds(pids[name])
+            before = [measure.cpu_seconds(pid) for pid in (pids[name], *load_pids)]
             seconds = sending.ask(index[name], load, number)
             time.sleep(0.05)
-            used = measure.cpu_seconds(pids[name]) - before
-            return {"per_cpu_s": number / used, "per_s": number / seconds, "cores": used / seconds}
+            used = [measure.cpu_seconds(pid) - b for pid, b in zip((pids[name], *load_pids), before, strict=True)]
+            return {
+                "per_cpu_s": number / used[0], "per_s": number / seconds, "cores": used[0] / seconds,
+                "us_of_all": 1e6 * sum(used) / number,
+            }  # fmt: skip
 
         for load, sides, number, of in (
             ("small", ("broker", "plain loop", "tuned loop"), *((6_000, 1) if options.quick else (40_000, 9))),
-            ("large", ("broker", "zmq.proxy", "tuned loop"), *((300, 1) if options.quick else (3_000, 9))),
+            (
+                "large",
+                ("broker", "zmq.proxy", "tuned loop", "bare broker"),
+                *((300, 1) if options.quick else (3_000, 11)),
+            ),
         ):
             found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
             for side in sides:
@@ -188,12 +197,20 @@ def _tell(report: measure.Report, load: str, found: dict[str, list[dict[str, flo
     middle = {s: {k: measure.median([r[k] for r in rs]) for k in rs[0]} for s, rs in found.items()}
     report.figures[load] = {"bytes": size, **middle}
     rows = [
-        (s, m["per_cpu_s"], 1e6 / m["per_cpu_s"], m["per_s"], m["per_s"] * size / 1e6, m["cores"])
+        (s, m["per_cpu_s"], 1e6 / m["per_cpu_s"], m["us_of_all"], m["per_s"], m["per_s"] * size / 1e6, m["cores"])
         for s, m in middle.items()
     ]
     report.table(
         f"{size:,} bytes a fragment, {SIMULATORS} connections (medians of rounds that alternate)",
-        ("", "fragments/s of CPU", "CPU µs a fragment", "fragments/s, wall", "MB/s, wall", "cores"),
+        (
+            "",
+            "fragments/s of CPU",
+            "CPU µs a fragment",
+            "... with the load's",
+            "fragments/s, wall",
+            "MB/s, wall",
+            "cores",
+        ),
         rows,
     )
 
@@ -210,9 +227,15 @@ def _tell(report: measure.Report, load: str, found: dict[str, list[dict[str, flo
         report.targets.append(measure.target(what, against("zmq.proxy", "per_s"), "at least", 0.9))
         cost = measure.median(against("zmq.proxy", "per_cpu_s"))
         report.notes.append(f"part of zmq.proxy's bytes per second of CPU: {cost:.2f}")
-        bare, proxied = ([r["per_s"] for r in found[side]] for side in ("tuned loop", "zmq.proxy"))
-        most = measure.median(measure.ratios(bare, proxied))
-        report.notes.append(f"what the tuned loop, which only forwards, has of zmq.proxy's bytes/s: {most:.2f}")
+        for side in ("broker", "bare broker", "tuned loop"):
+            wall, cpu = (_part_of_proxy(found, side, key) for key in ("per_s", "us_of_all"))
+            report.notes.append(f"{side}: {wall:.2f} of zmq.proxy's bytes/s; with both CPUs busy throughout {cpu:.2f}")
+
+
+def _part_of_proxy(found: dict[str, list[dict[str, float]]], side: str, key: str) -> float:
+    """What `side` has of zmq.proxy's bytes/s: on the wall, or by what a fragment takes of all processes' CPU time."""
+    ours, theirs = ([r[key] for r in found[s]] for s in (side, "zmq.proxy"))
+    return measure.median(measure.ratios(ours, theirs) if key == "per_s" else measure.ratios(theirs, ours))
 
 
 def _core(report: measure.Report, options: argparse.Namespace) -> None:

@@ -1,12 +1,12 @@
-"""The load of `bench_broker.py`: simulators that send, runners that take, and what forwards instead of the broker."""
+"""The load of `bench_broker.py`: simulators that send, and runners that take."""
 
 from __future__ import annotations
 
-import itertools
 import os
+import select
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection as Pipe
 from typing import Any, NamedTuple
 
@@ -118,89 +118,13 @@ def dealer(context: zmq.Context[zmq.Socket[Any]], address: str) -> zmq.Socket[An
     return socket
 
 
-# ---- what forwards instead of the broker
-
-
-def _router(context: zmq.Context[zmq.Socket[Any]], kind: int, rcvhwm: int, sndhwm: int) -> tuple[Any, str]:
-    """A bound socket with the broker's options, and its address."""
-    socket = context.socket(kind)
-    set_options(socket, rcvhwm=rcvhwm, sndhwm=sndhwm)
-    if kind == zmq.ROUTER:
-        socket.router_mandatory = True
-    return socket, f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"
-
-
-def plain_loop(connection: Pipe) -> None:
-    """A Python loop of two ROUTERs: what comes at the front goes to the peers at the back in turn."""
-    context = zmq.Context()
-    front, front_address = _router(context, zmq.ROUTER, 8, 100)
-    back, back_address = _router(context, zmq.ROUTER, 1000, 100_000)
-    connection.send((front_address, back_address))
-    sinks = itertools.cycle([back.recv_multipart()[0] for _ in range(RUNNERS)])
-    connection.send("connected")
-    poller = zmq.Poller()
-    poller.register(front, zmq.POLLIN)
-    while True:
-        poller.poll()
-        for _ in range(128):
-            try:
-                frames = front.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            frames[0] = next(sinks)
-            back.send_multipart(frames, zmq.NOBLOCK)
-
-
-def tuned_loop(connection: Pipe) -> None:
-    """The same, with plain ints as flags, without pyzmq's wrappers, and with large frames as they are: about the least
-    that Python can do."""
-    context = zmq.Context()
-    front, front_address = _router(context, zmq.ROUTER, 8, 100)
-    back, back_address = _router(context, zmq.ROUTER, 1000, 100_000)
-    connection.send((front_address, back_address))
-    sinks = itertools.cycle([back.recv_multipart()[0] for _ in range(RUNNERS)])
-    connection.send("connected")
-    poller = zmq.Poller()
-    poller.register(front, zmq.POLLIN)
-    recv, send = front.recv, super(zmq.Socket, back).send
-    noblock, more = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
-    while True:
-        poller.poll()
-        for _ in range(128):
-            try:
-                recv(noblock)
-            except zmq.Again:
-                break
-            frame = recv(noblock, False)
-            frames: list[Any] = [frame.bytes]
-            while frame.more:
-                frame = recv(noblock, False)
-                frames.append(frame.bytes if len(frame) < 65_536 else frame)
-            send(next(sinks), more)
-            for kept in frames[:-1]:
-                send(kept, more)
-            send(frames[-1], noblock)
-
-
-def c_proxy(connection: Pipe) -> None:
-    """`zmq.proxy`: ROUTER in front, DEALER behind."""
-    context = zmq.Context()
-    front, front_address = _router(context, zmq.ROUTER, 8, 100)
-    back, back_address = _router(context, zmq.DEALER, 1000, 1000)
-    connection.send((front_address, back_address))
-    for _ in range(RUNNERS):
-        back.recv_multipart()
-    connection.send("connected")
-    zmq.proxy(front, back)
-
-
 # ---- both ends
 
 
 class Way(NamedTuple):
-    """A thing to send through: `through` is "broker" or what forwards. Addresses of its front and its back."""
+    """A thing to send through: whether it is a broker or only forwards. Addresses of its front and its back."""
 
-    through: str
+    broker: bool
     front: str
     back: str
 
@@ -219,54 +143,57 @@ class Fleet:
     """The simulators of one way."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[Any]], way: Way) -> None:
-        self.acked = way.through == "broker"
+        self.acked = way.broker
         self.sockets = [dealer(context, way.front) for _ in range(SIMULATORS)]
         self.sessions = [os.urandom(16) for _ in range(SIMULATORS)]
         self.numbers = [0] * SIMULATORS
+        # A look at 100 sockets for each ACK costs more than the ACK does.
+        self.epoll = select.epoll()
+        self.descriptors = {int(socket.get(zmq.FD)): i for i, socket in enumerate(self.sockets)}
+        for descriptor in self.descriptors:
+            self.epoll.register(descriptor, select.EPOLLIN)
         if self.acked:
             for socket, session in zip(self.sockets, self.sessions, strict=True):
                 greet(socket, session, SimulatorHello(spaces=SPACES))
 
     def send(self, name: str, count: int, received: Any) -> float:
         """Seconds on the wall."""
-        load, most = LOADS[name], ON_THEIR_WAY[name]
-        body = body_of(load)
-        copy = len(body) < 65_536
         before = received.value
         started = time.monotonic()
-        sent = settled = 0
-        unsettled: list[dict[int, None]] = [{} for _ in range(SIMULATORS)]
-        while settled < count:
-            progress = False
-            for i, socket in enumerate(self.sockets):
-                if self.acked and unsettled[i]:
-                    heard = self._acks(socket, unsettled[i])
-                    settled += heard
-                    progress = progress or heard > 0
-                room = most - len(unsettled[i]) if self.acked else most * SIMULATORS - (sent - settled)
-                # Half a window at a time, as many as a simulator's ACK lets it send.
-                room = min(room, max(1, most // 2), count - sent)
-                if room < min(max(1, most // 2), count - sent) or room <= 0:
-                    continue
-                for _ in range(room):
-                    number = self.numbers[i] = self.numbers[i] + 1
-                    base = next(iter(unsettled[i]), number)
-                    if self.acked:
-                        unsettled[i][number] = None
-                    socket.send(encode(fragment(self.sessions[i], number, base, load)), zmq.SNDMORE)
-                    socket.send(body, copy=copy)
-                sent += room
-                progress = True
-            if not self.acked:
-                settled = received.value - before
-            if not progress:
-                time.sleep(0.003)  # a look at 100 sockets is not cheap, and ACKs come every 10 ms
+        work = Work(LOADS[name], ON_THEIR_WAY[name], count)
+        waiting: Iterable[int] = range(SIMULATORS)
+        while work.settled < count:
+            if self.acked:
+                for i in waiting:
+                    # Sending, too, takes what the descriptor has to tell: after it comes one more look.
+                    while self._acks(i, work) or work.room(len(work.unsettled[i])):
+                        self._push(i, work, work.room(len(work.unsettled[i])))
+                waiting = [self.descriptors[fd] for fd, _ in self.epoll.poll(1.0)] if work.settled < count else ()
+            else:
+                work.settled = received.value - before
+                if not work.room((work.sent - work.settled) // SIMULATORS):
+                    time.sleep(0.003)
+                while room := work.room((work.sent - work.settled) // SIMULATORS):
+                    self._push(work.turn, work, room)
+                    work.turn = (work.turn + 1) % SIMULATORS
             if time.monotonic() - started > PATIENCE:
-                raise measure.BenchmarkError(f"{settled} of {count} fragments settled in {PATIENCE:.0f} s")
+                raise measure.BenchmarkError(f"{work.settled} of {count} fragments settled in {PATIENCE:.0f} s")
         return time.monotonic() - started
 
-    def _acks(self, socket: zmq.Socket[Any], unsettled: dict[int, None]) -> int:
+    def _push(self, i: int, work: Work, number: int) -> None:
+        socket, unsettled = self.sockets[i], work.unsettled[i]
+        for _ in range(number):
+            self.numbers[i] += 1
+            base = next(iter(unsettled), self.numbers[i])
+            if self.acked:
+                unsettled[self.numbers[i]] = None
+            socket.send(encode(fragment(self.sessions[i], self.numbers[i], base, work.load)), zmq.SNDMORE)
+            socket.send(work.body, copy=len(work.body) < 65_536)
+        work.sent += number
+
+    def _acks(self, i: int, work: Work) -> int:
         heard = 0
+        socket, unsettled = self.sockets[i], work.unsettled[i]
         while int(socket.get(EVENTS)) & POLLIN:  # as numbers: pyzmq's enums cost more than what is asked
             message, _ = unpack(socket.recv_multipart())
             if isinstance(message, ACK):
@@ -275,7 +202,23 @@ class Fleet:
                     del unsettled[number]
                 if any(outcome != "delivered" for _, outcome in message.settled):
                     raise measure.BenchmarkError(f"dropped: {message.settled}")
+        work.settled += heard
         return heard
+
+
+class Work:
+    """What is asked of a fleet, and how far it is: `count` fragments of `load`, `most` of a simulator on their way."""
+
+    def __init__(self, load: tuple[int, tuple[Column, ...]], most: int, count: int) -> None:
+        self.load, self.body = load, body_of(load)
+        self.sent = self.settled = self.turn = 0
+        self.unsettled: list[dict[int, None]] = [{} for _ in range(SIMULATORS)]
+        self._most, self._count = most, count
+
+    def room(self, on_their_way: int) -> int:
+        """How many fragments a simulator sends now: half a window at a time, as many as an ACK lets it send."""
+        some = min(max(1, self._most // 2), self._count - self.sent)
+        return some if on_their_way + some <= self._most else 0
 
 
 def receiver(connection: Pipe, ways: Sequence[Way], received: Any) -> None:
@@ -285,7 +228,7 @@ def receiver(connection: Pipe, ways: Sequence[Way], received: Any) -> None:
     ends: dict[Any, Runner | None] = {}
     for way in [way for way in ways for _ in range(RUNNERS)]:
         socket = dealer(context, way.back)
-        if way.through == "broker":
+        if way.broker:
             ends[socket] = Runner(socket)
         else:
             socket.send(b"here")

@@ -27,15 +27,9 @@ def choose(
     A runner has room while its leased bytes stay within `limit`, and its leased steps within `most_steps` (0 = any
     number); an idle one always has room for one fragment.
     """
-
-    def full(load: L) -> bool:
-        if not load.leased_bytes:
-            return False
-        return load.leased_bytes + size > limit or (0 < most_steps < load.leased_steps + steps)
-
     best: L | None = None
     for load in loads:
-        if full(load):
+        if _full(load, size, limit, steps, most_steps):
             continue
         if (
             best is None
@@ -45,8 +39,14 @@ def choose(
             best = load
     if best is None or preferred is None or preferred is best:
         return best
-    if full(preferred):
+    if _full(preferred, size, limit, steps, most_steps):
         return best
     if preferred.leased_steps > 2 * best.leased_steps + 1:
         return best
     return preferred
+
+
+def _full(load: Load, size: int, limit: int, steps: int, most_steps: int) -> bool:
+    if not load.leased_bytes:
+        return False
+    return load.leased_bytes + size > limit or (0 < most_steps < load.leased_steps + steps)

@@ -62,6 +62,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
     def __init__(self, settings: Settings, epoch: bytes, weights_address: str, now: float) -> None:
         super().__init__(settings, epoch, weights_address, now)
         self._next_sweep = now + settings.probe_interval
+        self._stuck = False  # no runner has room for the first of those that wait: another fragment changes nothing
         self._on: dict[type, Callable[[Any, Any, Received, float], None]] = {
             FRAGMENT: self._fragment,
             Relayed: self._fragment,
@@ -86,6 +87,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         """What to do about `event`. `now` is monotonic seconds and never goes back."""
         actions: list[Action] = []
         self._actions = actions
+        self._stuck = self._stuck and type(event) is Received and isinstance(event.message, FRAGMENT)
         if type(event) is Received:
             message = event.message
             peer = self.routes[event.side].get(event.route)
@@ -108,7 +110,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
             self._unreachable(event.side, event.route, now)
         elif type(event) is Malformed:
             self._malformed(event, now)
-        if self.waiting:
+        if self.waiting and not self._stuck:
             self._dispatch(now)
         return actions
 
@@ -250,6 +252,7 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
                 preferred = None
             runner = choose(pool, fragment.size, limit, preferred, header.steps, most_steps)
             if runner is None:
+                self._stuck = True
                 return
             waiting.popleft()
             if header.end == "no":
@@ -408,34 +411,25 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         dirty, self._dirty = self._dirty, {}
         actions, run, version, policy = self._actions, self.run, self.published_version, self.policy_ready
         evaluation, sharers, sampled = self.evaluation_version, self.sharers, self.sampled
-        needs_logp, rounds, fresh = self.needs_logp, self.rounds, self.fresh
+        needs_logp, rounds, fresh, modules = self.needs_logp, self.rounds, self.fresh, self.module_versions
+        granted, live, front = self.steps_granted, peers.State.LIVE, Side.FRONT
         for sim in dirty:
-            if sim.state is not peers.State.LIVE:
+            if sim.state is not live:
                 continue
-            limit, length = self.steps_granted(sim)
-            evaluates = sim in sharers
+            limit, length = granted(sim)
             settled, sim.acks = sim.acks, []
             while True:
-                some, settled = settled[:ACK_OUTCOMES], settled[ACK_OUTCOMES:]
+                rest = settled[ACK_OUTCOMES:] if len(settled) > ACK_OUTCOMES else None
+                if rest:
+                    del settled[ACK_OUTCOMES:]
                 ack = ACK(
-                    some,
-                    sim.window,
-                    limit,
-                    length,
-                    run,
-                    version,
-                    policy,
-                    evaluation,
-                    evaluates,
-                    self.module_versions,
-                    sampled,
-                    needs_logp,
-                    rounds,
-                    fresh,
-                )
-                actions.append(Send(Side.FRONT, sim.route, ack))
-                if not settled:
+                    settled, sim.window, limit, length, run, version, policy, evaluation, sim in sharers, modules,
+                    sampled, needs_logp, rounds, fresh,
+                )  # fmt: skip
+                actions.append(Send(front, sim.route, ack))
+                if not rest:
                     break
+                settled = rest
 
     # ---- time
 

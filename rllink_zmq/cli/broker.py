@@ -100,6 +100,7 @@ def command(
     Simulators dial the frontend, `rllink-zmq train` dials the backend. An address is like tcp://127.0.0.1:5555, or
     tcp://127.0.0.1:* for any free port.
     """
+    from broker.memory import keep_freed_memory
     from broker.server import Server
     from broker.settings import Settings
 
@@ -130,6 +131,7 @@ def command(
             # What lives long here is what is in flight, none of it in cycles: looking for some took 4 % of the time.
             gc.freeze()
             gc.set_threshold(100_000, 20, 50)
+            keep_freed_memory()
             server.run()
             ledger = server.core.ledger.as_json() if server.core is not None else {}
         finally:
