@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -322,7 +323,33 @@ def test_a_second_signal_does_not_wait() -> None:
         with output.stopping() as stop:
             os.kill(os.getpid(), signal.SIGINT)
             assert stop.wait(TIMEOUT)
+            time.sleep(1.1 * output.SAME_SIGNAL_S)
             os.kill(os.getpid(), signal.SIGINT)
             threading.Event().wait(TIMEOUT)
 
     assert end(body).exit_code == 130
+
+
+def test_a_signal_that_comes_twice_at_once_is_one() -> None:
+    """timeout(1) sends it to the process and to its group."""
+
+    def asked() -> None:
+        with output.stopping() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.wait(TIMEOUT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        output.last_line({"ended": True})
+
+    def interrupted() -> None:
+        with output.running():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                threading.Event().wait(TIMEOUT)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                output.last_line({"ended": True})
+
+    assert (end(asked).exit_code, end(asked).stdout) == (0, '{"ended": true}\n')
+    done = end(interrupted)
+    assert done.exit_code == 143
+    assert done.stdout.splitlines() == ['{"ended": true}', '{"interrupted": "SIGTERM"}']

@@ -28,6 +28,10 @@ from .train import progress_line, watch
 if TYPE_CHECKING:
     from rllink_zmq.rllib.train import Progress
 
+STOP_RETURN = 450.0
+STOP_RETURNS = {"DQN": 150.0, "SAC": 150.0}
+"""What CartPole comes to in a minute or two. RLlib makes some 30 updates of DQN a second, whichever way it samples."""
+
 STOP_WITHIN_S = 10.0
 PR_SET_PDEATHSIG = 1
 
@@ -112,7 +116,10 @@ It exits with 1 when the return was not reached in time."""
 @click.option("--runners", type=click.IntRange(0), default=2, show_default=True, help="ZmqEnvRunner actors.")
 @click.option("--simulators", type=click.IntRange(1), default=16, show_default=True)
 @click.option(
-    "--stop-return", type=float, default=450.0, show_default=True, help="Stop when the mean return is this high."
+    "--stop-return",
+    type=float,
+    show_default="450, with DQN and SAC 150",
+    help="Stop when the mean return is this high.",
 )
 @click.option(
     "--stop-time",
@@ -133,7 +140,7 @@ def command(
     algo: str,
     runners: int,
     simulators: int,
-    stop_return: float,
+    stop_return: float | None,
     stop_time: float,
     seed: int | None,
     audit: Path | None,
@@ -143,6 +150,8 @@ def command(
 
     Real processes: the broker is one, the simulators another, each runner a Ray actor, the trainer this one.
     """
+    if stop_return is None:
+        stop_return = STOP_RETURNS.get(algo, STOP_RETURN)
     output.show_logs()
     output.prepare_ray()
     from rllink_zmq.rllib.train import TrainOptions, train

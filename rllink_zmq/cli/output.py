@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -24,6 +25,10 @@ from rllink_zmq.errors import RllinkError
 
 LEVELS = ("debug", "info", "warning", "error")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+SAME_SIGNAL_S = 0.3
+"""Seconds within which a signal that comes again is the same one: timeout(1) and shells send it to a process and to its
+group. It must not break off what the first one has begun to end."""
 
 RAY_SETTINGS = {
     # How long a call of an actor that has died waits for the cause of its death, before RLlib hears of it at all.
@@ -142,7 +147,15 @@ def _handling(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {s: signal.signal(s, handle) for s in SIGNALS}
+    last: dict[int, float] = {}
+
+    def once(signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - last.get(signum, -SAME_SIGNAL_S) >= SAME_SIGNAL_S:
+            last[signum] = now
+            handle(signum, frame)
+
+    before = {s: signal.signal(s, once) for s in SIGNALS}
     try:
         yield
     finally:
