@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
@@ -40,8 +41,8 @@ def router(context: zmq.Context[zmq.Socket[Any]], kind: int, rcvhwm: int, sndhwm
     return socket, f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"
 
 
-def plain_loop(connection: Pipe) -> None:
-    """A Python loop of two ROUTERs: what comes at the front goes to the peers at the back in turn."""
+def _two_routers(connection: Pipe) -> tuple[Any, Any, Iterator[bytes], zmq.Poller]:
+    """Front and back, the routing ids of the peers at the back in turn, and what waits at the front."""
     context = zmq.Context()
     front, front_address = router(context, zmq.ROUTER, 8, 100)
     back, back_address = router(context, zmq.ROUTER, 1000, 100_000)
@@ -50,6 +51,12 @@ def plain_loop(connection: Pipe) -> None:
     connection.send("connected")
     poller = zmq.Poller()
     poller.register(front, zmq.POLLIN)
+    return front, back, sinks, poller
+
+
+def plain_loop(connection: Pipe) -> None:
+    """A Python loop of two ROUTERs: what comes at the front goes to the peers at the back in turn."""
+    front, back, sinks, poller = _two_routers(connection)
     while True:
         poller.poll()
         for _ in range(MESSAGES):
@@ -64,14 +71,7 @@ def plain_loop(connection: Pipe) -> None:
 def tuned_loop(connection: Pipe) -> None:
     """The same, with plain ints as flags, without pyzmq's wrappers, and with large frames as they are: about the least
     that Python can do."""
-    context = zmq.Context()
-    front, front_address = router(context, zmq.ROUTER, 8, 100)
-    back, back_address = router(context, zmq.ROUTER, 1000, 100_000)
-    connection.send((front_address, back_address))
-    sinks = itertools.cycle([back.recv_multipart()[0] for _ in range(RUNNERS)])
-    connection.send("connected")
-    poller = zmq.Poller()
-    poller.register(front, zmq.POLLIN)
+    front, back, sinks, poller = _two_routers(connection)
     recv, send = front.recv, super(zmq.Socket, back).send
     while True:
         poller.poll()
