@@ -44,11 +44,10 @@ def run(*arguments: str, **environment: str) -> tuple[str, int]:
 
 @glibc
 def test_what_is_used_again_costs_no_page_faults() -> None:
-    pages = 100 * 200_000 // os.sysconf("SC_PAGE_SIZE")
     kept, faults = run("keep")
     assert kept == "True"
-    assert faults < pages // 100
-    assert run()[1] > pages // 2, "malloc does so by itself: there is nothing to tell it"
+    # By default the same blocks fault for each page again, or for each group of pages that the kernel makes at once.
+    assert 10 * faults < run()[1]
 
 
 @glibc
