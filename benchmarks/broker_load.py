@@ -171,9 +171,9 @@ class Fleet:
                 waiting = [self.descriptors[fd] for fd, _ in self.epoll.poll(1.0)] if work.settled < count else ()
             else:
                 work.settled = received.value - before
-                if not work.room((work.sent - work.settled) // SIMULATORS):
+                if not work.room(work.sent - work.settled, SIMULATORS):
                     time.sleep(0.003)
-                while room := work.room((work.sent - work.settled) // SIMULATORS):
+                while room := work.room(work.sent - work.settled, SIMULATORS):
                     self._push(work.turn, work, room)
                     work.turn = (work.turn + 1) % SIMULATORS
             if time.monotonic() - started > PATIENCE:
@@ -215,10 +215,11 @@ class Work:
         self.unsettled: list[dict[int, None]] = [{} for _ in range(SIMULATORS)]
         self._most, self._count = most, count
 
-    def room(self, on_their_way: int) -> int:
-        """How many fragments a simulator sends now: half a window at a time, as many as an ACK lets it send."""
+    def room(self, on_their_way: int, simulators: int = 1) -> int:
+        """How many fragments a simulator sends now: half a window at a time, as many as an ACK lets it send. With so
+        many `on_their_way` of its own, or of several."""
         some = min(max(1, self._most // 2), self._count - self.sent)
-        return some if on_their_way + some <= self._most else 0
+        return some if on_their_way + some <= self._most * simulators else 0
 
 
 def receiver(connection: Pipe, ways: Sequence[Way], received: Any) -> None:

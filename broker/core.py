@@ -412,24 +412,21 @@ class Broker(Handshake, Evaluating, Artifacts, Acting, Overview):
         actions, run, version, policy = self._actions, self.run, self.published_version, self.policy_ready
         evaluation, sharers, sampled = self.evaluation_version, self.sharers, self.sampled
         needs_logp, rounds, fresh, modules = self.needs_logp, self.rounds, self.fresh, self.module_versions
-        granted, live, front = self.steps_granted, peers.State.LIVE, Side.FRONT
+        live, front = peers.State.LIVE, Side.FRONT
         for sim in dirty:
             if sim.state is not live:
                 continue
-            limit, length = granted(sim)
+            limit, length = self.steps_granted(sim)
             settled, sim.acks = sim.acks, []
-            while True:
-                rest = settled[ACK_OUTCOMES:] if len(settled) > ACK_OUTCOMES else None
-                if rest:
-                    del settled[ACK_OUTCOMES:]
+            parts = [settled]
+            if len(settled) > ACK_OUTCOMES:
+                parts = [settled[i : i + ACK_OUTCOMES] for i in range(0, len(settled), ACK_OUTCOMES)]
+            for part in parts:
                 ack = ACK(
-                    settled, sim.window, limit, length, run, version, policy, evaluation, sim in sharers, modules,
+                    part, sim.window, limit, length, run, version, policy, evaluation, sim in sharers, modules,
                     sampled, needs_logp, rounds, fresh,
                 )  # fmt: skip
                 actions.append(Send(front, sim.route, ack))
-                if not rest:
-                    break
-                settled = rest
 
     # ---- time
 
